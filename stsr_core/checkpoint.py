@@ -1,0 +1,218 @@
+"""Checkpoints: weights as safetensors, everything else as a JSON card; no pickle.
+
+Card and digest are readable without torch. A checkpoint NAME is the pair NAME.safetensors and NAME.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stsr_core.errors import CheckpointError
+from stsr_core.factors import Factor, FactorConfiguration, Family
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Architecture(_Frozen):
+    """Shape of the networks: channels per level, and whether they attend over time."""
+
+    mean_channels: tuple[int, ...]
+    denoiser_channels: tuple[int, ...]
+    attention: bool = True
+
+
+class Transform(_Frozen):
+    """Monotone transform that the networks see: log1p(amount / scale_mm)."""
+
+    name: Literal["log1p"] = "log1p"
+    scale_mm: float = 0.2
+
+
+class Served(_Frozen):
+    """A factor configuration that a checkpoint was trained with, and what was measured for it.
+
+    Attributes:
+        configuration: factor, beta, L and f.
+        residual_scale: standard deviation of the transformed residual on training patches.
+        evaluations: network evaluations per member by default.
+        scores: validation scores, by name.
+    """
+
+    configuration: FactorConfiguration
+    residual_scale: float
+    evaluations: int = 8
+    scores: dict[str, float] = {}
+
+
+class Card(_Frozen):
+    """Everything about a checkpoint but its weights."""
+
+    format: Literal[1] = 1
+    name: str
+    architecture: Architecture
+    transform: Transform
+    served: tuple[Served, ...]
+    fine_spacing_km: float = 1.0
+    fine_step_h: float = 1.0
+    training: dict[str, int | float | str | list[str]]
+    weights_sha256: str
+
+    def serving(self, factor: Factor) -> Served:
+        """Return what serves `factor`.
+
+        Raises:
+            CheckpointError: the checkpoint does not serve it.
+        """
+        for served in self.served:
+            if served.configuration.factor == factor:
+                return served
+        have = ", ".join(str(s.configuration.factor) for s in self.served)
+        raise CheckpointError(f"Checkpoint {self.name} serves {have}, not {factor}. Choose one of these or train it.")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A card and the place of its weights; digest identifies both."""
+
+    card: Card
+    weights_path: Path
+    digest: str
+
+    @classmethod
+    def read(cls, card_path: Path) -> Checkpoint:
+        """Read a card; the weights stay on disk until `weights` is called.
+
+        Raises:
+            CheckpointError: no such card, not a card, or no weights beside it.
+        """
+        try:
+            raw = card_path.read_bytes()
+            card = Card.model_validate_json(raw)
+        except OSError as e:
+            raise CheckpointError(f"No card at {card_path} ({e.strerror}). Name a checkpoint's .json file.") from e
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise CheckpointError(
+                f"{card_path} is no valid card: {where}: {first['msg']}. Restore it or train again."
+            ) from e
+        weights = card_path.with_suffix(".safetensors")
+        if not weights.is_file():
+            raise CheckpointError(f"{card_path} has no weights beside it; {weights.name} is needed. Restore it.")
+        return cls(card, weights, _sha256(raw))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Read the weights.
+
+        Raises:
+            CheckpointError: the bytes are not those of the card, or no safetensors file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        raw = self.weights_path.read_bytes()
+        found = _sha256(raw)
+        if found != self.card.weights_sha256:
+            raise CheckpointError(
+                f"{self.weights_path} has sha256 {found[:12]}..., its card says {self.card.weights_sha256[:12]}...: "
+                "the file is damaged or belongs to another card. Restore both from one release."
+            )
+        try:
+            return load(raw)
+        except SafetensorError as e:
+            raise CheckpointError(f"{self.weights_path} is no safetensors file: {e}. Restore it.") from e
+
+
+def write_checkpoint(folder: Path, card: Mapping[str, object], weights: Mapping[str, Tensor]) -> Checkpoint:
+    """Write weights, then the card that vouches for them; `card` lacks `weights_sha256` only."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = save({k: v.detach().contiguous() for k, v in weights.items()})
+    full = Card.model_validate({**card, "weights_sha256": _sha256(raw)})
+    weights_path = folder / f"{full.name}.safetensors"
+    card_path = folder / f"{full.name}.json"
+    for path, data in ((weights_path, raw), (card_path, _card_bytes(full))):
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    return Checkpoint.read(card_path)
+
+
+def _card_bytes(card: Card) -> bytes:
+    return (json.dumps(card.model_dump(mode="json"), indent=1) + "\n").encode()
+
+
+def with_scores(checkpoint: Checkpoint, factor: Factor, scores: Mapping[str, float]) -> Checkpoint:
+    """Rewrite the card with the scores measured for one factor."""
+    served = tuple(
+        s.model_copy(update={"scores": dict(scores)}) if s.configuration.factor == factor else s
+        for s in checkpoint.card.served
+    )
+    card = checkpoint.card.model_copy(update={"served": served})
+    path = checkpoint.weights_path.with_suffix(".json")
+    path.write_bytes(_card_bytes(card))
+    return Checkpoint.read(path)
+
+
+def shipped_checkpoints() -> Path:
+    """Return the folder of checkpoints that is installed with the package."""
+    return Path(str(files("stsr_core") / "checkpoints"))
+
+
+@dataclass(frozen=True)
+class Library:
+    """The checkpoints of a folder and the family they serve together."""
+
+    checkpoints: tuple[Checkpoint, ...]
+
+    @classmethod
+    def open(cls, folder: Path | str | None = None) -> Library:
+        """Read all cards of a folder (default: the shipped ones).
+
+        Raises:
+            CheckpointError: no folder, a damaged card, or a factor served by two checkpoints.
+        """
+        root = shipped_checkpoints() if folder is None else Path(folder)
+        if not root.is_dir():
+            raise CheckpointError(f"No folder of checkpoints at {root}. Set STSR_CHECKPOINTS, or unset it.")
+        library = cls(tuple(Checkpoint.read(p) for p in sorted(root.glob("*.json"))))
+        factors = library.family.factors
+        twice = {str(f) for f in factors if factors.count(f) > 1}
+        if twice:
+            raise CheckpointError(f"Factor {', '.join(sorted(twice))} has several checkpoints in {root}; keep one.")
+        return library
+
+    @property
+    def family(self) -> Family:
+        """All factors that the checkpoints serve."""
+        return Family(tuple(s.configuration.factor for c in self.checkpoints for s in c.card.served))
+
+    def serving(self, factor: Factor) -> Checkpoint:
+        """Return the checkpoint that serves `factor`.
+
+        Raises:
+            CheckpointError: none does.
+        """
+        for checkpoint in self.checkpoints:
+            if any(s.configuration.factor == factor for s in checkpoint.card.served):
+                return checkpoint
+        raise CheckpointError(f"No checkpoint serves {factor}; served are {self.family}. Train it with `stsr train`.")

@@ -1,0 +1,123 @@
+"""Mass conservation: the function f, the scaling of blocks to their coarse totals, and exact quantisation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stsr_core.errors import ClosureError, ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.factors import ConservationFunction, Factor
+
+
+def _blocks(fine: Tensor, factor: Factor) -> Tensor:
+    """View (..., T*t, Y*s, X*s) as (..., T, t, Y, s, X, s)."""
+    s, t = factor.space, factor.time
+    *lead, nt, ny, nx = fine.shape
+    return fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
+
+
+def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: Factor) -> None:
+    expected = tuple(n * f for n, f in zip(coarse_shape[-3:], (factor.time, factor.space, factor.space), strict=True))
+    if tuple(fine_shape[-3:]) != expected:
+        raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
+
+
+def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
+    """Apply f and scale every block of fine amounts so that it returns its coarse amount.
+
+    f sets amounts below its threshold to zero. A block that f leaves dry but whose coarse cell is wet
+    keeps its amounts uncut; one that was dry before too is filled evenly. Then one gain per block keeps
+    zeros and ratios; where the gain exceeds f's limit (tapered f), cells are amplified by the limit only
+    and the remainder is spread evenly over the block.
+
+    Args:
+        fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32, >= 0.
+        coarse: amount [mm per coarse step], (..., T, Y, X), float32, >= 0 or NaN; leading dimensions
+            broadcast against those of `fine`.
+        factor: (s, t); cells of one block have equal area.
+        function: f.
+
+    Returns:
+        Amount [mm per fine step], shaped like `fine`; summed over t and averaged over s x s it equals
+        `coarse` to 1e-5 relative. A dry coarse cell gives a dry block, a NaN coarse cell a NaN block.
+
+    Raises:
+        ShapeError: `fine` is not `coarse` refined by `factor`.
+        ClosureError: `fine` is negative or not finite.
+
+    Source: f of arXiv 2604.21903; the gain is the multiplicative constraint of Harder et al., arXiv 2208.05424.
+    """
+    _check(tuple(fine.shape), tuple(coarse.shape), factor)
+    if not bool(torch.isfinite(fine).all()) or bool((fine < 0).any()):
+        raise ClosureError("Fine amounts to conserve are negative or not finite; the network's output is damaged.")
+    raw = _blocks(fine, factor)
+    wanted = coarse[..., :, None, :, None, :, None]
+    share = 1.0 / (factor.space**2)
+    cut = torch.where(raw < function.threshold_mm, 0.0, raw)
+
+    def total(blocks: Tensor) -> Tensor:
+        return blocks.sum(dim=(-5, -3, -1), keepdim=True) * share
+
+    cut_total, raw_total = total(cut), total(raw)
+    shape = torch.where(cut_total > 0, cut, torch.where(raw_total > 0, raw, torch.ones_like(raw)))
+    gain = wanted / total(shape)
+    if function.limit is None:
+        result = shape * gain
+    else:
+        # A gain above the limit is taken only where there is something to amplify.
+        limit = torch.where(raw_total > 0, function.limit, torch.inf)
+        held = shape * torch.minimum(gain, limit)
+        result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
+    result = result * torch.nan_to_num(wanted / total(result), nan=0.0)  # second pass removes float32 residue
+    result = torch.where(torch.isnan(wanted), torch.nan, result)
+    return result.reshape(fine.shape)
+
+
+def quantise(
+    fine: NDArray[np.float32], coarse: NDArray[np.float32] | None, factor: Factor, quantum_mm: float
+) -> NDArray[np.int64]:
+    """Round fine amounts to whole quanta that sum exactly to the rounded coarse total of their block.
+
+    Each cell is the difference of the rounded running sum inside its block, so no cell is off by more
+    than one quantum, and a dry cell stays dry.
+
+    Args:
+        fine: amount [mm per fine step], (..., T*t, Y*s, X*s), >= 0 or NaN.
+        coarse: amount [mm per coarse step], (..., T, Y, X), that each block must sum to; None rounds
+            towards the blocks' own totals.
+        factor: (s, t).
+        quantum_mm: storage quantum [mm].
+
+    Returns:
+        Quanta, shaped like `fine`; -1 where `fine` is NaN. With `coarse`, a block sums to
+        rint(s * s * coarse / quantum).
+
+    Raises:
+        ShapeError: `fine` is not `coarse` refined by `factor`.
+    """
+    s, t = factor.space, factor.time
+    *lead, nt, ny, nx = fine.shape
+    if coarse is not None:
+        _check(fine.shape, coarse.shape, factor)
+    blocks = fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
+    n = len(lead)
+    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)
+    rows = blocks.transpose(order).reshape(*lead, nt // t, ny // s, nx // s, t * s * s)
+    missing = np.isnan(rows).any(axis=-1, keepdims=True)
+    running = np.cumsum(np.where(missing, 0.0, rows), axis=-1, dtype=np.float64) / quantum_mm
+    if coarse is not None:
+        target = np.rint(s * s * np.nan_to_num(coarse).astype(np.float64) / quantum_mm)[..., None]
+        last = running[..., -1:]
+        running *= np.divide(target, last, out=np.zeros_like(last), where=last > 0)
+    whole = np.rint(running).astype(np.int64)
+    quanta = np.where(missing, -1, np.diff(whole, axis=-1, prepend=0))
+    unblocked = quanta.reshape(*lead, nt // t, ny // s, nx // s, t, s, s)
+    back = np.argsort(order)
+    return np.ascontiguousarray(unblocked.transpose(tuple(back)).reshape(fine.shape))

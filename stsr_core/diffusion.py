@@ -1,0 +1,86 @@
+"""Residual diffusion: noise schedule, velocity parametrisation and few-step sampler.
+
+The residual has unit variance. At noise level `angle` in [0, pi/2]
+
+    x = cos(angle) * residual + sin(angle) * noise,      v = cos(angle) * noise - sin(angle) * residual,
+
+so residual = cos(angle) * x - sin(angle) * v. This is EDM preconditioning (Karras et al., arXiv 2206.00364)
+written on the circle (Lu and Song, arXiv 2410.11081), and the v-prediction of Salimans and Ho (arXiv 2202.00512).
+All functions are pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BETA_START = 1e-4  # first value of the linear schedule; last one is beta (arXiv 2604.21903)
+SCHEDULE_STEPS = 1000  # steps that beta refers to
+
+
+def noise_angle(u: Tensor, beta: float) -> Tensor:
+    """Noise level at position u of the schedule.
+
+    Continuous form of the linear schedule from BETA_START to `beta` over SCHEDULE_STEPS steps:
+    cos(angle)^2 = exp(-SCHEDULE_STEPS * (BETA_START * u + (beta - BETA_START) * u^2 / 2)).
+
+    Args:
+        u: position in 0..1, any shape.
+        beta: noise amplitude.
+
+    Returns:
+        Angle in [0, pi/2), strictly increasing in u and beta, shaped like `u`.
+    """
+    exponent = SCHEDULE_STEPS * (BETA_START * u + 0.5 * (beta - BETA_START) * u.square())
+    return torch.arccos(torch.exp(-0.5 * exponent).clamp(max=1.0))
+
+
+def add_noise(residual: Tensor, noise: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the noised residual and its velocity at `angle` (broadcast against `residual`)."""
+    cos, sin = angle.cos(), angle.sin()
+    return cos * residual + sin * noise, cos * noise - sin * residual
+
+
+def residual_of(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:
+    """Residual that a noised residual and its velocity belong to."""
+    return math.cos(angle) * noisy - math.sin(angle) * velocity
+
+
+def sampling_angles(beta: float, evaluations: int) -> list[float]:
+    """Noise levels of the sampler, from the end of the schedule down to 0, `evaluations` + 1 of them.
+
+    Equal steps in angle: each rotates the sample by the same amount, whatever beta.
+    """
+    top = float(noise_angle(torch.tensor(1.0, dtype=torch.float64), beta))
+    return [top * (1 - i / evaluations) for i in range(evaluations)] + [0.0]
+
+
+def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: list[float]) -> Tensor:
+    """Draw residuals by the second-order multistep solver (DPM-Solver++ 2M, arXiv 2211.01095, on the circle).
+
+    One evaluation per step; the first step is of first order. Deterministic given `noise`.
+
+    Args:
+        denoise: maps (noised residual, angle) to the expected residual, shaped like `noise`.
+        noise: standard normal.
+        angles: decreasing, the last is 0; see `sampling_angles`.
+
+    Returns:
+        Residual, shaped like `noise`.
+    """
+    x = noise
+    before: tuple[Tensor, float] | None = None
+    for angle, following in zip(angles[:-1], angles[1:], strict=True):
+        step = angle - following
+        expected = denoise(x, angle)
+        middle = expected
+        if before is not None and following > 0:
+            last, width = before
+            middle = expected + (expected - last) * (step / (2 * width))
+        velocity = (math.cos(angle) * x - middle) / math.sin(angle)
+        x = math.cos(step) * x - math.sin(step) * velocity
+        before = (expected, step)
+    return x

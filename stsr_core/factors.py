@@ -1,0 +1,161 @@
+"""Factors, their three hyperparameters (the recipe), and the family that serves them.
+
+This is the one place that says what beta, context length L and conservation function f belong to a
+factor; training and sampling both read it here, and a checkpoint's card repeats what it was trained with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stsr_core.errors import FactorError
+
+ATTENTION_HORIZON_H = 12.0  # hours that a window's attention spans; reference settings span 10 to 18 h
+
+
+class Factor(BaseModel):
+    """How many fine cells along x and y (space) and fine steps (time) one coarse cell holds."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    space: int = Field(ge=1, le=25)
+    time: int = Field(ge=1, le=6)
+
+    def __str__(self) -> str:
+        return f"({self.space},{self.time})"
+
+    @property
+    def underdetermination(self) -> float:
+        """Bits of missing detail per coarse cell, log2(s * s * t)."""
+        return math.log2(self.space**2 * self.time)
+
+    def distance(self, other: Factor) -> float:
+        """Log distance on both axes: sqrt(ln(s/s')^2 + ln(t/t')^2)."""
+        return math.hypot(math.log(self.space / other.space), math.log(self.time / other.time))
+
+
+class ConservationFunction(BaseModel):
+    """The mass-conservation function f.
+
+    f cuts amounts below `threshold_mm` (drizzle that a smooth network leaves) before every block is
+    scaled to its coarse total. `limit` is the largest gain of one cell; the remainder goes to the other
+    cells of the block. `limit=None` is the exact f, any other the tapered f.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    threshold_mm: float = Field(ge=0.0)
+    limit: float | None = Field(default=None, gt=1.0)
+
+
+class FactorConfiguration(BaseModel):
+    """A factor with the paper's three hyperparameters.
+
+    Attributes:
+        factor: (s, t).
+        beta: noise amplitude, the last value of the linear beta schedule over 1000 steps.
+        context_length: L, the coarse frames that a window holds.
+        conservation: f.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    factor: Factor
+    beta: float = Field(gt=0.0)
+    context_length: int = Field(ge=1)
+    conservation: ConservationFunction
+
+
+def recipe(factor: Factor, *, fine_step_h: float = 1.0) -> FactorConfiguration:
+    """Hyperparameters of a factor.
+
+    - beta grows with the underdetermination: 0.006 + 0.002 per bit. Larger beta drives the noised
+      residual closer to pure noise, so a member keeps less of the mean and the ensemble spreads more
+      (arXiv 2604.21903). The line passes near the authors' settings 0.010-0.020 at (10,1)-(10,3) and
+      0.035 at (25,6).
+    - L keeps the attention horizon L * t * step near 12 h, with 3 coarse frames at least
+      (the authors use 10 to 18 h).
+    - f cuts below 0.05 mm, half the quantum of the radar data it was chosen on; it is exact below 9 bits
+      and tapered above, where a coarse total may land on a single fine cell.
+
+    Source: settings of arXiv 2604.21903 as starting point; chosen on MRMS validation windows.
+    """
+    bits = factor.underdetermination
+    return FactorConfiguration(
+        factor=factor,
+        beta=round(0.006 + 0.002 * bits, 4),
+        context_length=max(3, round(ATTENTION_HORIZON_H / (factor.time * fine_step_h))),
+        conservation=ConservationFunction(threshold_mm=0.05, limit=None if bits < 9.0 else 4.0),
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """What `Family.nearest` answers: what was asked for, what serves it, and how far apart they are."""
+
+    requested_space: float
+    requested_time: float
+    factor: Factor
+    distance: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the request is served without regridding."""
+        return self.distance < 1e-9
+
+
+@dataclass(frozen=True)
+class Family:
+    """All factors that can be served."""
+
+    factors: tuple[Factor, ...]
+
+    def nearest(self, space: float, time: float, *, limit: float = 1.5) -> Match:
+        """Return the factor nearest to a request by log distance on both axes.
+
+        Args:
+            space: wanted fine cells per coarse cell along one axis, > 0, need not be whole.
+            time: wanted fine steps per coarse step, > 0, need not be whole.
+            limit: the largest ratio on one axis between the request and what serves it.
+
+        Raises:
+            FactorError: the family is empty, or its nearest factor is further away than `limit`.
+        """
+        if not self.factors:
+            raise FactorError("No checkpoint is installed, so no factor is served. Train one with `stsr train`.")
+
+        def off(f: Factor) -> tuple[float, float]:
+            return math.log(f.space / space), math.log(f.time / time)
+
+        best = min(self.factors, key=lambda f: (math.hypot(*off(f)), f.space, f.time))
+        if max(abs(d) for d in off(best)) > math.log(limit) + 1e-9:
+            raise FactorError(
+                f"Factor ({space:g},{time:g}) is asked for; the nearest that is served is {best}, further than "
+                f"a ratio of {limit:g} on an axis. Served: {self}. Train ({round(space)},{round(time)}) with "
+                f"`stsr train --space {round(space)} --time {round(time)}`, or ask for another spacing or cadence."
+            )
+        return Match(space, time, best, math.hypot(*off(best)))
+
+    def exact(self, space: int, time: int) -> Factor:
+        """Return the factor (space, time) itself.
+
+        Raises:
+            FactorError: it is not served; the message names the nearest that is.
+        """
+        for factor in self.factors:
+            if (factor.space, factor.time) == (space, time):
+                return factor
+        nearest = min(
+            self.factors, key=lambda f: math.hypot(math.log(f.space / space), math.log(f.time / time)), default=None
+        )
+        raise FactorError(
+            f"Factor ({space},{time}) is not served; served are {self}. "
+            f"The nearest is {nearest}: ask for it, pass --nearest to regrid to it, "
+            f"or train ({space},{time}) with `stsr train`."
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(str(f) for f in sorted(self.factors, key=lambda f: (f.space, f.time))) or "none"

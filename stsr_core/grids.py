@@ -1,0 +1,161 @@
+"""Regular grids and the one block reduction between fine and coarse.
+
+Target grids and conservative regridding onto them are in this module too; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Literal
+
+import cftime
+import numpy as np
+
+from stsr_core.errors import ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.factors import Factor
+
+TimeLabel = Literal["start", "middle", "end"]
+EPOCH_YEAR = 1850  # origin of the time lattice; any fixed year would do
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A regular axis of cells.
+
+    Attributes:
+        first: centre of the first cell, in units of the axis.
+        step: signed distance between neighbouring centres, not 0; negative where the axis descends.
+        size: number of cells.
+    """
+
+    first: float
+    step: float
+    size: int
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """Cell centres, (size,)."""
+        return self.first + self.step * np.arange(self.size)
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """Cell edges, (size + 1,)."""
+        return self.first + self.step * (np.arange(self.size + 1) - 0.5)
+
+    def refine(self, parts: int) -> Axis:
+        """Split every cell into `parts` equal cells."""
+        fine = self.step / parts
+        return Axis(self.first - self.step / 2 + fine / 2, fine, self.size * parts)
+
+    def isel(self, start: int, stop: int) -> Axis:
+        """Return the axis of cells start..stop."""
+        return Axis(self.first + self.step * start, self.step, stop - start)
+
+    @property
+    def lattice_index(self) -> int:
+        """Index of the first cell on the lattice fixed in absolute place: the same cell of space has
+        the same index in every subset of a grid. Counts along the direction of the axis.
+
+        A quarter cell is added before rounding down, so that centres on whole or half multiples of
+        the step, the usual ones, cannot flip by rounding error.
+        """
+        return math.floor(self.first / self.step + 0.25)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A regular grid: two axes and the CRS that gives them meaning (WKT), or None where unknown."""
+
+    y: Axis
+    x: Axis
+    crs_wkt: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(Y, X)."""
+        return self.y.size, self.x.size
+
+    def refine(self, parts: int) -> Grid:
+        """Split every cell into `parts` x `parts` equal cells."""
+        return Grid(self.y.refine(parts), self.x.refine(parts), self.crs_wkt)
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """A regular time axis of intervals, in the calendar of its source.
+
+    Attributes:
+        start: start of the first interval; a naive `datetime` (UTC) or a `cftime.datetime`.
+        step: length of every interval.
+        size: number of intervals.
+        label: which point of its interval the time coordinate names.
+    """
+
+    start: datetime | cftime.datetime
+    step: timedelta
+    size: int
+    label: TimeLabel = "end"
+
+    def _at(self, positions: NDArray[np.float64]) -> NDArray[np.generic]:
+        if isinstance(self.start, cftime.datetime):
+            return np.array([self.start + self.step * float(p) for p in positions.ravel()], dtype=object).reshape(
+                positions.shape
+            )
+        offsets = np.round(positions * (self.step / timedelta(microseconds=1))).astype("timedelta64[us]")
+        return (np.datetime64(self.start, "us") + offsets).astype("datetime64[ns]")
+
+    @property
+    def labels(self) -> NDArray[np.generic]:
+        """The time coordinate, (size,), datetime64[ns] or cftime objects."""
+        return self._at(np.arange(self.size) + {"start": 0.0, "middle": 0.5, "end": 1.0}[self.label])
+
+    @property
+    def bounds(self) -> NDArray[np.generic]:
+        """Start and end of every interval, (size, 2), datetime64[ns] or cftime objects."""
+        return self._at(np.arange(self.size)[:, None] + np.array([0.0, 1.0]))
+
+    def refine(self, parts: int) -> TimeAxis:
+        """Split every interval into `parts` equal intervals."""
+        return TimeAxis(self.start, self.step / parts, self.size * parts, self.label)
+
+    def isel(self, start: int, stop: int) -> TimeAxis:
+        """Return the axis of intervals start..stop."""
+        return TimeAxis(self.start + self.step * start, self.step, stop - start, self.label)
+
+    @property
+    def lattice_index(self) -> int:
+        """Index of the first interval on the lattice fixed in absolute time (steps since 1850)."""
+        if isinstance(self.start, cftime.datetime):
+            since = self.start - cftime.datetime(EPOCH_YEAR, 1, 1, calendar=self.start.calendar)
+        else:
+            since = self.start - datetime(EPOCH_YEAR, 1, 1)  # noqa: DTZ001  UTC by contract
+        return math.floor(since / self.step + 0.25)
+
+
+def coarsen(fine: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
+    """Coarse totals of fine amounts: the sum over t steps of the area mean of s x s cells.
+
+    Args:
+        fine: amount [mm per fine step], (..., T*t, Y*s, X*s); cells of one block have equal area.
+        factor: (s, t).
+
+    Returns:
+        Amount [mm per coarse step], (..., T, Y, X), float64 summed and returned as float32; NaN where any
+        fine cell of the block is NaN.
+
+    Raises:
+        ShapeError: the last three sizes are no multiples of the factor.
+    """
+    *lead, nt, ny, nx = fine.shape
+    s, t = factor.space, factor.time
+    if nt % t or ny % s or nx % s:
+        raise ShapeError(f"Shape {fine.shape} is no multiple of factor {factor}; crop it to whole blocks first.")
+    blocks = fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
+    total = blocks.sum(axis=(-5, -3, -1), dtype=np.float64) / (s * s)
+    return total.astype(np.float32)

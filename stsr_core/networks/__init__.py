@@ -1,0 +1,1 @@
+"""The conditional mean network, the residual denoiser, and the layers they share."""

@@ -1,0 +1,43 @@
+"""The denoiser of the residual diffusion model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stsr_core.networks.layers import VideoUNet
+from stsr_core.networks.mean import CONDITION_CHANNELS, factor_context
+
+if TYPE_CHECKING:
+    from stsr_core.factors import Factor
+
+NOISE_FREQUENCIES = 4
+
+
+class Denoiser(nn.Module):
+    """Predicts the velocity v = cos(angle) * noise - sin(angle) * residual, see `diffusion`."""
+
+    def __init__(self, channels: tuple[int, ...], *, attention: bool = True) -> None:
+        super().__init__()
+        self.unet = VideoUNet(CONDITION_CHANNELS + 2, 1, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention)
+
+    def forward(self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            noisy: noised residual of unit variance, (B, T, 1, H, W).
+            angle: noise level as an angle in 0..pi/2, (B,).
+            mean: transformed conditional mean, (B, T, 1, H, W).
+            condition: (B, T, CONDITION_CHANNELS, H, W).
+            factor: (s, t).
+
+        Returns:
+            Velocity, (B, T, 1, H, W).
+        """
+        octaves = angle[:, None] * 2.0 ** torch.arange(NOISE_FREQUENCIES, device=angle.device)
+        context = torch.cat(
+            (octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1
+        )
+        return self.unet(torch.cat((noisy, mean, condition), dim=2), context)

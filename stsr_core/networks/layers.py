@@ -1,0 +1,152 @@
+"""The video U-Net on the fine grid that both networks are made of.
+
+2-D convolutions shared over time, attention over time at the lower levels. Frames travel as
+(batch * time, channel, y, x) in channels-last memory, the fastest layout on CPU and GPU alike. Norms act
+on single pixels, so that what a window computes does not depend on how large the window is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PATCH = 2  # fine cells per network cell along y and x
+STEM_CHANNELS = 8  # channels at full resolution before the last convolution
+
+
+class PixelNorm(nn.Module):
+    """Normalise the channels of every pixel to zero mean and unit variance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, H, W) along C."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4).permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a skip, modulated by the embedding of noise level and factor."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = PixelNorm()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.normal_(self.second.weight, std=1e-2 / math.sqrt(9 * channels))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform (N, C, H, W) with an embedding (N, E)."""
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.first(F.silu(self.norm(x)))
+        h = torch.addcmul(shift, self.norm(h), 1 + scale)
+        return x + self.second(F.silu(h))  # type: ignore[no-any-return]
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention over the frames of a window, each pixel by itself, with rotary positions."""
+
+    def __init__(self, channels: int, head_channels: int = 32) -> None:
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = PixelNorm()
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.normal_(self.out.weight, std=1e-2 / math.sqrt(channels))
+        nn.init.zeros_(self.out.bias)
+        frequency = 64.0 ** (-torch.arange(head_channels // 2) / (head_channels // 2))
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotate queries or keys (..., T, D) by their position in time."""
+        position = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+        angle = position[:, None] * self.frequency.float()  # type: ignore[operator]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """Attend over time in (B * T, C, H, W), T = `frames`."""
+        n, c, h, w = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c)
+        qkv = self.qkv(tokens).permute(0, 2, 1, 3).reshape(-1, frames, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
+        mixed = mixed.transpose(1, 2).reshape(n // frames, h * w, frames, c).transpose(1, 2)
+        return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+class Level(nn.Module):
+    """One level of the U-Net on its way down or up: a residual block, then attention over time if asked."""
+
+    def __init__(self, channels: int, embedding: int, attention: bool) -> None:
+        super().__init__()
+        self.block = ResidualBlock(channels, embedding)
+        self.attention = TemporalAttention(channels) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
+        """Transform (B * T, C, H, W)."""
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, frames)
+
+
+class VideoUNet(nn.Module):
+    """Maps a window of frames to a window of frames of the same size.
+
+    Args:
+        inputs: channels of the input frames.
+        outputs: channels of the output frames.
+        channels: channels per level, from half resolution down; each level halves the resolution.
+        context: length of the conditioning vector (noise level, factor).
+        attention: whether the levels below the first attend over time.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, channels: tuple[int, ...], context: int, *, attention: bool = True
+    ) -> None:
+        super().__init__()
+        width = 2 * channels[0]
+        self.outputs = outputs
+        self.stride = PATCH * 2 ** (len(channels) - 1)
+        self.embed = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.stem = nn.Conv2d(inputs * PATCH**2, channels[0], 3, padding=1)
+        below = [attention and i > 0 for i in range(len(channels))]
+        self.down = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
+        self.reduce = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.up = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
+        self.expand = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.head = nn.Conv2d(channels[0], STEM_CHANNELS * PATCH**2, 3, padding=1)
+        self.last = nn.Conv2d(STEM_CHANNELS, outputs, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, frames: Tensor, context: Tensor) -> Tensor:
+        """Transform frames.
+
+        Args:
+            frames: (B, T, C, H, W).
+            context: (B, K).
+
+        Returns:
+            (B, T, outputs, H, W).
+        """
+        b, t, c, h, w = frames.shape
+        pad_h, pad_w = -h % self.stride, -w % self.stride
+        x = F.pad(frames.reshape(b * t, c, h, w), (0, pad_w, 0, pad_h), mode="replicate")
+        embedding = self.embed(context).repeat_interleave(t, dim=0)
+        x = self.stem(F.pixel_unshuffle(x, PATCH).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for i, level in enumerate(self.down):
+            x = level(x if i == 0 else self.reduce[i - 1](x), embedding, t)
+            skips.append(x)
+        for i in reversed(range(len(self.up))):
+            if i < len(self.up) - 1:
+                x = skips[i] + F.interpolate(self.expand[i](x), scale_factor=2.0, mode="nearest")
+            x = self.up[i](x, embedding, t)
+        x = self.last(F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH)))
+        return x[..., :h, :w].reshape(b, t, self.outputs, h, w)

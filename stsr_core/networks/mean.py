@@ -1,0 +1,43 @@
+"""The conditional mean network: E[fine | coarse] in transformed space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stsr_core.networks.layers import VideoUNet
+
+if TYPE_CHECKING:
+    from stsr_core.factors import Factor
+
+CONDITION_CHANNELS = 5  # coarse nearest, coarse linear, phase in y, x and t
+LINEAR_CHANNEL = 1  # the linear interpolation among them
+
+
+def factor_context(factor: Factor, batch: int, device: torch.device) -> Tensor:
+    """Return the factor as the networks see it, (B, 2): log2 of space and time, scaled to about 0..1."""
+    scaled = torch.tensor([float(factor.space), float(factor.time)], device=device).log2() / 4.0
+    return scaled.expand(batch, 2)
+
+
+class MeanNetwork(nn.Module):
+    """Predicts the transformed conditional mean as a correction to linear interpolation."""
+
+    def __init__(self, channels: tuple[int, ...], *, attention: bool = True) -> None:
+        super().__init__()
+        self.unet = VideoUNet(CONDITION_CHANNELS, 1, channels, 2, attention=attention)
+
+    def forward(self, condition: Tensor, factor: Factor) -> Tensor:
+        """Predict the mean.
+
+        Args:
+            condition: (B, T, CONDITION_CHANNELS, H, W), see `downscaler.condition`.
+            factor: (s, t).
+
+        Returns:
+            Transformed amount, (B, T, 1, H, W).
+        """
+        correction = self.unet(condition, factor_context(factor, len(condition), condition.device))
+        return condition[:, :, LINEAR_CHANNEL : LINEAR_CHANNEL + 1] + correction

@@ -1,0 +1,50 @@
+"""The only reader of the environment and of .env; flows and the command line build it, the core gets values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings of one process, from environment variables named STSR_... or a file .env."""
+
+    model_config = SettingsConfigDict(env_prefix="STSR_", env_file=".env", frozen=True, extra="ignore")
+
+    catalog_file: Path | None = Field(
+        default=None, description="catalog.yaml to use; without it ./catalog.yaml, else the one shipped with stsr."
+    )
+    destination: str = Field(
+        default="stsr-output", description="Folder or s3://bucket/prefix that holds the published catalogue."
+    )
+    checkpoints: str | None = Field(
+        default=None, description="Folder of checkpoints; without it the ones shipped with stsr."
+    )
+    scheduler_address: str | None = Field(
+        default=None, description="Address of an existing Dask scheduler; without it a local cluster is started."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the networks run.")
+    workers: int = Field(default=0, ge=0, description="Local workers; 0 means one per core or per GPU.")
+    match_limit: float = Field(
+        default=1.5, gt=1.0, description="Largest ratio on an axis between the factor asked for and the one used."
+    )
+    s3_endpoint: str | None = Field(default=None, description="Endpoint of the object store, if not AWS.")
+    s3_access_key_id: SecretStr | None = Field(default=None, description="Access key of the object store.")
+    s3_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the object store.")
+    s3_anonymous: bool = Field(default=False, description="Read the object store without credentials.")
+
+    @property
+    def s3_options(self) -> dict[str, object]:
+        """Storage options for s3fs (`endpoint_url`, `key`, `secret`, `anon`); empty where nothing is set."""
+        options: dict[str, object] = {}
+        if self.s3_endpoint:
+            options["endpoint_url"] = self.s3_endpoint
+        if self.s3_access_key_id and self.s3_secret_access_key:
+            options["key"] = self.s3_access_key_id.get_secret_value()
+            options["secret"] = self.s3_secret_access_key.get_secret_value()
+        if self.s3_anonymous:
+            options["anon"] = True
+        return options

@@ -1,0 +1,357 @@
+"""Fitting: the mean network first, then the residual denoiser around it.
+
+Every step is drawn from (seed, stage, step, rank) alone, so a killed training resumes from its last saved
+state as if nothing had happened. Under torchrun every rank draws its own patches and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
+from stsr_core.diffusion import add_noise, noise_angle
+from stsr_core.errors import ConfigurationError, OperatorError
+from stsr_core.factors import FactorConfiguration
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.mean import MeanNetwork
+from stsr_core.networks.transform import condition, to_transformed
+from stsr_core.training.patches import Patch, Region, draw_patch
+
+EMA_DECAY = 0.998
+GRADIENT_LIMIT = 1.0
+WARMUP_STEPS = 100
+SCALE_PATCHES = 24  # patches that the residual scale is measured on
+VALIDATION_PATCHES = 6  # patches per factor of the validation loss
+
+
+class TrainingError(OperatorError):
+    """Training that cannot go on; the last good state is kept."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of the networks and length of their training."""
+
+    architecture: Architecture
+    mean_steps: int
+    denoiser_steps: int
+    cells_per_step: int  # fine cell-steps per step and rank
+    learning_rate: float = 1e-3
+    save_every: int = 25
+
+
+PRESETS: Mapping[str, Preset] = {
+    "small": Preset(
+        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 300_000
+    ),
+    "base": Preset(
+        Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)), 40_000, 100_000, 4_000_000
+    ),
+    "large": Preset(
+        Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
+        60_000, 200_000, 8_000_000,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training runs: this process among all that torchrun started, and on what device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device) -> Run:
+        """Join the process group that torchrun announced in the environment, or run alone."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls(0, 1, device)
+        local = int(os.environ["LOCAL_RANK"])
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), world, device)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over all ranks, in place, in one message."""
+        if self.world == 1:
+            return
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
+
+@dataclass
+class Stage:
+    """A network in training: its weights, their moving average, its optimiser, and the steps done."""
+
+    name: str
+    number: int
+    network: nn.Module
+    steps: int
+    learning_rate: float
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+        )
+        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+
+    def rate(self) -> float:
+        """Learning rate: linear warm-up, then a cosine to a fiftieth."""
+        done = min(1.0, self.step / self.steps)
+        return self.learning_rate * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * done))
+
+    def update(self, loss: Tensor, run: Run) -> None:
+        """Take one step down `loss`."""
+        self.optimiser.zero_grad(set_to_none=False)
+        loss.backward()  # type: ignore[no-untyped-call]
+        run.average([p.grad for p in self.network.parameters() if p.grad is not None])
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate()
+        self.optimiser.step()
+        self.step += 1
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for k, v in self.network.state_dict().items():
+            self.average[k].lerp_(v, 1 - decay)
+
+    def save(self, folder: Path) -> None:
+        """Save everything needed to go on; the previous state stays until the new one is whole."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        path = folder / f"{self.name}.safetensors"
+        part = path.with_suffix(".part")
+        meta = {"step": str(self.step), "losses": json.dumps(self.losses[-2000:])}
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
+        part.replace(path)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the saved state, if there is one."""
+        path = folder / f"{self.name}.safetensors"
+        if not path.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as opened:
+            meta = opened.metadata()
+        tensors = load_file(path)
+        try:
+            self.network.load_state_dict(_part(tensors, "network."))
+        except RuntimeError as e:
+            raise ConfigurationError(
+                f"{path} was trained with other networks than the preset asks for. Use another --run folder."
+            ) from e
+        self.average = _part(tensors, "average.")
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _part(tensors, "optimiser.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.step, self.losses = int(meta["step"]), json.loads(meta["losses"])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+Loss = Callable[[nn.Module, Tensor, Tensor, FactorConfiguration, torch.Generator], Tensor]
+
+
+def mean_loss(
+    network: nn.Module, fine: Tensor, conditions: Tensor, configuration: FactorConfiguration, _: torch.Generator
+) -> Tensor:
+    """Mean squared error in transformed space; its minimum is the conditional mean."""
+    return (network(conditions, configuration.factor) - fine).square().mean()
+
+
+def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
+    """Return the velocity loss around a trained mean network; noise levels follow the schedule of beta."""
+
+    def loss(
+        network: nn.Module,
+        fine: Tensor,
+        conditions: Tensor,
+        configuration: FactorConfiguration,
+        generator: torch.Generator,
+    ) -> Tensor:
+        factor = configuration.factor
+        with torch.no_grad():
+            expected = mean(conditions, factor)
+        residual = (fine - expected) / scales[str(factor)]
+        # One stratified draw per patch covers the schedule evenly even in small batches.
+        n = len(fine)
+        u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        angle = noise_angle(u, configuration.beta).to(fine.device)
+        noise = torch.randn(residual.shape, generator=generator).to(fine.device)
+        noisy, velocity = add_noise(residual, noise, angle[:, None, None, None, None])
+        return (network(noisy, angle, expected, conditions, factor) - velocity).square().mean()
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training: data, factor configurations, preset, and the folder that it resumes from."""
+
+    train: Sequence[Region]
+    validation: Sequence[Region]
+    configurations: Sequence[FactorConfiguration]
+    preset: Preset
+    folder: Path
+    run: Run
+    seed: int = 0
+    transform: Transform = Transform()
+    report: Callable[[str], None] = print
+
+    def batch(self, stage: int, step: int) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
+        """Draw the batch of one step on this rank: fine, conditions, configuration and noise generator."""
+        shared = np.random.default_rng([self.seed, stage, step])
+        configuration = self.configurations[int(shared.integers(len(self.configurations)))]
+        rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
+        first = draw_patch(self.train, configuration, rng)
+        count = max(1, round(self.preset.cells_per_step / first.fine.size))
+        patches = [first, *(draw_patch(self.train, configuration, rng) for _ in range(count - 1))]
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return *self._tensors(patches, configuration), configuration, generator
+
+    def _tensors(self, patches: Sequence[Patch], configuration: FactorConfiguration) -> tuple[Tensor, Tensor]:
+        device, scale = self.run.device, self.transform.scale_mm
+        fine = torch.from_numpy(np.stack([p.fine for p in patches])).to(device)[:, :, None]
+        coarse = torch.from_numpy(np.stack([p.coarse for p in patches])).to(device)
+        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale)
+
+    def validation_loss(self, stage: Stage, loss: Loss) -> float:
+        """Loss of the averaged weights on fixed validation patches, averaged over the factors."""
+        network = _with_weights(stage.network, stage.average)
+        values = []
+        for configuration in self.configurations:
+            rng = np.random.default_rng([self.seed, 99])
+            generator = torch.Generator().manual_seed(self.seed)
+            for _ in range(VALIDATION_PATCHES):
+                patch = draw_patch(self.validation, configuration, rng, augment=False)
+                with torch.no_grad():
+                    value = loss(network, *self._tensors([patch], configuration), configuration, generator)
+                values.append(float(value))
+        return float(np.mean(values))
+
+    def advance(self, stage: Stage, loss: Loss) -> nn.Module:
+        """Train a stage to its end and return the network with averaged weights.
+
+        Raises:
+            TrainingError: the loss is no longer finite; the last saved state is kept.
+        """
+        stage.resume(self.folder)
+        started, first = time.monotonic(), stage.step
+        while stage.step < stage.steps:
+            fine, conditions, configuration, generator = self.batch(stage.number, stage.step)
+            value = loss(stage.network, fine, conditions, configuration, generator)
+            if not math.isfinite(value.item()):
+                raise TrainingError(
+                    f"The {stage.name} loss is {value.item()} at step {stage.step}. The state of the last save is "
+                    f"kept in {self.folder}; lower the learning rate and start again from it."
+                )
+            stage.update(value, self.run)
+            stage.losses.append(value.item())
+            if stage.step % self.preset.save_every == 0 and self.run.rank == 0:
+                stage.save(self.folder)
+                rate = (time.monotonic() - started) / (stage.step - first)
+                self.report(
+                    f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
+                    f"validation {self.validation_loss(stage, loss):.4f}  {rate:.2f} s/step  "
+                    f"left {rate * (stage.steps - stage.step) / 60:.0f} min"
+                )
+        return _with_weights(stage.network, stage.average)
+
+    def residual_scales(self, mean: nn.Module) -> dict[str, float]:
+        """Standard deviation of the transformed residual per factor, on patches that all ranks share."""
+        scales = {}
+        for configuration in self.configurations:
+            rng = np.random.default_rng([self.seed, 77])
+            squares = []
+            for _ in range(SCALE_PATCHES):
+                patch = draw_patch(self.train, configuration, rng)
+                fine, conditions = self._tensors([patch], configuration)
+                with torch.no_grad():
+                    squares.append(float((fine - mean(conditions, configuration.factor)).square().mean()))
+            scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
+        return scales
+
+
+def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    import copy
+
+    other = copy.deepcopy(network)
+    other.load_state_dict(dict(weights))
+    return other.eval()
+
+
+def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Checkpoint:
+    """Train both networks and write the checkpoint into the training's folder.
+
+    Args:
+        training: what to train, on what; interrupted trainings go on from its folder.
+        name: name of the checkpoint.
+        provenance: what the card says of the data and the recipe.
+
+    Returns:
+        The written checkpoint; a rank other than 0 waits for it and reads it.
+    """
+    preset, run = training.preset, training.run
+    training.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(training.seed)
+    a = preset.architecture
+    mean = MeanNetwork(a.mean_channels, attention=a.attention).to(run.device)
+    denoiser = Denoiser(a.denoiser_channels, attention=a.attention).to(run.device)
+    mean_stage = Stage("mean", 1, mean, preset.mean_steps, preset.learning_rate)
+    fitted_mean = training.advance(mean_stage, mean_loss)
+    scales = training.residual_scales(fitted_mean)
+    stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate)
+    fitted = training.advance(stage, denoiser_loss(fitted_mean, scales))
+    if run.rank == 0:
+        card = {
+            "name": name,
+            "architecture": a,
+            "transform": training.transform,
+            "served": [
+                {"configuration": c, "residual_scale": scales[str(c.factor)]} for c in training.configurations
+            ],
+            "training": {
+                **provenance,
+                "mean_steps": preset.mean_steps,
+                "denoiser_steps": preset.denoiser_steps,
+                "cells_per_step": preset.cells_per_step * run.world,
+                "learning_rate": preset.learning_rate,
+                "seed": training.seed,
+            },
+        }
+        weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
+        weights |= {f"denoiser.{k}": v for k, v in fitted.state_dict().items()}
+        write_checkpoint(training.folder / "checkpoint", card, weights)
+    if run.world > 1:
+        dist.barrier()
+    return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
