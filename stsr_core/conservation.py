@@ -86,7 +86,7 @@ def quantise(
     """Round fine amounts to whole quanta that sum exactly to the rounded coarse total of their block.
 
     Each cell is the difference of the rounded running sum inside its block, so no cell is off by more
-    than one quantum, and a dry cell stays dry.
+    than one and a half quanta, and a dry cell stays dry.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), >= 0 or NaN.

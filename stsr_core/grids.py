@@ -1,7 +1,4 @@
-"""Regular grids and the one block reduction between fine and coarse.
-
-Target grids and conservative regridding onto them are in this module too; nothing here imports torch.
-"""
+"""Regular grids and axes, and the one block reduction between fine and coarse."""
 
 from __future__ import annotations
 
@@ -129,13 +126,17 @@ class TimeAxis:
         return TimeAxis(self.start + self.step * start, self.step, stop - start, self.label)
 
     @property
+    def since_epoch(self) -> timedelta:
+        """Time from the origin of the time lattice to the start of the first interval."""
+        if isinstance(self.start, cftime.datetime):
+            since: timedelta = self.start - cftime.datetime(EPOCH_YEAR, 1, 1, calendar=self.start.calendar)
+            return since
+        return self.start - datetime(EPOCH_YEAR, 1, 1)
+
+    @property
     def lattice_index(self) -> int:
         """Index of the first interval on the lattice fixed in absolute time (steps since 1850)."""
-        if isinstance(self.start, cftime.datetime):
-            since = self.start - cftime.datetime(EPOCH_YEAR, 1, 1, calendar=self.start.calendar)
-        else:
-            since = self.start - datetime(EPOCH_YEAR, 1, 1)  # noqa: DTZ001  UTC by contract
-        return math.floor(since / self.step + 0.25)
+        return math.floor(self.since_epoch / self.step + 0.25)
 
 
 def coarsen(fine: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:

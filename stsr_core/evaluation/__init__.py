@@ -1,0 +1,1 @@
+"""Scores of ensembles against fine truth, beside baselines in the same run."""

@@ -1,0 +1,134 @@
+"""catalog.yaml: the sources, target grids and products that an operator edits."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stsr_core.errors import ConfigurationError
+from stsr_core.grids import TimeLabel
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Source(_Frozen):
+    """Coarse model output: where it is, and what the files do not say themselves."""
+
+    url: str = Field(description="Path (relative to catalog.yaml), fsspec URL, or package:FILE for shipped files.")
+    variable: str
+    description: str
+    license: str = Field(description="SPDX identifier or name of the licence.")
+    attribution: str
+    units: str | None = None
+    crs: str | None = None
+    time_label: TimeLabel | None = None
+
+
+class TargetGrid(_Frozen):
+    """A box of fine cells."""
+
+    crs: str = Field(description="A projected CRS in metres, such as EPSG:2154.")
+    spacing_m: float = Field(gt=0)
+    x_min: float
+    x_max: float
+    y_min: float
+    y_max: float
+    fine_step_h: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _whole_cells(self) -> Self:
+        for low, high in ((self.x_min, self.x_max), (self.y_min, self.y_max)):
+            cells = (high - low) / self.spacing_m
+            if cells < 1 or abs(cells - round(cells)) > 1e-6:
+                raise ValueError(f"{low:g} to {high:g} is no whole number of cells of {self.spacing_m:g} m")
+        return self
+
+
+class Gates(_Frozen):
+    """What an ensemble must meet before it is published."""
+
+    max_closure_quanta: int = Field(default=0, ge=0, description="Largest closure of a coarse cell, in quanta.")
+    max_mm: float = Field(default=300.0, gt=0, description="Largest plausible amount per fine step.")
+    min_relative_spread: float = Field(
+        default=0.05, ge=0, description="Smallest standard deviation over mean, where it rains."
+    )
+
+
+class Product(_Frozen):
+    """What users subscribe to: a source on a target grid."""
+
+    title: str
+    description: str
+    source: str
+    grid: str
+    members: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    conserve: bool = True
+    keywords: tuple[str, ...] = Field(default=(), strict=False)
+    gates: Gates = Gates()
+
+
+class Configuration(_Frozen):
+    """All of catalog.yaml."""
+
+    sources: dict[str, Source]
+    grids: dict[str, TargetGrid]
+    products: dict[str, Product]
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        for name, product in self.products.items():
+            if product.source not in self.sources:
+                raise ValueError(f"product {name} names source {product.source!r}; there are {sorted(self.sources)}")
+            if product.grid not in self.grids:
+                raise ValueError(f"product {name} names grid {product.grid!r}; there are {sorted(self.grids)}")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Configuration:
+        """Read and validate catalog.yaml.
+
+        Raises:
+            ConfigurationError: no file, no YAML, or a value that is not understood; the message names it.
+        """
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigurationError(f"{path} cannot be read ({e.strerror}). Name it with STSR_CATALOG_FILE.") from e
+        except yaml.YAMLError as e:
+            raise ConfigurationError(f"{path} is no valid YAML: {e}. Mend it there.") from e
+        try:
+            return cls.model_validate(content)
+        except ValidationError as e:
+            problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in e.errors())
+            raise ConfigurationError(f"{path} is not understood: {problems}. Mend these entries.") from e
+
+    def product(self, name: str) -> Product:
+        """Return a product.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if name not in self.products:
+            have = ", ".join(self.products) or "none"
+            raise ConfigurationError(f"No product {name!r} in catalog.yaml; there are {have}. Name one of these.")
+        return self.products[name]
+
+
+def shipped_catalog() -> Path:
+    """Return the catalog.yaml that came with stsr: beside the package when installed, else the repository's."""
+    package = Path(str(files("stsr_core")))
+    installed = package / "catalog.yaml"
+    return installed if installed.is_file() else package.parent / "catalog.yaml"
+
+
+def choose_catalog(named: Path | None) -> Path:
+    """Return the catalog.yaml to use: the one named, else ./catalog.yaml, else the shipped one."""
+    local = Path("catalog.yaml")
+    return named or (local if local.is_file() else shipped_catalog())

@@ -1,0 +1,95 @@
+"""Where the work runs: an existing Dask scheduler, the GPUs of this machine, or its cores."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stsr_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+ONE = {"GPU": 1.0}  # every shard asks for one slot, on CPU workers too, so that submissions are the same
+# One thread a worker: more workers use the cores better, and results do not depend on their number.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Which cluster to use.
+
+    Attributes:
+        scheduler_address: an existing scheduler; everything else is ignored then but the device.
+        device: auto, cpu or cuda.
+        workers: number of local workers; 0 means one per GPU or core.
+    """
+
+    scheduler_address: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """Connect, or start a local cluster that ends with the context.
+
+        Raises:
+            ConfigurationError: no scheduler answers, or cuda is asked for where no GPU is visible.
+        """
+        import dask
+        from distributed import Client
+
+        if self.scheduler_address is not None:
+            try:
+                client = Client(self.scheduler_address, timeout="15s")
+            except (OSError, ValueError, TimeoutError) as e:
+                raise ConfigurationError(
+                    f"No Dask scheduler answers at {self.scheduler_address} ({e}). Start it, or unset "
+                    "STSR_SCHEDULER_ADDRESS to use this machine."
+                ) from e
+            with client:
+                yield client
+            return
+        gpus = visible_gpus() if self.device != "cpu" else 0
+        if self.device == "cuda" and not gpus:
+            raise ConfigurationError("Device cuda is asked for, but no GPU is visible here. Use --device auto or cpu.")
+        with (
+            dask.config.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
+            self._local(gpus) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+
+    def _local(self, gpus: int):  # type: ignore[no-untyped-def]  # noqa: ANN202  distributed is untyped
+        if gpus:
+            from dask_cuda import LocalCUDACluster
+
+            count = min(self.workers or gpus, gpus)
+            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=ONE, dashboard_address=None)
+        from distributed import LocalCluster
+
+        return LocalCluster(
+            n_workers=self.workers or os.cpu_count() or 1,
+            threads_per_worker=1,
+            resources=ONE,
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+        )
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def visible_gpus() -> int:
+    """Count GPUs in a child process, so that this one does not initialise CUDA before it forks workers."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_count_gpus).result()

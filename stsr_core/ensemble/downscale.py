@@ -1,0 +1,208 @@
+"""An ensemble from an array or a file, without a catalogue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from stsr_core.checkpoint import Checkpoint, Library
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.cluster import Cluster
+from stsr_core.ensemble.generate import Target, generate, remaining
+from stsr_core.ensemble.plan import Plan, Recipe, Shard
+from stsr_core.ensemble.shard import make_shard
+from stsr_core.errors import StoreError
+from stsr_core.factors import Factor
+from stsr_core.regrid import regrid_to_factor
+from stsr_core.store.layout import (
+    MISSING,
+    PRECIPITATION,
+    QUANTUM_MM,
+    StoreLayout,
+    coordinates,
+    create_ensemble,
+    finish,
+    is_whole,
+    remove_store,
+)
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+
+    from stsr_core.sources.cube import Cube
+
+ARRAY = "precipitation"  # name of the amounts in every store
+
+
+def ensemble_quanta(plan: Plan, downscaler: Downscaler, *, workers: int = 1) -> NDArray[np.uint16]:
+    """Make all shards of a plan in this process.
+
+    Returns:
+        Amounts in quanta of 0.01 mm, (member, time, y, x), uint16.
+    """
+    out = np.empty(plan.fine_shape, np.uint16)
+
+    def make(shard: Shard) -> None:
+        torch.set_num_threads(1)
+        out[shard.region(plan.space, plan.time)] = make_shard(plan.task(shard), downscaler).quanta
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(make, plan.shards))
+    return out
+
+
+def matched(cube: Cube, space: int, time: int, library: Library, *, nearest: bool) -> tuple[Cube, Factor]:
+    """Return the cube and the factor that serve a request.
+
+    With `nearest`, the cube is regridded so that the fine grid asked for is reached by the nearest factor.
+
+    Raises:
+        FactorError: (space, time) is not served and `nearest` is off, or nothing near enough is.
+    """
+    if not nearest:
+        return cube, library.family.exact(space, time)
+    factor = library.family.nearest(space, time).factor
+    return regrid_to_factor(cube, Factor(space=space, time=time), factor), factor
+
+
+def prepared(
+    cube: Cube,
+    *,
+    space: int,
+    time: int,
+    members: int,
+    seed: int,
+    nearest: bool,
+    conserve: bool,
+    device: str,
+    checkpoints: str | None,
+) -> tuple[Plan, Downscaler]:
+    """Plan an ensemble and load the networks it needs."""
+    library = Library.open(checkpoints)
+    cube, factor = matched(cube, space, time, library, nearest=nearest)
+    checkpoint: Checkpoint = library.serving(factor)
+    recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
+    return Plan(cube, recipe), Downscaler.load(checkpoint, factor, choose_device(device))
+
+
+def downscale(
+    da: xr.DataArray,
+    *,
+    space: int,
+    time: int,
+    members: int = 8,
+    seed: int = 0,
+    nearest: bool = False,
+    conserve: bool = True,
+    device: str = "auto",
+    checkpoints: str | None = None,
+    workers: int = 0,
+) -> xr.DataArray:
+    """Downscale an array of precipitation amounts to an ensemble, in memory.
+
+    Args:
+        da: amount per step with units, dims (time, y, x) or (time, lat, lon), on regular axes; NaN is missing.
+        space: fine cells per cell along each axis.
+        time: fine steps per step.
+        members: number of members.
+        seed: same seed, same numbers; member k does not depend on how many there are.
+        nearest: serve a factor that no checkpoint was trained for by regridding to the nearest one.
+        conserve: enforce that every input cell keeps its amount.
+        device: "auto", "cpu" or "cuda".
+        checkpoints: folder of checkpoints; None for the shipped ones.
+        workers: threads on a CPU; 0 means one per core. The result does not depend on it.
+
+    Returns:
+        `precipitation`, (member, time, y, x), float32, mm per fine step: the amount of an input cell is the
+        sum over its `time` steps of the area mean of its `space` x `space` cells.
+
+    Raises:
+        SourceError: the array cannot be read without guessing.
+        FactorError: (space, time) is not served.
+    """
+    import xarray as xr
+
+    from stsr_core.sources.harmonise import cube_of
+
+    plan, downscaler = prepared(
+        cube_of(da),
+        space=space,
+        time=time,
+        members=members,
+        seed=seed,
+        nearest=nearest,
+        conserve=conserve,
+        device=device,
+        checkpoints=checkpoints,
+    )
+    threads = workers or (os.cpu_count() or 1) if downscaler.device.type == "cpu" else 1
+    quanta = ensemble_quanta(plan, downscaler, workers=threads)
+    amount = np.where(quanta == MISSING, np.float32(np.nan), quanta * np.float32(QUANTUM_MM))
+    layout = layout_of(plan)
+    return xr.DataArray(
+        amount.astype(np.float32),
+        dims=("member", "time", "y", "x"),
+        coords=coordinates(layout),
+        name=ARRAY,
+        attrs={**PRECIPITATION, **layout.attributes},
+    )
+
+
+def layout_of(plan: Plan, attributes: Mapping[str, str] | None = None) -> StoreLayout:
+    """Layout of the store that holds a plan's ensemble."""
+    from stsr_core.ensemble.plan import MEMBER_BLOCK
+
+    steps, rows, columns = plan.block
+    configuration = plan.recipe.served.configuration
+    stated = {
+        "factor": str(configuration.factor),
+        "seed": str(plan.recipe.seed),
+        "checkpoint": plan.recipe.checkpoint_digest,
+        "conservation": "enforced" if plan.recipe.conserve else "not enforced",
+    }
+    return StoreLayout(
+        members=plan.recipe.members,
+        times=plan.fine_times,
+        grid=plan.fine_grid,
+        member_block=MEMBER_BLOCK,
+        time_block=steps * plan.time,
+        tile=(rows * plan.space, columns * plan.space),
+        attributes={**plan.cube.attributes, **stated, **(attributes or {})},
+    )
+
+
+def downscale_to_store(
+    plan: Plan,
+    downscaler: Downscaler,
+    output: str,
+    *,
+    cluster: Cluster,
+    overwrite: bool = False,
+    storage_options: Mapping[str, object] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write a plan's ensemble to a Zarr store on a cluster; the same call again finishes what was interrupted.
+
+    The store opens as a group only when it is whole.
+
+    Raises:
+        StoreError: `output` is whole already, holds another ensemble, or cannot be written.
+    """
+    options = storage_options or {}
+    if overwrite:
+        remove_store(output, options)
+    if is_whole(output, options):
+        raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
+    target = Target(output, ARRAY, options)
+    remaining(plan, target)
+    layout = layout_of(plan)
+    create_ensemble(output, layout, array=ARRAY, options=options)
+    with cluster.client() as client:
+        generate(plan, downscaler, target, client, progress=progress)
+    finish(output, layout.attributes, options)

@@ -1,0 +1,169 @@
+"""Driving the work: shards as plain Dask futures, a receipt for each, only what is missing.
+
+Workers write shard and receipt themselves; the driver sees receipts only. No more than a few shards per
+worker are in flight, so memory does not grow with the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from distributed import Client, Future, WorkerPlugin, as_completed, get_worker
+
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.cluster import ONE
+from stsr_core.ensemble.shard import make_shard
+from stsr_core.errors import StoreError, StsrError
+from stsr_core.store.layout import write_shard
+from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from stsr_core.ensemble.plan import Plan, ShardTask
+
+IN_FLIGHT = 2  # shards per worker that are submitted at a time
+RETRIES = 2  # times that a shard is tried on another worker
+TOPIC = "stsr-progress"
+
+Progress = Callable[[int], None]
+
+
+class ShardError(StsrError):
+    """A shard that could not be made; the message names it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The store that shards go to."""
+
+    url: str
+    array: str
+    options: Mapping[str, object]
+
+
+class Networks(WorkerPlugin):  # type: ignore[misc]
+    """Puts the networks on a worker's device, once per worker and checkpoint."""
+
+    def __init__(self, digest: str, downscaler: Downscaler, device: str) -> None:
+        self.name = f"stsr-networks-{digest}-{downscaler.factor}"
+        self.downscaler, self.device = downscaler, device
+
+    def setup(self, worker: Worker) -> None:
+        """Load them."""
+        device = choose_device(self.device)
+        for network in (self.downscaler.mean_network, self.downscaler.denoiser):
+            network.to(device)
+        self.downscaler = replace(self.downscaler, device=device)
+
+
+def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
+    """Make, write and vouch for one shard; runs on a worker."""
+    worker = get_worker()
+    downscaler: Downscaler = worker.plugins[name].downscaler
+    torch.set_num_threads(1)
+    try:
+        result = make_shard(task, downscaler, lambda n: worker.log_event(TOPIC, n))
+        region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
+        digest = write_shard(target.url, target.array, region, result.quanta, target.options)
+        receipt = Receipt(
+            shard=task.shard.key,
+            plan_digest=task.digest,
+            bytes_digest=digest,
+            closure_quanta=result.closure_quanta,
+            network_evaluations=result.evaluations,
+            **result.statistics(),  # type: ignore[arg-type]
+        )
+        write_receipt(target.url, target.array, receipt, target.options)
+    except StsrError:
+        raise
+    except Exception as e:
+        raise ShardError(f"Shard {task.shard.key} failed: {type(e).__name__}: {e}") from e
+    return receipt
+
+
+def remaining(plan: Plan, target: Target) -> list[ShardTask]:
+    """Tasks of the plan without a valid receipt.
+
+    Raises:
+        StoreError: receipts are there that belong to other input, arguments or code.
+    """
+    receipts = read_receipts(target.url, target.array, target.options)
+    tasks, foreign = [], []
+    for task in plan.tasks():
+        receipt = receipts.get(task.shard.key)
+        if receipt is None:
+            tasks.append(task)
+        elif receipt.plan_digest != task.digest:
+            foreign.append(task.shard.key)
+    if foreign:
+        raise StoreError(
+            f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code. "
+            "Name another output, or start over with --overwrite."
+        )
+    return tasks
+
+
+def generate(plan: Plan, downscaler: Downscaler, target: Target, client: Client, *, progress: Progress) -> None:
+    """Make all shards of a plan that have no receipt yet.
+
+    Args:
+        plan: what to make.
+        downscaler: the plan's networks, on the CPU; workers move their copy to their device.
+        target: where shards and receipts go; its metadata is written already.
+        client: the cluster.
+        progress: called with the number of network evaluations just done, from another thread.
+
+    Raises:
+        ShardError: a shard failed on every try; shards that were finished stay.
+        StoreError: the store holds shards of another ensemble.
+    """
+    todo = iter(remaining(plan, target))
+    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, "auto" if downscaler.device.type == "cuda" else "cpu")
+    client.register_plugin(plugin)
+    with _reported(client, progress):
+        submitted = _submitted(client, todo, plugin.name, target)
+        pool = as_completed(next(submitted, ()))
+        try:
+            for future in pool:
+                future.result()
+                for more in next(submitted, ()):
+                    pool.add(more)
+        finally:
+            client.cancel(list(pool.futures))
+
+
+def _submitted(client: Client, todo: Iterator[ShardTask], name: str, target: Target) -> Iterator[list[Future]]:
+    """Yield a first handful of futures that fills the cluster, then one more at a time."""
+
+    def submit(count: int) -> list[Future]:
+        return [
+            client.submit(_on_worker, task, name, target, resources=ONE, retries=RETRIES, pure=False, key=_key(task))
+            for _, task in zip(range(count), todo, strict=False)
+        ]
+
+    yield submit(IN_FLIGHT * max(1, len(client.scheduler_info(n_workers=-1)["workers"])))
+    while more := submit(1):
+        yield more
+
+
+def _key(task: ShardTask) -> str:
+    return f"shard-{task.shard.key}-{task.digest[:12]}"
+
+
+@contextmanager
+def _reported(client: Client, progress: Progress) -> Iterator[None]:
+    """Pass on what workers log about their network evaluations."""
+
+    def handler(event: tuple[float, int]) -> None:
+        progress(event[1])
+
+    client.subscribe_topic(TOPIC, handler)
+    try:
+        yield
+    finally:
+        client.unsubscribe_topic(TOPIC)

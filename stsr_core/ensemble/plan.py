@@ -1,0 +1,267 @@
+"""The plan: which shards an ensemble consists of, what each is made from, and what it costs. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stsr_core.ensemble.noise import NOISE_TILE
+from stsr_core.ensemble.windows import WindowLattice
+from stsr_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.checkpoint import Checkpoint, Served
+    from stsr_core.grids import Grid, TimeAxis
+    from stsr_core.sources.cube import Cube
+
+HALO = 1  # coarse cells and steps around the windows that their interpolation reads
+MEMBER_BLOCK = 4  # members of a shard; they share the mean
+SHARD_CELLS = 512  # fine cells along a tile, before rounding to whole coarse cells
+SHARD_STEPS = 24  # fine steps of a time block, before rounding to whole coarse steps
+MAX_MEMBERS = 10_000
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines an ensemble besides its coarse input.
+
+    Attributes:
+        served: factor configuration, residual scale and network evaluations of the checkpoint.
+        checkpoint_digest: identifies card and weights.
+        seed: product seed.
+        members: number of members.
+        conserve: whether coarse totals are enforced.
+    """
+
+    served: Served
+    checkpoint_digest: str
+    seed: int
+    members: int
+    conserve: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.members <= MAX_MEMBERS:
+            raise ConfigurationError(
+                f"{self.members} members are asked for; 1 to {MAX_MEMBERS} can be made. Change members."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"Seed {self.seed} is asked for; 0 to 2^63 - 1 is needed. Change the seed.")
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, served: Served, *, seed: int, members: int, conserve: bool) -> Recipe:
+        """Recipe for a checkpoint's factor configuration."""
+        return cls(served, checkpoint.digest, seed, members, conserve)
+
+    def identity(self) -> dict[str, object]:
+        """What a shard's digest covers of the recipe; the number of members is not part of it."""
+        return {
+            "configuration": self.served.configuration.model_dump(mode="json"),
+            "evaluations": self.served.evaluations,
+            "checkpoint": self.checkpoint_digest,
+            "seed": self.seed,
+            "conserve": self.conserve,
+            "noise_tile": NOISE_TILE,
+            "code": version("stsr"),
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of writing and of resuming: member block x time block x tile.
+
+    Attributes:
+        index: (member block, time block, tile row, tile column).
+        members: first member, and the one behind the last.
+        box: coarse steps, rows and columns, as (start, stop) in the cube.
+    """
+
+    index: tuple[int, int, int, int]
+    members: tuple[int, int]
+    box: Box
+
+    @property
+    def key(self) -> str:
+        """Name of the shard, the same in logs, receipts and errors."""
+        return "m{}-t{}-y{}-x{}".format(*self.index)
+
+    def region(self, space: int, time: int) -> tuple[slice, slice, slice, slice]:
+        """Slices (member, time, y, x) of the fine array that the shard fills."""
+        (t0, t1), (y0, y1), (x0, x1) = self.box
+        return (
+            slice(*self.members),
+            slice(t0 * time, t1 * time),
+            slice(y0 * space, y1 * space),
+            slice(x0 * space, x1 * space),
+        )
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker gets to make one shard: everything but the weights.
+
+    Attributes:
+        shard: which shard.
+        recipe: how to make it.
+        origin: absolute coarse index of the cube's first step, row and column.
+        shape: coarse shape of the cube.
+        read: coarse steps, rows and columns that `coarse` holds; may reach one cell out of the cube, where
+            edge values are repeated.
+        coarse: amount [mm per coarse step] in `read`, float32, NaN where missing.
+        digest: over everything above.
+    """
+
+    shard: Shard
+    recipe: Recipe
+    origin: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    read: Box
+    coarse: NDArray[np.float32]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of one ensemble over one coarse cube."""
+
+    cube: Cube
+    recipe: Recipe
+
+    @property
+    def space(self) -> int:
+        """Fine cells per coarse cell along one axis."""
+        return self.recipe.served.configuration.factor.space
+
+    @property
+    def time(self) -> int:
+        """Fine steps per coarse step."""
+        return self.recipe.served.configuration.factor.time
+
+    @property
+    def fine_grid(self) -> Grid:
+        """Grid of the ensemble."""
+        return self.cube.grid.refine(self.space)
+
+    @property
+    def fine_times(self) -> TimeAxis:
+        """Time axis of the ensemble."""
+        return self.cube.times.refine(self.time)
+
+    @property
+    def fine_shape(self) -> tuple[int, int, int, int]:
+        """(member, time, y, x)."""
+        nt, ny, nx = self.cube.amount.shape
+        return self.recipe.members, nt * self.time, ny * self.space, nx * self.space
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        """Coarse steps, rows and columns of a shard."""
+        tile = max(1, round(SHARD_CELLS / self.space))
+        nt, ny, nx = self.cube.amount.shape
+        return min(nt, max(1, round(SHARD_STEPS / self.time))), min(ny, tile), min(nx, tile)
+
+    @cached_property
+    def lattice(self) -> WindowLattice:
+        """Lattice of the windows."""
+        return WindowLattice.of(self.recipe.served.configuration)
+
+    @property
+    def origin(self) -> tuple[int, int, int]:
+        """Absolute coarse index of the cube's first step, row and column."""
+        return self.cube.times.lattice_index, self.cube.grid.y.lattice_index, self.cube.grid.x.lattice_index
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """All shards, members fastest so that neighbours in time and place finish together."""
+        sizes = (self.recipe.members, *self.cube.amount.shape)
+        blocks = (MEMBER_BLOCK, *self.block)
+        axes = [
+            [(i, (a, min(n, a + b))) for i, a in enumerate(range(0, n, b))] for n, b in zip(sizes, blocks, strict=True)
+        ]
+        return tuple(
+            Shard((m[0], t[0], y[0], x[0]), m[1], (t[1], y[1], x[1])) for t, y, x, m in product(*axes[1:], axes[0])
+        )
+
+    def windows(self, shard: Shard) -> list[Box]:
+        """Windows of a shard in absolute coarse indices."""
+        return shard_windows(self.lattice, shard.box, self.origin, self.cube.amount.shape)
+
+    def is_dry(self, shard: Shard) -> bool:
+        """Whether no coarse cell of the shard holds any rain, so that it needs no network."""
+        return self.recipe.conserve and not bool((self.cube.amount[_slices(shard.box)] > 0).any())
+
+    def evaluations(self, shard: Shard) -> int:
+        """Network evaluations on wet windows that the shard takes, those of the mean included."""
+        if self.is_dry(shard):
+            return 0
+        wet = sum(
+            bool((self.cube.amount[_slices(shifted(w, self.origin))] > 0).any()) for w in self.windows(shard)
+        )
+        return wet * (1 + (shard.members[1] - shard.members[0]) * self.recipe.served.evaluations)
+
+    def task(self, shard: Shard) -> ShardTask:
+        """Cut out what a worker needs to make a shard."""
+        windows = [shifted(w, self.origin) for w in self.windows(shard)]
+        read = _hull(windows, HALO)
+        coarse = _padded(self.cube.amount, read)
+        identity = {
+            **self.recipe.identity(),
+            "box": shard.box,
+            "members": shard.members,
+            "origin": self.origin,
+            "shape": self.cube.amount.shape,
+            "read": read,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
+        return ShardTask(
+            shard, self.recipe, self.origin, self.cube.amount.shape, read, coarse, digest.hexdigest()
+        )
+
+    def tasks(self) -> Iterator[ShardTask]:
+        """Yield the tasks one by one; each holds only its own part of the cube."""
+        return (self.task(shard) for shard in self.shards)
+
+
+def shifted(box: Box, by: tuple[int, int, int]) -> Box:
+    """Box in indices that count from `by`."""
+    (t0, t1), (y0, y1), (x0, x1) = box
+    return (t0 - by[0], t1 - by[0]), (y0 - by[1], y1 - by[1]), (x0 - by[2], x1 - by[2])
+
+
+def shard_windows(
+    lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]
+) -> list[Box]:
+    """Windows that a box of the cube needs, in absolute coarse indices."""
+    absolute = [(a + o, b + o) for (a, b), o in zip(box, origin, strict=True)]
+    domain = [(o, o + n) for o, n in zip(origin, shape, strict=True)]
+    return lattice.covering(tuple(absolute), tuple(domain))  # type: ignore[return-value]
+
+
+def _slices(box: Box) -> tuple[slice, slice, slice]:
+    t, y, x = box
+    return slice(*t), slice(*y), slice(*x)
+
+
+def _hull(windows: list[Box], halo: int) -> Box:
+    lows = np.min([[a for a, _ in w] for w in windows], axis=0) - halo
+    highs = np.max([[b for _, b in w] for w in windows], axis=0) + halo
+    t, y, x = ((int(a), int(b)) for a, b in zip(lows, highs, strict=True))
+    return t, y, x
+
+
+def _padded(amount: NDArray[np.float32], read: Box) -> NDArray[np.float32]:
+    """Cut `read` out of the cube; indices outside it repeat the edge."""
+    indices = [np.clip(np.arange(a, b), 0, n - 1) for (a, b), n in zip(read, amount.shape, strict=True)]
+    return amount[np.ix_(*indices)]

@@ -1,0 +1,58 @@
+"""From the arguments of `stsr evaluate` to a table of scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stsr_core.checkpoint import Library, with_scores
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.evaluation.evaluate import Table, evaluate
+from stsr_core.training.command import netcdf_files
+
+
+def evaluate_checkpoint(
+    data: Sequence[Path],
+    space: int,
+    time: int,
+    *,
+    members: int,
+    hours: int,
+    cells: int,
+    workers: int,
+    checkpoints: Path | None,
+    record: bool,
+    json_file: Path | None,
+    report: Callable[[str], None],
+) -> Table:
+    """Evaluate the checkpoint that serves (space, time), and keep its scores where asked."""
+    library = Library.open(checkpoints)
+    factor = library.family.exact(space, time)
+    checkpoint = library.serving(factor)
+    downscaler = Downscaler.load(checkpoint, factor, choose_device("auto"))
+    table = evaluate(
+        checkpoint,
+        downscaler,
+        netcdf_files(data),
+        members=members,
+        hours=hours,
+        cells=cells,
+        workers=workers,
+        report=report,
+    )
+    if record:
+        with_scores(checkpoint, factor, {k: round(v, 4) for k, v in table["stsr"].items()})
+    if json_file is not None:
+        json_file.write_text(json.dumps({"factor": [space, time], "members": members, "scores": table}, indent=1))
+    return table
+
+
+def table_text(table: Table) -> str:
+    """Format scores as a plain table, one row a score, one column a method."""
+    methods = list(table)
+    names = list(dict.fromkeys(name for scores in table.values() for name in scores))
+    rows = [["score", *methods]]
+    rows += [[n, *(f"{table[m][n]:.3f}" if n in table[m] else "" for m in methods)] for n in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,1 @@
+"""Reading: any real file becomes one canonical coarse cube."""

@@ -1,0 +1,36 @@
+"""The canonical coarse cube that all stages after reading work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stsr_core.errors import ShapeError
+from stsr_core.grids import Grid, TimeAxis
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Cube:
+    """Coarse precipitation.
+
+    Attributes:
+        amount: mm per coarse step, (T, Y, X), float32, >= 0; NaN is missing.
+        times: time axis, in the calendar of the source.
+        grid: horizontal grid, oriented as the source has it.
+        attributes: provenance that travels into what is published (title, source, license, attribution, ...).
+    """
+
+    amount: NDArray[np.float32]
+    times: TimeAxis
+    grid: Grid
+    attributes: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        expected = (self.times.size, *self.grid.shape)
+        if self.amount.shape != expected:
+            raise ShapeError(f"Amounts of shape {self.amount.shape} do not belong to axes of sizes {expected}.")

@@ -1,0 +1,1 @@
+"""Zarr stores of ensembles: layout, receipts, overview and verification. No torch here."""

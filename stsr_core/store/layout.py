@@ -1,0 +1,276 @@
+"""Layout of an ensemble store: Zarr v3, CF, packed integers, one Zarr shard per unit of work.
+
+Array metadata is written before workers start; the group's own metadata is written last, so a store opens as
+a group only when it is whole. Nothing in it depends on the clock: the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cftime
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.errors import ZarrUserWarning
+from zarr.storage import FsspecStore, LocalStore
+
+from stsr_core.errors import StoreError
+from stsr_core.grids import Grid, TimeAxis
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+    from numpy.typing import NDArray
+    from zarr.abc.store import Store
+
+QUANTUM_MM = 0.01  # storage quantum
+MISSING = 65535  # stored where the input is missing
+CHUNK_CELLS = 128  # fine cells along a chunk, at most
+EPOCH = "seconds since 1970-01-01"
+PRECIPITATION = {
+    "standard_name": "lwe_thickness_of_precipitation_amount",
+    "long_name": "precipitation amount per step",
+    "units": "mm",
+    "cell_methods": "time: sum area: mean",
+}
+
+Options = Mapping[str, object]
+Region = tuple[slice, slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Axes of an ensemble and the size of its shards.
+
+    Attributes:
+        members: number of members.
+        times: fine time axis.
+        grid: fine grid.
+        member_block: members of a shard.
+        time_block: fine steps of a shard.
+        tile: fine rows and columns of a shard.
+        attributes: global attributes (provenance).
+    """
+
+    members: int
+    times: TimeAxis
+    grid: Grid
+    member_block: int
+    time_block: int
+    tile: tuple[int, int]
+    attributes: Mapping[str, str]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(member, time, y, x)."""
+        return self.members, self.times.size, *self.grid.shape
+
+    @property
+    def shard(self) -> tuple[int, int, int, int]:
+        """Shape of a shard; those at the far edges hold less."""
+        return self.member_block, self.time_block, *self.tile
+
+    @property
+    def chunk(self) -> tuple[int, int, int, int]:
+        """Shape of a chunk: all members and steps of the shard, so that a point series is few requests."""
+        return self.member_block, self.time_block, _divisor(self.tile[0]), _divisor(self.tile[1])
+
+
+def _divisor(size: int) -> int:
+    return max(d for d in range(1, min(size, CHUNK_CELLS) + 1) if size % d == 0)
+
+
+def filesystem(url: str, options: Options | None = None) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of a URL, and the path in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url, **dict(options or {}))  # type: ignore[no-any-return]
+
+
+def open_store(url: str, options: Options | None = None) -> Store:
+    """Return the Zarr store at a local path or fsspec URL."""
+    if "://" in url:
+        return FsspecStore.from_url(url, storage_options=dict(options or {}) or None)
+    return LocalStore(url)
+
+
+def time_units(times: TimeAxis) -> tuple[str, str]:
+    """CF units and calendar of a time axis."""
+    if isinstance(times.start, cftime.datetime):
+        return EPOCH, str(times.start.calendar)
+    return EPOCH, "proleptic_gregorian"
+
+
+def encoded_times(values: NDArray[Any], calendar: str) -> NDArray[np.int64]:
+    """Encode dates as whole seconds since 1970."""
+    if values.dtype == object:
+        return np.rint(cftime.date2num(values, EPOCH, calendar=calendar)).astype(np.int64)  # type: ignore[no-any-return]
+    return values.astype("datetime64[s]").astype(np.int64)
+
+
+def axis_attributes(grid: Grid) -> tuple[dict[str, str], dict[str, str]]:
+    """CF attributes of the y and x coordinates."""
+    if grid.crs_wkt is None:
+        return {"axis": "Y"}, {"axis": "X"}
+    from pyproj import CRS
+
+    if CRS.from_wkt(grid.crs_wkt).is_geographic:
+        return (
+            {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
+            {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
+        )
+    return (
+        {"standard_name": "projection_y_coordinate", "units": "m", "axis": "Y"},
+        {"standard_name": "projection_x_coordinate", "units": "m", "axis": "X"},
+    )
+
+
+def coordinates(layout: StoreLayout) -> dict[str, Any]:
+    """Decoded coordinates for an xarray object with the layout's axes."""
+    y, x = axis_attributes(layout.grid)
+    return {
+        "member": ("member", np.arange(layout.members), {"standard_name": "realization"}),
+        "time": ("time", layout.times.labels, {"standard_name": "time", "axis": "T"}),
+        "time_bnds": (("time", "nv"), layout.times.bounds),
+        "y": ("y", layout.grid.y.centres, y),
+        "x": ("x", layout.grid.x.centres, x),
+    }
+
+
+def write_array(
+    url: str, data: NDArray[Any], dims: tuple[str, ...], attributes: Mapping[str, Any], options: Options | None
+) -> None:
+    """Write a small array as a node of its own; opened through its parent it would create the group too early."""
+    zarr.create_array(
+        open_store(url, options), data=data, chunks=data.shape, dimension_names=dims, compressors=None,
+        attributes=dict(attributes), overwrite=True, fill_value=0,
+    )  # fmt: skip
+
+
+def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | None = None) -> None:
+    """Write time, its bounds, y, x and the CRS of a group."""
+    units, calendar = time_units(times)
+    y, x = axis_attributes(grid)
+    stamp = {"standard_name": "time", "axis": "T", "units": units, "calendar": calendar, "bounds": "time_bnds"}
+    write_array(f"{url}/time", encoded_times(times.labels, calendar), ("time",), stamp, options)
+    bounds = encoded_times(times.bounds.ravel(), calendar).reshape(-1, 2)
+    write_array(f"{url}/time_bnds", bounds, ("time", "nv"), {}, options)
+    write_array(f"{url}/y", grid.y.centres, ("y",), y, options)
+    write_array(f"{url}/x", grid.x.centres, ("x",), x, options)
+    if grid.crs_wkt is not None:
+        from pyproj import CRS
+
+        write_array(f"{url}/crs", np.array(0, np.int32), (), CRS.from_wkt(grid.crs_wkt).to_cf(), options)
+
+
+def mapped(attributes: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """Add the grid mapping to a variable's attributes where the CRS is known."""
+    return {**attributes, **({"grid_mapping": "crs"} if grid.crs_wkt is not None else {})}
+
+
+def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Options | None = None) -> None:
+    """Write the metadata and coordinates of an ensemble, but not its group: it does not open yet.
+
+    Raises:
+        StoreError: the place cannot be written.
+    """
+    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM, "coordinates": "time_bnds"}, layout.grid)
+    realization = {"standard_name": "realization"}
+    try:
+        write_coordinates(url, layout.times, layout.grid, options)
+        write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)
+        if not _exists(url, f"{array}/zarr.json", options):
+            zarr.create_array(
+                open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
+                chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
+                dimension_names=("member", "time", "y", "x"), attributes={**attributes, "_FillValue": MISSING},
+                config={"write_empty_chunks": True},
+            )  # fmt: skip
+    except OSError as e:
+        raise StoreError(f"{url} cannot be written ({e}). Check the path, its permissions and free space.") from e
+
+
+def _exists(url: str, name: str, options: Options | None) -> bool:
+    fs, path = filesystem(url, options)
+    return bool(fs.exists(f"{path}/{name}"))
+
+
+def finish(url: str, attributes: Mapping[str, str], options: Options | None = None) -> None:
+    """Write the group's metadata, consolidated: from now on the store opens and counts as whole."""
+    store = open_store(url, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.create_group(store, attributes={"Conventions": "CF-1.11", **attributes}, overwrite=False)
+        zarr.consolidate_metadata(store)
+
+
+def is_whole(url: str, options: Options | None = None) -> bool:
+    """Whether the store at a URL was finished."""
+    fs, path = filesystem(url, options)
+    try:
+        return "consolidated_metadata" in json.loads(fs.cat_file(f"{path}/zarr.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError as e:
+        raise StoreError(f"{url}/zarr.json is damaged ({e}). Remove the store, or write it again.") from e
+
+
+def remove_store(url: str, options: Options | None = None) -> None:
+    """Remove what is at a URL.
+
+    Raises:
+        StoreError: something that is no store of this kind is there.
+    """
+    fs, path = filesystem(url, options)
+    if not fs.exists(path):
+        return
+    if not (fs.exists(f"{path}/zarr.json") or fs.exists(f"{path}/time/zarr.json")):
+        raise StoreError(f"{url} is no Zarr store, so it is not overwritten. Name another output, or remove it yourself.")
+    fs.rm(path, recursive=True)
+
+
+def shard_path(url: str, array: str, layout_shard: tuple[int, ...], region: Region) -> str:
+    """Address of the object that holds a shard."""
+    index = "/".join(str(part.start // n) for part, n in zip(region, layout_shard, strict=True))
+    return f"{url}/{array}/c/{index}"
+
+
+def read_object(url: str, options: Options | None = None) -> bytes:
+    """Read one object.
+
+    Raises:
+        StoreError: it is not there or cannot be read.
+    """
+    fs, path = filesystem(url, options)
+    try:
+        return bytes(fs.cat_file(path))
+    except OSError as e:
+        raise StoreError(f"{url} cannot be read ({e.__class__.__name__}). It is missing, or the store is gone.") from e
+
+
+def write_shard(
+    url: str, array: str, region: Region, values: NDArray[np.uint16], options: Options | None = None
+) -> str:
+    """Write one whole shard and return the sha256 of its stored bytes.
+
+    Raises:
+        StoreError: the region is not exactly one shard, its values have another shape, or writing failed.
+    """
+    target = zarr.open_array(open_store(f"{url}/{array}", options), mode="r+")
+    shard = target.shards or target.chunks
+    for part, n, size in zip(region, shard, target.shape, strict=True):
+        if part.start % n or part.stop not in (part.start + n, size):
+            raise StoreError(f"Region {region} is not one shard of shape {shard} in {target.shape}; it would lose data.")
+    expected = tuple(part.stop - part.start for part in region)
+    if values.shape != expected or values.dtype != np.uint16:
+        raise StoreError(f"Values {values.dtype} {values.shape} do not fill region {expected} of uint16.")
+    try:
+        target[region] = values
+    except OSError as e:
+        raise StoreError(f"{url} cannot be written ({e}). Check free space and permissions.") from e
+    return hashlib.sha256(read_object(shard_path(url, array, shard, region), options)).hexdigest()

@@ -1,0 +1,77 @@
+"""Receipts: what proves that a shard is written. They lie below the array they vouch for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stsr_core.errors import StoreError
+from stsr_core.store.layout import filesystem
+
+if TYPE_CHECKING:
+    from stsr_core.store.layout import Options
+
+
+class Receipt(BaseModel):
+    """Proof of one shard.
+
+    Attributes:
+        shard: its key.
+        plan_digest: over everything that determines its bytes.
+        bytes_digest: sha256 of the stored object.
+        closure_quanta: largest absolute closure of a coarse cell, in storage quanta.
+        network_evaluations: evaluations on windows that it took.
+        wet: cells above 0.1 mm, over all members.
+        missing: missing cells, over all members.
+        sum_mm: sum over all cells [mm].
+        max_mm: largest amount [mm].
+        rain_mm: mean amount over cells that are wet in any member [mm].
+        spread_mm: mean standard deviation over members in the same cells [mm].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str
+    plan_digest: str
+    bytes_digest: str
+    closure_quanta: int
+    network_evaluations: int
+    wet: int
+    missing: int
+    sum_mm: float
+    max_mm: float
+    rain_mm: float
+    spread_mm: float
+
+
+def _folder(array: str) -> str:
+    return f"{array}/receipts"
+
+
+def write_receipt(url: str, array: str, receipt: Receipt, options: Options | None = None) -> None:
+    """Write a receipt; its shard must be stored before."""
+    fs, path = filesystem(url, options)
+    folder = f"{path}/{_folder(array)}"
+    fs.makedirs(folder, exist_ok=True)
+    fs.pipe_file(f"{folder}/{receipt.shard}.json", (receipt.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_receipts(url: str, array: str, options: Options | None = None) -> dict[str, Receipt]:
+    """Read all receipts of an array, by shard key; none where nothing is written yet.
+
+    Raises:
+        StoreError: a receipt that is damaged.
+    """
+    fs, path = filesystem(url, options)
+    folder = f"{path}/{_folder(array)}"
+    if not fs.exists(folder):
+        return {}
+    found = {}
+    for name, raw in fs.cat(sorted(fs.glob(f"{folder}/*.json"))).items() if fs.glob(f"{folder}/*.json") else ():
+        try:
+            receipt = Receipt.model_validate_json(raw)
+        except ValidationError as e:
+            raise StoreError(f"Receipt {name} is damaged ({e.error_count()} errors). Remove it; its shard is redone.") from e
+        found[receipt.shard] = receipt
+    return found

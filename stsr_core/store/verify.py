@@ -1,0 +1,189 @@
+"""Gates: what must hold of a finished ensemble before anyone sees it. Recomputed from the stored bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
+from pydantic import BaseModel, ConfigDict
+
+from stsr_core.errors import GateError, StoreError
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_store, read_object, shard_path
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.configuration import Gates
+    from stsr_core.factors import Factor
+    from stsr_core.store.layout import Options
+    from stsr_core.store.receipts import Receipt
+
+SAMPLE = 64  # shards that are read back
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A planned shard: its key, the region it fills, and the digest its receipt must carry."""
+
+    key: str
+    region: Region
+    plan_digest: str
+
+
+class Gate(BaseModel):
+    """One gate: what was found, what is needed, where it fails."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    passed: bool
+    found: str
+    needed: str
+    where: str = ""
+
+
+class GateReport(BaseModel):
+    """All gates of one ensemble."""
+
+    model_config = ConfigDict(frozen=True)
+
+    gates: tuple[Gate, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate is passed."""
+        return all(gate.passed for gate in self.gates)
+
+    def raise_if_failed(self) -> None:
+        """Raise GateError that names every gate that failed."""
+        failed = [
+            f"{g.name}: found {g.found}, needed {g.needed}{f' ({g.where})' if g.where else ''}"
+            for g in self.gates
+            if not g.passed
+        ]
+        if failed:
+            raise GateError("Nothing was published. " + "; ".join(failed) + ". The attempt is kept for inspection.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An ensemble array and what it was made from.
+
+    Attributes:
+        url: its store.
+        array: its name.
+        factor: (s, t).
+        coarse: amount [mm per coarse step], (T, Y, X), NaN where missing.
+        members: number of members.
+        conserved: whether closure was enforced.
+    """
+
+    url: str
+    array: str
+    factor: Factor
+    coarse: NDArray[np.float32]
+    members: int
+    conserved: bool
+    options: Options | None = None
+
+
+def verify(
+    stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates
+) -> GateReport:
+    """Check an ensemble against its plan, its receipts and its product's gates."""
+    valid = [e for e in expected if e.key in receipts and receipts[e.key].plan_digest == e.plan_digest]
+    lacking = sorted({e.key for e in expected} - {e.key for e in valid})
+    results = [
+        Gate(
+            name="receipts",
+            passed=not lacking,
+            found=f"{len(valid)} valid receipts",
+            needed=f"{len(expected)}",
+            where=", ".join(lacking[:5]),
+        ),
+        *_read_back(stored, valid, receipts, gates),
+    ]
+    return GateReport(gates=(*results, _plausible(valid, receipts, gates), _spread(stored, valid, receipts, gates)))
+
+
+def _read_back(
+    stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates
+) -> list[Gate]:
+    """Gates over the stored bytes of a sample of shards: digest, closure, missing cells."""
+    step = max(1, len(valid) // SAMPLE)
+    sample = valid[::step]
+    damaged, masks, worst, worst_key = [], [], 0, ""
+    if valid:
+        array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
+    for e in sample:
+        address = shard_path(stored.url, stored.array, array.shards or array.chunks, e.region)
+        try:
+            digest = hashlib.sha256(read_object(address, stored.options)).hexdigest()
+        except StoreError:
+            digest = "missing"
+        if digest != receipts[e.key].bytes_digest:
+            damaged.append(e.key)
+            continue
+        closure, wrong = _closure(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
+        if closure > worst:
+            worst, worst_key = closure, e.key
+        if wrong:
+            masks.append(e.key)
+    bound = gates.max_closure_quanta
+    return [
+        Gate(
+            name="stored bytes", passed=not damaged, found=f"{len(damaged)} damaged of {len(sample)} read back",
+            needed="0", where=", ".join(damaged[:5]),
+        ),
+        Gate(
+            name="closure", passed=worst <= bound or not stored.conserved, found=f"{worst} quanta",
+            needed=f"{bound} quanta" if stored.conserved else "reported only", where=worst_key,
+        ),
+        Gate(
+            name="missing cells", passed=not masks, found=f"{len(masks)} shards unlike the input", needed="0",
+            where=", ".join(masks[:5]),
+        ),
+    ]  # fmt: skip
+
+
+def _coarse_part(stored: Stored, region: Region) -> NDArray[np.float32]:
+    parts = (stored.factor.time, stored.factor.space, stored.factor.space)
+    return stored.coarse[tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], parts, strict=True))]
+
+
+def _closure(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
+    """Largest closure [quanta] over the coarse cells, and whether missing cells differ from the input's."""
+    s, t = factor.space, factor.time
+    m, nt, ny, nx = quanta.shape
+    blocks = quanta.reshape(m, nt // t, t, ny // s, s, nx // s, s)
+    missing = (blocks == MISSING).mean(axis=(2, 4, 6))
+    hole = np.isnan(coarse)
+    sums = np.where(blocks == MISSING, 0, blocks).sum(axis=(2, 4, 6), dtype=np.int64)
+    wanted = np.rint(s * s * np.nan_to_num(coarse).astype(np.float64) / QUANTUM_MM)
+    return int(np.abs(sums - wanted).max(initial=0)), bool((missing != hole).any())
+
+
+def _plausible(valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
+    worst = max((receipts[e.key] for e in valid), key=lambda r: r.max_mm, default=None)
+    found = worst.max_mm if worst else 0.0
+    passed = found <= gates.max_mm
+    return Gate(
+        name="plausible range", passed=passed, found=f"{found:.2f} mm at most", needed=f"{gates.max_mm:g} mm",
+        where=worst.shard if worst and not passed else "",
+    )  # fmt: skip
+
+
+def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
+    rain = sum(receipts[e.key].rain_mm * receipts[e.key].wet for e in valid)
+    spread = sum(receipts[e.key].spread_mm * receipts[e.key].wet for e in valid)
+    relative = spread / rain if rain else 0.0
+    judged = stored.members > 1 and rain > 0
+    return Gate(
+        name="spread", passed=relative >= gates.min_relative_spread or not judged,
+        found=f"{relative:.2f} of the mean" if judged else "one member, or no rain",
+        needed=f"{gates.min_relative_spread:g}",
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Small networks with random weights: what the engine's tests need is speed, not skill."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stsr_core.checkpoint import Library, write_checkpoint
+from stsr_core.factors import Factor, recipe
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.mean import MeanNetwork
+
+CHANNELS = (8, 32)
+
+
+def random_checkpoint(folder: Path, factors: list[tuple[int, int]]) -> None:
+    """Write a checkpoint of tiny networks whose outputs are not zero."""
+    torch.manual_seed(0)
+    networks = {"mean": MeanNetwork(CHANNELS), "denoiser": Denoiser(CHANNELS)}
+    for network in networks.values():
+        torch.nn.init.normal_(network.unet.last.weight, std=0.05)
+    card = {
+        "name": "tiny",
+        "architecture": {"mean_channels": CHANNELS, "denoiser_channels": CHANNELS},
+        "transform": {},
+        "served": [
+            {"configuration": recipe(Factor(space=s, time=t)), "residual_scale": 0.3, "evaluations": 2}
+            for s, t in factors
+        ],
+        "training": {"data": "none"},
+    }
+    weights = {f"{n}.{k}": v for n, network in networks.items() for k, v in network.state_dict().items()}
+    write_checkpoint(folder, card, weights)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    random_checkpoint(folder, [(4, 1), (4, 3), (10, 1)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(checkpoints: Path) -> Library:
+    return Library.open(checkpoints)
+
+
+@pytest.fixture
+def rain() -> np.ndarray:
+    """Coarse rain with a dry half, (T, Y, X) = (8, 9, 11), float32."""
+    rng = np.random.default_rng(5)
+    amount = rng.gamma(0.5, 2.0, (8, 9, 11)).astype(np.float32)
+    amount[:, :, 6:] = 0.0
+    amount[3] = 0.0
+    return amount

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stsr_core.conservation import conserve, quantise
+from stsr_core.errors import ClosureError, ShapeError
+from stsr_core.factors import ConservationFunction, Factor
+from stsr_core.grids import coarsen
+
+EXACT = ConservationFunction(threshold_mm=0.05)
+TAPERED = ConservationFunction(threshold_mm=0.05, limit=4.0)
+
+
+@st.composite
+def fields(draw: st.DrawFn) -> tuple[Factor, torch.Tensor, torch.Tensor]:
+    factor = Factor(space=draw(st.integers(1, 6)), time=draw(st.integers(1, 4)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    fine_shape = (2 * factor.time, 3 * factor.space, 2 * factor.space)
+    fine = rng.gamma(0.2, 3.0, fine_shape) * (rng.random(fine_shape) < draw(st.floats(0, 1)))
+    coarse = rng.gamma(0.3, 5.0, (2, 3, 2)) * (rng.random((2, 3, 2)) < 0.7)
+    return factor, torch.from_numpy(fine.astype(np.float32)), torch.from_numpy(coarse.astype(np.float32))
+
+
+@settings(max_examples=200, deadline=None)
+@given(fields(), st.sampled_from([EXACT, TAPERED]))
+def test_closure_below_1e_5_relative_and_dry_cells_stay_dry(case, function):
+    factor, fine, coarse = case
+    out = conserve(fine, coarse, factor, function)
+    assert (out >= 0).all()
+    np.testing.assert_allclose(coarsen(out.numpy(), factor), coarse.numpy(), rtol=1e-5, atol=1e-7)
+    dry = (coarse == 0).repeat_interleave(factor.time, 0)
+    dry = dry.repeat_interleave(factor.space, 1).repeat_interleave(factor.space, 2)
+    assert (out[dry] == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(fields())
+def test_exact_f_keeps_ratios_between_cells_above_the_threshold(case):
+    factor, fine, coarse = case
+    out = conserve(fine, coarse, factor, EXACT)
+    t, s = factor.time, factor.space
+    block, before = out[:t, :s, :s], fine[:t, :s, :s]
+    wet = before >= EXACT.threshold_mm
+    if wet.any() and coarse[0, 0, 0] > 0:
+        gains = block[wet] / before[wet]
+        np.testing.assert_allclose(gains, gains[0], rtol=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(fields())
+def test_tapered_f_amplifies_no_cell_beyond_its_limit_plus_the_even_share(case):
+    factor, fine, coarse = case
+    out = conserve(fine, coarse, factor, TAPERED)
+    share = (coarse / factor.time).repeat_interleave(factor.time, 0)
+    share = share.repeat_interleave(factor.space, 1).repeat_interleave(factor.space, 2)
+    assert (out <= TAPERED.limit * fine + share * (1 + 1e-4) + 1e-6).all()
+
+
+def test_a_block_left_dry_by_the_network_is_filled_evenly_in_a_wet_cell():
+    out = conserve(torch.zeros(2, 4, 4), torch.full((1, 2, 2), 3.0), Factor(space=2, time=2), EXACT)
+    np.testing.assert_allclose(out, 1.5)
+
+
+def test_a_missing_coarse_cell_gives_a_missing_block_and_leaves_its_neighbours_alone():
+    fine = torch.rand(1, 4, 4) + 0.1
+    coarse = torch.tensor([[[1.0, float("nan")], [2.0, 3.0]]])
+    whole = torch.tensor([[[1.0, 9.0], [2.0, 3.0]]])
+    factor = Factor(space=2, time=1)
+    out, reference = conserve(fine, coarse, factor, EXACT), conserve(fine, whole, factor, EXACT)
+    assert torch.isnan(out[0, :2, 2:]).all()
+    assert torch.equal(out[0, :, :2], reference[0, :, :2])
+    assert torch.equal(out[0, 2:], reference[0, 2:])
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    with pytest.raises(ShapeError, match=r"is not coarse .* refined by \(3,1\)"):
+        conserve(torch.zeros(1, 4, 4), torch.zeros(1, 2, 2), Factor(space=3, time=1), EXACT)
+
+
+def test_negative_amounts_are_refused():
+    with pytest.raises(ClosureError, match="negative or not finite"):
+        conserve(torch.full((1, 2, 2), -1.0), torch.ones(1, 1, 1), Factor(space=2, time=1), EXACT)
+
+
+@settings(max_examples=200, deadline=None)
+@given(fields())
+def test_stored_quanta_sum_exactly_to_the_rounded_coarse_total(case):
+    factor, fine, coarse = case
+    conserved = conserve(fine, coarse, factor, EXACT).numpy()
+    quanta = quantise(conserved, coarse.numpy(), factor, 0.01)
+    s, t = factor.space, factor.time
+    sums = quanta.reshape(2, t, 3, s, 2, s).sum(axis=(1, 3, 5))
+    np.testing.assert_array_equal(sums, np.rint(s * s * coarse.numpy().astype(np.float64) / 0.01))
+    assert (quanta >= 0).all()
+    assert np.abs(quanta * 0.01 - conserved).max() < 0.015 + 1e-5 * conserved.max()
+    assert (quanta[conserved == 0] == 0).all()
+
+
+def test_quantise_marks_missing_blocks():
+    fine = np.ones((1, 2, 4), np.float32)
+    fine[0, 0, 0] = np.nan
+    quanta = quantise(fine, np.array([[[np.nan, 1.0]]], np.float32), Factor(space=2, time=1), 0.01)
+    np.testing.assert_array_equal(quanta, [[[-1, -1, 100, 100], [-1, -1, 100, 100]]])

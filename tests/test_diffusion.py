@@ -1,0 +1,69 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stsr_core.diffusion import add_noise, noise_angle, residual_of, sample, sampling_angles
+
+
+def test_noise_grows_along_the_schedule_and_with_beta():
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    small, large = noise_angle(u, 0.01), noise_angle(u, 0.035)
+    assert small[0] == 0
+    assert (small.diff() > 0).all()
+    assert (large[1:] > small[1:]).all()
+    assert large[-1] < math.pi / 2
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.02, 0.035])
+def test_schedule_is_the_limit_of_the_discrete_one(beta):
+    # Product of (1 - beta_i) over the linear schedule of the paper's 1000 steps.
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, beta, 1000))
+    u = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+    discrete = np.arccos(np.sqrt(alpha_bar[[249, 499, 999]]))
+    np.testing.assert_allclose(noise_angle(u, beta), discrete, rtol=0.01)
+
+
+def test_residual_is_recovered_from_noised_residual_and_velocity():
+    residual, noise = torch.randn(2, 3, 4)
+    noisy, velocity = add_noise(residual, noise, torch.tensor(0.7))
+    torch.testing.assert_close(residual_of(noisy, velocity, 0.7), residual)
+
+
+def gaussian_denoiser(covariance: torch.Tensor):
+    """Exact E[residual | noised residual] for residual ~ N(0, covariance): a linear filter."""
+
+    def denoise(noisy: torch.Tensor, angle: float) -> torch.Tensor:
+        cos, sin = math.cos(angle), math.sin(angle)
+        gain = cos * covariance @ torch.linalg.inv(cos**2 * covariance + sin**2 * torch.eye(len(covariance)))
+        return noisy @ gain.T
+
+    return denoise
+
+
+@pytest.mark.parametrize(("beta", "evaluations", "tolerance"), [(0.02, 8, 0.06), (0.02, 32, 0.02), (0.035, 8, 0.06)])
+def test_sampler_draws_the_covariance_of_an_analytic_gaussian(beta, evaluations, tolerance):
+    torch.manual_seed(0)
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+    noise = torch.randn(100_000, 2)
+    drawn = sample(gaussian_denoiser(covariance), noise, sampling_angles(beta, evaluations))
+    assert drawn.mean(dim=0).abs().max() < 0.02
+    np.testing.assert_allclose(drawn.T.cov(), covariance, atol=tolerance)
+
+
+def test_smaller_noise_amplitude_gives_less_spread():
+    # The end of a short schedule still holds signal that pure noise does not have: members agree more.
+    denoise = gaussian_denoiser(torch.eye(2))
+    noise = torch.randn(10_000, 2)
+    spread = [
+        float(sample(lambda x, a: 0.5 * denoise(x, a), noise, sampling_angles(b, 16)).std()) for b in (0.002, 0.02)
+    ]
+    assert spread[0] != pytest.approx(spread[1], rel=0.05)
+
+
+def test_sampling_angles_fall_to_zero_in_equal_steps():
+    angles = sampling_angles(0.02, 8)
+    assert len(angles) == 9
+    assert angles[-1] == 0.0
+    np.testing.assert_allclose(np.diff(angles), np.diff(angles)[0], rtol=1e-9)

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stsr_core.errors import FactorError
+from stsr_core.factors import Factor, Family, recipe
+
+FAMILY = Family((Factor(space=10, time=1), Factor(space=8, time=3), Factor(space=25, time=6)))
+any_factor = st.builds(Factor, space=st.integers(1, 25), time=st.integers(1, 6))
+
+
+def test_nearest_is_by_log_distance_on_both_axes():
+    match = FAMILY.nearest(9.2, 1)
+    assert match.factor == Factor(space=10, time=1)
+    assert match.distance == pytest.approx(math.log(10 / 9.2))
+    assert not match.exact
+    assert FAMILY.nearest(8, 3).exact
+
+
+def test_a_request_beyond_the_limit_is_refused_and_told_what_to_train():
+    with pytest.raises(FactorError, match=r"nearest that is served is \(8,3\).*--space 10 --time 6"):
+        FAMILY.nearest(10, 6)
+
+
+def test_an_unsupported_factor_names_the_nearest():
+    with pytest.raises(FactorError, match=r"\(9,1\) is not served.*The nearest is \(10,1\).*--nearest"):
+        FAMILY.exact(9, 1)
+
+
+def test_an_empty_family_says_how_to_fill_it():
+    with pytest.raises(FactorError, match="Train one"):
+        Family(()).nearest(10, 1)
+
+
+@given(any_factor, any_factor)
+def test_distance_is_a_metric_on_factors(a, b):
+    assert a.distance(b) == pytest.approx(b.distance(a))
+    assert (a.distance(b) == 0) == (a == b)
+
+
+@given(any_factor)
+def test_recipe_holds_for_the_whole_family(factor):
+    configuration = recipe(factor)
+    assert configuration.context_length * factor.time >= 10 or configuration.context_length == 3
+    assert (configuration.conservation.limit is None) == (factor.underdetermination < 9)
+
+
+def test_noise_amplitude_grows_with_the_underdetermination_as_in_the_paper():
+    factors = [Factor(space=s, time=t) for s, t in [(1, 3), (10, 1), (10, 3), (25, 6)]]
+    betas = [recipe(f).beta for f in factors]
+    assert betas == sorted(betas)
