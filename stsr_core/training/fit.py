@@ -49,7 +49,7 @@ class Preset:
     denoiser_steps: int
     cells_per_step: int  # fine cell-steps per step and rank
     learning_rate: float = 1e-3
-    save_every: int = 25
+    save_every: int = 50
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -259,8 +259,8 @@ class Training:
                 values.append(float(value))
         return float(np.mean(values))
 
-    def advance(self, stage: Stage, loss: Loss) -> nn.Module:
-        """Train a stage to its end and return the network with averaged weights.
+    def advance(self, stage: Stage, loss: Loss, saved: Callable[[], None] = lambda: None) -> nn.Module:
+        """Train a stage to its end and return the network with averaged weights; `saved` is called at each save.
 
         Raises:
             TrainingError: the loss is no longer finite; the last saved state is kept.
@@ -279,6 +279,7 @@ class Training:
             stage.losses.append(value.item())
             if stage.step % self.preset.save_every == 0 and self.run.rank == 0:
                 stage.save(self.folder)
+                saved()
                 rate = (time.monotonic() - started) / (stage.step - first)
                 self.report(
                     f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
@@ -331,27 +332,36 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     fitted_mean = training.advance(mean_stage, mean_loss)
     scales = training.residual_scales(fitted_mean)
     stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate)
-    fitted = training.advance(stage, denoiser_loss(fitted_mean, scales))
+    weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
+
+    def write() -> None:
+        averaged = {f"denoiser.{k}": v for k, v in stage.average.items()}
+        card = _card(training, name, provenance, scales, stage.step)
+        write_checkpoint(training.folder / "checkpoint", card, weights | averaged)
+
+    training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
     if run.rank == 0:
-        card = {
-            "name": name,
-            "architecture": a,
-            "transform": training.transform,
-            "served": [
-                {"configuration": c, "residual_scale": scales[str(c.factor)]} for c in training.configurations
-            ],
-            "training": {
-                **provenance,
-                "mean_steps": preset.mean_steps,
-                "denoiser_steps": preset.denoiser_steps,
-                "cells_per_step": preset.cells_per_step * run.world,
-                "learning_rate": preset.learning_rate,
-                "seed": training.seed,
-            },
-        }
-        weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
-        weights |= {f"denoiser.{k}": v for k, v in fitted.state_dict().items()}
-        write_checkpoint(training.folder / "checkpoint", card, weights)
+        write()
     if run.world > 1:
         dist.barrier()
     return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
+
+
+def _card(
+    training: Training, name: str, provenance: Mapping[str, object], scales: Mapping[str, float], step: int
+) -> dict[str, object]:
+    preset = training.preset
+    return {
+        "name": name,
+        "architecture": preset.architecture,
+        "transform": training.transform,
+        "served": [{"configuration": c, "residual_scale": scales[str(c.factor)]} for c in training.configurations],
+        "training": {
+            **provenance,
+            "mean_steps": preset.mean_steps,
+            "denoiser_steps": step,
+            "cells_per_step": preset.cells_per_step * training.run.world,
+            "learning_rate": preset.learning_rate,
+            "seed": training.seed,
+        },
+    }

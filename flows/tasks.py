@@ -1,0 +1,218 @@
+"""One Prefect task per stage: call stsr_core, log, return. Workers on the cluster never call Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from stsr_core.catalog.items import Description, Provenance
+from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
+from stsr_core.catalog.search import latest
+from stsr_core.checkpoint import Library
+from stsr_core.configuration import Product, Source, TargetGrid
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.cluster import Cluster
+from stsr_core.ensemble.downscale import ARRAY, layout_of
+from stsr_core.ensemble.generate import Target, generate
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.factors import Match
+from stsr_core.progress import progress_bar
+from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time
+from stsr_core.sources.cube import Cube
+from stsr_core.sources.harmonise import read_cube
+from stsr_core.sources.open import fingerprint, located, open_dataset
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish
+from stsr_core.store.overview import write_overview
+from stsr_core.store.quicklook import quicklook, wettest_step
+from stsr_core.store.receipts import read_receipts
+from stsr_core.store.verify import Expected, GateReport, Stored, verify
+
+
+@dataclass(frozen=True)
+class Job:
+    """One product of one night: what catalog.yaml says, and where it goes."""
+
+    name: str
+    product: Product
+    source: Source
+    target: TargetGrid
+    base: Path
+    destination: str
+    options: Mapping[str, object]
+
+
+@task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def resolve(job: Job, *, force: bool) -> str | None:
+    """Return the fingerprint of the source if there is something to do, else None."""
+    found = fingerprint(job.source.url, base=job.base, storage_options=_source_options(job))
+    last = latest(job.name, job.destination, storage_options=job.options)
+    logger = get_run_logger()
+    if last is not None and last.item["properties"].get("stsr:source_fingerprint") == found and not force:
+        logger.info("Nothing new: %s %s was made from the same source.", job.name, last.version)
+        return None
+    logger.info("Source %s, fingerprint %s, last version %s.", job.source.url, found[:12], last and last.version)
+    return found
+
+
+@task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def read(job: Job) -> Cube:
+    """Read the source as a coarse cube."""
+    source = job.source
+    with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
+        return read_cube(
+            dataset, source.variable, units=source.units, crs=source.crs, time_label=source.time_label
+        )
+
+
+@task(name="match", cache_policy=NO_CACHE)
+def match(cube: Cube, target: TargetGrid, library: Library, limit: float) -> Match:
+    """Match the factor that the source would need to the nearest one that is served."""
+    space, time = native_factor(cube, target)
+    found = library.family.nearest(space, time, limit=limit)
+    get_run_logger().info(
+        "Factor (%.2f,%.2f) is needed; (%s) is nearest, log distance %.3f.", space, time, found.factor, found.distance
+    )
+    return found
+
+
+@task(name="regrid", cache_policy=NO_CACHE)
+def to_lattice(cube: Cube, target: TargetGrid, found: Match) -> Cube:
+    """Regrid conservatively onto the coarse lattice of the matched factor."""
+    from datetime import timedelta
+
+    in_time = regrid_time(cube, timedelta(hours=target.fine_step_h) * found.factor.time)
+    return regrid(in_time, coarse_grid(target, found.factor))
+
+
+@task(name="plan", cache_policy=NO_CACHE)
+def make_plan(cube: Cube, found: Match, library: Library, product: Product) -> Plan:
+    """Plan the shards."""
+    checkpoint = library.serving(found.factor)
+    recipe = Recipe.of(
+        checkpoint,
+        checkpoint.card.serving(found.factor),
+        seed=product.seed,
+        members=product.members,
+        conserve=product.conserve,
+    )
+    plan = Plan(cube, recipe)
+    dry = sum(plan.is_dry(shard) for shard in plan.shards)
+    get_run_logger().info("%d shards, %d of them dry; fine shape %s.", len(plan.shards), dry, plan.fine_shape)
+    return plan
+
+
+@task(name="generate", cache_policy=NO_CACHE)
+def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: Cluster) -> None:
+    """Generate all shards on the cluster, then the overview."""
+    factor = plan.recipe.served.configuration.factor
+    device = choose_device("cpu" if cluster.device == "cpu" else "auto")
+    downscaler = Downscaler.load(library.serving(factor), factor, device)
+    layout = layout_of(plan)
+    options = attempt.documents.options
+    create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
+    total = sum(plan.evaluations(shard) for shard in plan.shards)
+    with cluster.client() as client, progress_bar("network evaluations", total) as advance:
+        generate(plan, downscaler, Target(attempt.ensemble_url, ARRAY, options), client, progress=advance)
+    finish(attempt.ensemble_url, layout.attributes, options)
+    write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
+
+
+@task(name="verify", cache_policy=NO_CACHE)
+def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
+    """Pass the gates over the receipts and the stored bytes; raises if one fails."""
+    options = attempt.documents.options
+    expected = [Expected(t.shard.key, t.shard.region(plan.space, plan.time), t.digest) for t in plan.tasks()]
+    stored = Stored(
+        attempt.ensemble_url,
+        ARRAY,
+        plan.recipe.served.configuration.factor,
+        plan.cube.amount,
+        product.members,
+        product.conserve,
+        options,
+    )
+    report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
+    attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
+    for gate in report.gates:
+        get_run_logger().info("Gate %s: %s (needed %s).", gate.name, gate.found, gate.needed)
+    report.raise_if_failed()
+    return report
+
+
+@task(name="publish", cache_policy=NO_CACHE)
+def publish_version(
+    job: Job, plan: Plan, found: Match, digest: str, library: Library, attempt: Attempt, report: GateReport
+) -> tuple[Published, str]:
+    """Draw the quick look and publish the attempt; returns the version and the address of its picture."""
+    picture = _picture(job, plan, attempt)
+    side_files = {
+        "quality": attempt.write_side_file(
+            "quality.json", quality_json(report), "application/json", "Quality report", "metadata"
+        ),
+        "quicklook": attempt.write_side_file("quicklook.png", picture, "image/png", "Quick look", "overview", "visual"),
+    }
+    description = Description(
+        job.name,
+        job.product.title,
+        job.product.description,
+        job.source.license,
+        job.source.attribution,
+        job.product.keywords,
+    )
+    provenance = _provenance(job, plan, found, digest, library)
+    published = publish(attempt, Publication(description, layout_of(plan), provenance, report, side_files))
+    get_run_logger().info("Published %s %s: %s", published.product, published.version, published.item_url)
+    return published, f"{attempt.url}/quicklook.png"
+
+
+def _source_options(job: Job) -> Mapping[str, object]:
+    return job.options if located(job.source.url, job.base).startswith("s3://") else {}
+
+
+def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Library) -> Provenance:
+    configuration = plan.recipe.served.configuration
+    checkpoint = library.serving(configuration.factor)
+    return Provenance(
+        source_url=job.source.url,
+        source_fingerprint=digest,
+        source_attribution=job.source.attribution,
+        source_license=job.source.license,
+        requested_factor=(round(found.requested_space, 4), round(found.requested_time, 4)),
+        factor=(found.factor.space, found.factor.time),
+        match_distance=round(found.distance, 6),
+        beta=configuration.beta,
+        context_length=configuration.context_length,
+        conservation=configuration.conservation.model_dump(),
+        conserved=plan.recipe.conserve,
+        checkpoint=checkpoint.card.name,
+        checkpoint_digest=checkpoint.digest,
+        network_evaluations=plan.recipe.served.evaluations,
+        code_version=version("stsr"),
+        seed=plan.recipe.seed,
+        members=plan.recipe.members,
+    )
+
+
+def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
+    import zarr
+
+    from stsr_core.store.layout import open_store
+
+    step = wettest_step(plan.cube.amount)
+    fine = step * plan.time
+    array = zarr.open_array(open_store(f"{attempt.ensemble_url}/{ARRAY}", attempt.documents.options), mode="r")
+    quanta = np.asarray(array[:, fine])
+    ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM))
+    stamp = np.datetime_as_string(plan.fine_times.labels[fine], "m") if plan.fine_times.labels.dtype != object else ""
+    return quicklook(
+        plan.cube.amount[step] / plan.time,
+        ensemble,
+        title=f"{job.product.title}: {stamp or plan.fine_times.labels[fine]}",
+        km_per_cell=abs(plan.fine_grid.x.step) / 1000,
+    )

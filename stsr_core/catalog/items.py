@@ -1,0 +1,266 @@
+"""STAC items and collections: what the catalogue says of a version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import cftime
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from stsr_core.grids import Grid
+    from stsr_core.store.layout import StoreLayout
+
+ZARR = "application/vnd.zarr"
+_BASE = "https://stac-extensions.github.io"
+EXTENSIONS = [
+    f"{_BASE}/version/v1.2.0/schema.json",
+    f"{_BASE}/processing/v1.2.0/schema.json",
+    f"{_BASE}/datacube/v2.3.0/schema.json",
+    f"{_BASE}/projection/v2.0.0/schema.json",
+    f"{_BASE}/file/v2.1.0/schema.json",
+    f"{_BASE}/zarr/v1.1.0/schema.json",
+]
+COLLECTION_EXTENSIONS = EXTENSIONS[:1]
+EDGE_POINTS = 21  # points along an edge of the footprint
+
+
+class Provenance(BaseModel):
+    """What a version was made from: enough to make it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source_url: str
+    source_fingerprint: str
+    source_attribution: str
+    source_license: str
+    requested_factor: tuple[float, float]
+    factor: tuple[int, int]
+    match_distance: float
+    beta: float
+    context_length: int
+    conservation: dict[str, float | None]
+    conserved: bool
+    checkpoint: str
+    checkpoint_digest: str
+    network_evaluations: int
+    code_version: str
+    seed: int
+    members: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a product says of itself."""
+
+    product: str
+    title: str
+    description: str
+    license: str
+    attribution: str
+    keywords: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A small file beside the data: address relative to the product, media type, sha256, size."""
+
+    href: str
+    media_type: str
+    sha256: str
+    size: int
+    title: str
+    roles: tuple[str, ...]
+
+
+def footprint(grid: Grid) -> tuple[list[float], dict[str, Any]]:
+    """Bounding box and polygon of a grid in longitude and latitude (WGS 84); the world where the CRS is unknown."""
+    x, y = grid.x.edges, grid.y.edges
+    px = np.concatenate([np.linspace(x[0], x[-1], EDGE_POINTS), np.full(EDGE_POINTS, x[-1]),
+                         np.linspace(x[-1], x[0], EDGE_POINTS), np.full(EDGE_POINTS, x[0])])  # fmt: skip
+    py = np.concatenate([np.full(EDGE_POINTS, y[0]), np.linspace(y[0], y[-1], EDGE_POINTS),
+                         np.full(EDGE_POINTS, y[-1]), np.linspace(y[-1], y[0], EDGE_POINTS)])  # fmt: skip
+    if grid.crs_wkt is None:
+        px, py = np.array([-180.0, 180, 180, -180]), np.array([-90.0, -90, 90, 90])
+    else:
+        from pyproj import CRS, Transformer
+
+        px, py = Transformer.from_crs(CRS.from_wkt(grid.crs_wkt), 4326, always_xy=True).transform(px, py)
+    ring = [[round(float(a), 6), round(float(b), 6)] for a, b in zip(px, py, strict=True)]
+    if np.sum((px - np.roll(px, 1)) * (py + np.roll(py, 1))) > 0:  # exterior rings run counter-clockwise
+        ring.reverse()
+    ring.append(ring[0])
+    lon, lat = [p[0] for p in ring], [p[1] for p in ring]
+    return [min(lon), min(lat), max(lon), max(lat)], {"type": "Polygon", "coordinates": [ring]}
+
+
+def instant(value: Any) -> str:
+    """Format a date as STAC wants it; dates of other calendars that the standard one lacks move to its nearest."""
+    if isinstance(value, cftime.datetime):
+        day = min(value.day, cftime.datetime(value.year, value.month, 1, calendar="standard").daysinmonth)
+        date = datetime(value.year, value.month, day, value.hour, value.minute, value.second, tzinfo=UTC)
+        return date.isoformat().replace("+00:00", "Z")
+    return f"{np.datetime_as_string(np.datetime64(value, 's'))}Z"
+
+
+def _cube(layout: StoreLayout) -> dict[str, Any]:
+    bounds = layout.times.bounds
+    y, x = np.sort(layout.grid.y.edges), np.sort(layout.grid.x.edges)
+    return {
+        "cube:dimensions": {
+            "member": {"type": "realization", "values": list(range(layout.members))},
+            "time": {"type": "temporal", "extent": [instant(bounds[0, 0]), instant(bounds[-1, 1])]},
+            "y": {"type": "spatial", "axis": "y", "extent": [float(y[0]), float(y[-1])],
+                  "step": abs(layout.grid.y.step), **_reference(layout.grid)},
+            "x": {"type": "spatial", "axis": "x", "extent": [float(x[0]), float(x[-1])],
+                  "step": abs(layout.grid.x.step), **_reference(layout.grid)},
+        },
+        "cube:variables": {
+            "precipitation": {"dimensions": ["member", "time", "y", "x"], "type": "data", "unit": "mm",
+                              "description": "precipitation amount per step"},
+        },
+    }  # fmt: skip
+
+
+def _epsg(grid: Grid) -> int | None:
+    from pyproj import CRS
+
+    return CRS.from_wkt(grid.crs_wkt).to_epsg() if grid.crs_wkt else None
+
+
+def _reference(grid: Grid) -> dict[str, Any]:
+    code = _epsg(grid)
+    return {"reference_system": code} if code else {}
+
+
+def _projection(grid: Grid) -> dict[str, Any]:
+    x, y = grid.x, grid.y
+    code = _epsg(grid)
+    return {
+        "proj:code": f"EPSG:{code}" if code else None,
+        **({} if code or grid.crs_wkt is None else {"proj:wkt2": grid.crs_wkt}),
+        "proj:shape": list(grid.shape),
+        "proj:transform": [x.step, 0.0, float(x.edges[0]), 0.0, y.step, float(y.edges[0])],
+        "proj:bbox": [float(min(x.edges)), float(min(y.edges)), float(max(x.edges)), float(max(y.edges))],
+    }
+
+
+def item(
+    description: Description,
+    version: str,
+    layout: StoreLayout,
+    provenance: Provenance,
+    data_prefix: str,
+    side_files: dict[str, SideFile],
+    gates: list[dict[str, Any]],
+    predecessor: str | None,
+    published: datetime,
+) -> dict[str, Any]:
+    """Make the STAC item of a version.
+
+    Args:
+        description: the product.
+        version: v1, v2, ...
+        layout: axes of the ensemble.
+        provenance: what it was made from.
+        data_prefix: address of the stores relative to the item.
+        side_files: other assets by key.
+        gates: gate results.
+        predecessor: version before this one.
+        published: now.
+    """
+    bbox, geometry = footprint(layout.grid)
+    bounds = layout.times.bounds
+    start, end = instant(bounds[0, 0]), instant(bounds[-1, 1])
+    group = {"zarr:consolidated": True, "zarr:node_type": "group", "zarr:zarr_format": 3, "roles": ["data"]}
+    assets: dict[str, Any] = {
+        "ensemble": {"href": f"{data_prefix}/data.zarr/ensemble", "type": ZARR, "title": "All members", **group},
+        "overview": {
+            "href": f"{data_prefix}/data.zarr/overview",
+            "type": f"{ZARR}; version=3",
+            "title": "Mean, quantiles and exceedance probabilities over members",
+            **{**group, "roles": ["overview"]},
+        },
+    }
+    for key, side in side_files.items():
+        assets[key] = {
+            "href": side.href, "type": side.media_type, "title": side.title, "roles": list(side.roles),
+            "file:checksum": f"1220{side.sha256}", "file:size": side.size,
+        }  # fmt: skip
+    links = [
+        {"rel": "root", "href": "../catalog.json", "type": "application/json"},
+        {"rel": "parent", "href": "./collection.json", "type": "application/json"},
+        {"rel": "collection", "href": "./collection.json", "type": "application/json"},
+        {"rel": "derived_from", "href": provenance.source_url, "title": provenance.source_attribution},
+    ]
+    if predecessor is not None:
+        links.append({"rel": "predecessor-version", "href": f"./{predecessor}.json", "type": "application/geo+json"})
+    now = published.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return {
+        "type": "Feature",
+        "stac_version": "1.1.0",
+        "stac_extensions": EXTENSIONS,
+        "id": f"{description.product}-{version}",
+        "collection": description.product,
+        "bbox": bbox,
+        "geometry": geometry,
+        "properties": {
+            "title": f"{description.title}, {version}",
+            "description": description.description,
+            "datetime": None,
+            "start_datetime": start,
+            "end_datetime": end,
+            "created": now,
+            "updated": now,
+            "license": description.license,
+            "providers": [{"name": provenance.source_attribution, "roles": ["producer", "licensor"]}],
+            "version": version,
+            "processing:level": "L4",
+            "processing:software": {"stsr": provenance.code_version},
+            "processing:lineage": (
+                f"Downscaled by factor ({provenance.factor[0]},{provenance.factor[1]}): conditional mean and residual "
+                f"diffusion, checkpoint {provenance.checkpoint}, seed {provenance.seed}."
+            ),
+            **_cube(layout),
+            **_projection(layout.grid),
+            **{f"stsr:{k}": v for k, v in provenance.model_dump(mode="json").items()},
+            "stsr:gates": gates,
+        },
+        "links": links,
+        "assets": assets,
+    }
+
+
+def collection(description: Description, bbox: list[float], interval: list[str]) -> dict[str, Any]:
+    """Make the collection of a product without versions yet."""
+    return {
+        "type": "Collection",
+        "stac_version": "1.1.0",
+        "stac_extensions": COLLECTION_EXTENSIONS,
+        "id": description.product,
+        "title": description.title,
+        "description": description.description,
+        "license": description.license,
+        "keywords": list(description.keywords),
+        "providers": [{"name": description.attribution, "roles": ["producer", "licensor"]}],
+        "extent": {"spatial": {"bbox": [bbox]}, "temporal": {"interval": [interval]}},
+        "links": [
+            {"rel": "root", "href": "../catalog.json", "type": "application/json"},
+            {"rel": "parent", "href": "../catalog.json", "type": "application/json"},
+        ],
+    }
+
+
+def root_catalog() -> dict[str, Any]:
+    """Make the catalogue's root without products yet."""
+    return {
+        "type": "Catalog",
+        "stac_version": "1.1.0",
+        "id": "stsr",
+        "title": "Downscaled climate projections",
+        "description": "Versioned high-resolution precipitation ensembles published by stsr.",
+        "links": [{"rel": "root", "href": "./catalog.json", "type": "application/json"}],
+    }
