@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from flows.nightly import NightlyResult
 
 
-def run_embedded(
-    to: Path, *, force: bool, members: int | None, device: str, workers: int
-) -> NightlyResult | None:
+def run_embedded(to: Path, *, force: bool, members: int | None, device: str, workers: int) -> NightlyResult | None:
     """Run the nightly flow of the shipped product in this process, whatever server the user is logged in to.
 
     Args:
@@ -30,9 +28,9 @@ def run_embedded(
         home.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigurationError(f"{to} cannot be written ({e.strerror}). Name another folder with --to.") from e
+    os.environ.pop("PREFECT_API_URL", None)
     os.environ |= {
         "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": "",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -65,9 +65,7 @@ def read(job: Job) -> Cube:
     """Read the source as a coarse cube."""
     source = job.source
     with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
-        return read_cube(
-            dataset, source.variable, units=source.units, crs=source.crs, time_label=source.time_label
-        )
+        return read_cube(dataset, source.variable, units=source.units, crs=source.crs, time_label=source.time_label)
 
 
 @task(name="match", cache_policy=NO_CACHE)

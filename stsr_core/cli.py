@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ catalog_app = typer.Typer(help="Look into a published catalogue.", no_args_is_he
 app.add_typer(catalog_app, name="catalog")
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """Where the networks run."""
 
     auto = "auto"
@@ -30,7 +30,15 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-class PresetName(str, Enum):
+class TimeLabelName(StrEnum):
+    """Which point of its interval a time stamp names."""
+
+    start = "start"
+    middle = "middle"
+    end = "end"
+
+
+class PresetName(StrEnum):
     """Size of the networks."""
 
     small = "small"
@@ -80,7 +88,9 @@ def demo(
 
 @app.command()
 def downscale(
-    input: Annotated[str, typer.Argument(help="NetCDF or Zarr, path or URL (s3://, https://), with (time, y, x).")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="NetCDF or Zarr, path or URL (s3://, https://), with (time, y, x).")
+    ],
     output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(help="Fine cells per input cell along x and y.")],
@@ -93,6 +103,9 @@ def downscale(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUTPUT.")] = False,
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
+    time_label: Annotated[
+        TimeLabelName | None, typer.Option(help="What a time stamp names, where there are no time bounds [end].")
+    ] = None,
 ) -> None:
     """Downscale a file without a catalogue.
 
@@ -107,8 +120,9 @@ def downscale(
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
-    with open_dataset(input, storage_options=_options(input, settings)) as dataset:
-        cube = read_cube(dataset, variable, units=units)
+    with open_dataset(source, storage_options=_options(source, settings)) as dataset:
+        label: Any = None if time_label is None else time_label.value
+        cube = read_cube(dataset, variable, units=units, time_label=label)
     plan, downscaler = prepared(
         cube,
         space=space,
@@ -206,6 +220,38 @@ def evaluate(
         checkpoints=checkpoints, record=record, json_file=json_file, report=lambda s: print(s, file=sys.stderr),
     )  # fmt: skip
     say(table_text(table))
+
+
+CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
+
+
+@catalog_app.command("ls")
+def catalog_ls(catalog: CatalogOption) -> None:
+    """List products and their versions."""
+    from stsr_core.catalog import ls
+
+    for product, versions in ls(catalog, storage_options=_catalog_options(catalog)).items():
+        say(f"{product}: {', '.join(versions)}")
+
+
+@catalog_app.command("show")
+def catalog_show(product: str, catalog: CatalogOption, version: str = "latest") -> None:
+    """Show what a version is, and open it."""
+    from stsr_core.catalog.search import find, open_version
+
+    found = find(product, version, catalog, storage_options=_catalog_options(catalog))
+    properties = found.item["properties"]
+    say(f"{properties['title']} ({properties['start_datetime']} to {properties['end_datetime']})")
+    say(f"made from {properties['stsr:source_url']} ({properties['stsr:source_attribution']})")
+    for gate in properties["stsr:gates"]:
+        say(f"gate {gate['name']}: {gate['found']} (needed {gate['needed']})")
+    say(str(open_version(product, version, catalog=catalog, storage_options=_catalog_options(catalog))))
+
+
+def _catalog_options(catalog: str) -> dict[str, object]:
+    from stsr_core.settings import Settings
+
+    return _options(catalog, Settings())
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ All functions are pure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -73,7 +74,7 @@ def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: li
     """
     x = noise
     before: tuple[Tensor, float] | None = None
-    for angle, following in zip(angles[:-1], angles[1:], strict=True):
+    for angle, following in itertools.pairwise(angles):
         step = angle - following
         expected = denoise(x, angle)
         middle = expected

@@ -67,7 +67,8 @@ class Downscaler:
                     f"The weights of checkpoint {card.name} do not fit the architecture on its card ({name} network): "
                     f"{e}. Restore card and weights from one release."
                 ) from e
-            network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(device).eval().requires_grad_(False)
         return cls(card.serving(factor), card.transform.scale_mm, networks["mean"], networks["denoiser"], device)
 
     @property
@@ -95,7 +96,7 @@ class Downscaler:
     def mean(self, conditions: Tensor) -> Tensor:
         """Transformed conditional mean of windows, (B, T, 5, H, W) to (B, T, 1, H, W), float32."""
         with self._precision():
-            return self.mean_network(conditions, self.factor).float()  # type: ignore[no-any-return]
+            return self.mean_network(conditions, self.factor).float()
 
     def expected_residual(self, noisy: Tensor, angle: float, mean: Tensor, conditions: Tensor) -> Tensor:
         """Residual that the denoiser expects in windows at one noise level, unit variance, (B, T, 1, H, W)."""

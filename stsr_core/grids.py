@@ -38,12 +38,12 @@ class Axis:
     @property
     def centres(self) -> NDArray[np.float64]:
         """Cell centres, (size,)."""
-        return self.first + self.step * np.arange(self.size)
+        return self.first + self.step * np.arange(self.size, dtype=np.float64)
 
     @property
     def edges(self) -> NDArray[np.float64]:
         """Cell edges, (size + 1,)."""
-        return self.first + self.step * (np.arange(self.size + 1) - 0.5)
+        return self.first + self.step * (np.arange(self.size + 1, dtype=np.float64) - 0.5)
 
     def refine(self, parts: int) -> Axis:
         """Split every cell into `parts` equal cells."""
@@ -110,12 +110,12 @@ class TimeAxis:
     @property
     def labels(self) -> NDArray[np.generic]:
         """The time coordinate, (size,), datetime64[ns] or cftime objects."""
-        return self._at(np.arange(self.size) + {"start": 0.0, "middle": 0.5, "end": 1.0}[self.label])
+        return self._at(np.arange(self.size, dtype=np.float64) + {"start": 0.0, "middle": 0.5, "end": 1.0}[self.label])
 
     @property
     def bounds(self) -> NDArray[np.generic]:
         """Start and end of every interval, (size, 2), datetime64[ns] or cftime objects."""
-        return self._at(np.arange(self.size)[:, None] + np.array([0.0, 1.0]))
+        return self._at(np.arange(self.size, dtype=np.float64)[:, None] + np.array([0.0, 1.0]))
 
     def refine(self, parts: int) -> TimeAxis:
         """Split every interval into `parts` equal intervals."""

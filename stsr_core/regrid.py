@@ -73,7 +73,8 @@ def native_factor(cube: Cube, target: TargetGrid) -> tuple[float, float]:
 def _crs_of(cube: Cube) -> CRS:
     if cube.grid.crs_wkt is None:
         raise GridError(
-            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in catalog.yaml."
+            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in "
+            "catalog.yaml."
         )
     return CRS.from_wkt(cube.grid.crs_wkt)
 
@@ -115,7 +116,7 @@ def _weighted(
     result = (weights @ np.where(missing, 0.0, amount)) / covered[:, None]
     if missing.any():
         result[weights @ missing.astype(np.float64) > MISSING_SHARE] = np.nan
-    return result.astype(np.float32)  # type: ignore[no-any-return]
+    return result.astype(np.float32)
 
 
 def _nearby(cube: Cube, grid: Grid) -> tuple[Grid, slice, slice]:
@@ -149,7 +150,7 @@ def _polygons(grid: Grid, crs: CRS | None) -> NDArray[np.object_]:
         x, y = Transformer.from_crs(CRS.from_wkt(grid.crs_wkt or ""), crs, always_xy=True).transform(x, y)
     corner = np.stack((x, y), axis=-1)
     rings = np.stack((corner[:-1, :-1], corner[:-1, 1:], corner[1:, 1:], corner[1:, :-1]), axis=2)
-    return shapely.polygons(rings.reshape(-1, 4, 2))  # type: ignore[no-any-return]
+    return shapely.polygons(rings.reshape(-1, 4, 2))
 
 
 def _uncovered(grid: Grid, covered: NDArray[np.float64]) -> str:
@@ -195,7 +196,7 @@ def regrid_time(cube: Cube, step: timedelta) -> Cube:
             "Give a longer period."
         )
     offset = (step * first - times.since_epoch) / times.step
-    edges = offset + (step / times.step) * np.arange(last - first + 1)
+    edges = offset + (step / times.step) * np.arange(last - first + 1, dtype=np.float64)
     weights = _overlap(np.arange(times.size + 1.0), edges)
     changed = TimeAxis(times.start + times.step * offset, step, last - first, times.label)
     return replace(cube, amount=_along(cube.amount, 0, weights), times=changed)
@@ -218,7 +219,7 @@ def regrid_to_factor(cube: Cube, asked: Factor, served: Factor) -> Cube:
         count = math.floor(axis.size / ratio + 1e-9)
         if count < 1:
             raise GridError(f"{axis.size} cells are less than one coarse cell of factor {served}. Use a larger domain.")
-        weights = _overlap(np.arange(axis.size + 1.0), ratio * np.arange(count + 1)) / ratio
+        weights = _overlap(np.arange(axis.size + 1.0), ratio * np.arange(count + 1, dtype=np.float64)) / ratio
         amount = _along(amount, number, weights)
         step = axis.step * ratio
         axes.append(Axis(float(axis.edges[0]) + step / 2, step, count))

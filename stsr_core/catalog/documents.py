@@ -19,6 +19,7 @@ from typing import Any
 from stsr_core.errors import PublicationError
 
 Options = Mapping[str, object]
+S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
 Document = dict[str, Any]
 
 
@@ -41,16 +42,14 @@ class Documents:
     def _bucket(self) -> Any:
         from obstore.store import S3Store
 
-        o = dict(self.options)
+        o: dict[str, Any] = dict(self.options)
         return S3Store.from_url(
             self.destination,
-            endpoint=o.get("endpoint_url"),
-            access_key_id=o.get("key"),
-            secret_access_key=o.get("secret"),
+            **{name: o[key] for key, name in S3_NAMES.items() if key in o},
             skip_signature=bool(o.get("anon", False)),
             region="us-east-1",
             client_options={"allow_http": True},
-        )  # type: ignore[call-overload]
+        )
 
     @property
     def _local(self) -> Path | None:

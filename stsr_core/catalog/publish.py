@@ -1,9 +1,9 @@
 """Publication: an attempt is written aside, and becomes a version in one replacement of the collection.
 
-    <destination>/catalog.json
-    <destination>/<product>/collection.json            names the versions: what it does not list is not published
-    <destination>/<product>/v1.json                    item of version 1, written once
-    <destination>/<product>/data/<attempt>/            stores, pictures, quality report of one attempt
+<destination>/catalog.json
+<destination>/<product>/collection.json            names the versions: what it does not list is not published
+<destination>/<product>/v1.json                    item of version 1, written once
+<destination>/<product>/data/<attempt>/            stores, pictures, quality report of one attempt
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.items import Description, Provenance, SideFile, collection, footprint, instant, item, root_catalog
+from stsr_core.catalog.items import (
+    Description,
+    Provenance,
+    SideFile,
+    collection,
+    footprint,
+    instant,
+    item,
+    root_catalog,
+)
 from stsr_core.errors import PublicationError
 from stsr_core.store.layout import filesystem, is_whole
 
@@ -175,13 +184,13 @@ def validate(document: dict[str, Any]) -> None:
         raise PublicationError(f"Item {document['id']} is no valid STAC item: {e}. Nothing was published.") from e
 
 
-def _with_version(
-    current: dict[str, Any], version: str, bbox: list[float], interval: list[str]
-) -> dict[str, Any]:
+def _with_version(current: dict[str, Any], version: str, bbox: list[float], interval: list[str]) -> dict[str, Any]:
     """Collection with one more version, as its latest."""
     links = [link for link in current["links"] if link["rel"] != "latest-version"]
-    for rel in ("item", "latest-version"):
-        links.append({"rel": rel, "href": f"./{version}.json", "type": "application/geo+json", "title": version})
+    links += [
+        {"rel": rel, "href": f"./{version}.json", "type": "application/geo+json", "title": version}
+        for rel in ("item", "latest-version")
+    ]
     box = current["extent"]["spatial"]["bbox"][0]
     start, end = current["extent"]["temporal"]["interval"][0]
     union = [min(box[0], bbox[0]), min(box[1], bbox[1]), max(box[2], bbox[2]), max(box[3], bbox[3])]
@@ -240,9 +249,8 @@ def reconcile(destination: str, product: str, options: Options | None = None) ->
         stored = documents.read(f"{product}/{version}.json")
         if stored is not None:
             kept.add(stored[0]["assets"]["ensemble"]["href"].split("/")[2])
-    for name in documents.names(product):
-        if name.startswith("v") and name.endswith(".json") and name.removesuffix(".json") not in listed:
-            removed.append(f"{product}/{name}")
+    items = [n for n in documents.names(product) if n.startswith("v") and n.endswith(".json")]
+    removed += [f"{product}/{n}" for n in items if n.removesuffix(".json") not in listed]
     removed += [f"{product}/data/{n}" for n in documents.names(f"{product}/data") if n not in kept]
     for path in removed:
         documents.remove(path)

@@ -55,9 +55,7 @@ def ls(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> 
     return listed
 
 
-def find(
-    product: str, version: str, catalog: str, *, storage_options: Mapping[str, object] | None = None
-) -> Version:
+def find(product: str, version: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version:
     """Find a version by name, or "latest".
 
     Raises:
@@ -78,9 +76,7 @@ def find(
     return Version(product, name, stored[0], f"{catalog}/{product}/{name}.json")
 
 
-def latest(
-    product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None
-) -> Version | None:
+def latest(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version | None:
     """Return the latest version of a product, None where nothing is published yet."""
     found = _documents(catalog, storage_options).read(f"{product}/collection.json")
     if found is None or not any(link["rel"] == "item" for link in found[0]["links"]):

@@ -61,12 +61,13 @@ class Cluster:
             raise ConfigurationError("Device cuda is asked for, but no GPU is visible here. Use --device auto or cpu.")
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
+            _quiet(),
             self._local(gpus) as cluster,
             Client(cluster) as client,
         ):
             yield client
 
-    def _local(self, gpus: int):  # type: ignore[no-untyped-def]  # noqa: ANN202  distributed is untyped
+    def _local(self, gpus: int):  # type: ignore[no-untyped-def]
         if gpus:
             from dask_cuda import LocalCUDACluster
 
@@ -81,6 +82,18 @@ class Cluster:
             dashboard_address=None,
             silence_logs=logging.ERROR,
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the comings and goings of a local cluster out of the log; its warnings stay."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _count_gpus() -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
+    from stsr_core.grids import TimeLabel
     from stsr_core.sources.cube import Cube
 
 ARRAY = "precipitation"  # name of the amounts in every store
@@ -103,6 +104,7 @@ def downscale(
     device: str = "auto",
     checkpoints: str | None = None,
     workers: int = 0,
+    time_label: TimeLabel | None = None,
 ) -> xr.DataArray:
     """Downscale an array of precipitation amounts to an ensemble, in memory.
 
@@ -117,6 +119,8 @@ def downscale(
         device: "auto", "cpu" or "cuda".
         checkpoints: folder of checkpoints; None for the shipped ones.
         workers: threads on a CPU; 0 means one per core. The result does not depend on it.
+        time_label: which point of its interval a time stamp names; None assumes the end and says so in the
+            attribute `time_label_assumed`.
 
     Returns:
         `precipitation`, (member, time, y, x), float32, mm per fine step: the amount of an input cell is the
@@ -131,7 +135,7 @@ def downscale(
     from stsr_core.sources.harmonise import cube_of
 
     plan, downscaler = prepared(
-        cube_of(da),
+        cube_of(da, time_label=time_label),
         space=space,
         time=time,
         members=members,

@@ -46,7 +46,7 @@ class Target:
     options: Mapping[str, object]
 
 
-class Networks(WorkerPlugin):  # type: ignore[misc]
+class Networks(WorkerPlugin):
     """Puts the networks on a worker's device, once per worker and checkpoint."""
 
     def __init__(self, digest: str, downscaler: Downscaler, device: str) -> None:
@@ -64,7 +64,9 @@ class Networks(WorkerPlugin):  # type: ignore[misc]
 def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
     """Make, write and vouch for one shard; runs on a worker."""
     worker = get_worker()
-    downscaler: Downscaler = worker.plugins[name].downscaler
+    plugin = worker.plugins[name]
+    assert isinstance(plugin, Networks)
+    downscaler = plugin.downscaler
     torch.set_num_threads(1)
     try:
         result = make_shard(task, downscaler, lambda n: worker.log_event(TOPIC, n))
@@ -76,7 +78,7 @@ def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
             bytes_digest=digest,
             closure_quanta=result.closure_quanta,
             network_evaluations=result.evaluations,
-            **result.statistics(),  # type: ignore[arg-type]
+            **result.statistics(),
         )
         write_receipt(target.url, target.array, receipt, target.options)
     except StsrError:
@@ -137,10 +139,10 @@ def generate(plan: Plan, downscaler: Downscaler, target: Target, client: Client,
             client.cancel(list(pool.futures))
 
 
-def _submitted(client: Client, todo: Iterator[ShardTask], name: str, target: Target) -> Iterator[list[Future]]:
+def _submitted(client: Client, todo: Iterator[ShardTask], name: str, target: Target) -> Iterator[list[Future[Receipt]]]:
     """Yield a first handful of futures that fills the cluster, then one more at a time."""
 
-    def submit(count: int) -> list[Future]:
+    def submit(count: int) -> list[Future[Receipt]]:
         return [
             client.submit(_on_worker, task, name, target, resources=ONE, retries=RETRIES, pure=False, key=_key(task))
             for _, task in zip(range(count), todo, strict=False)

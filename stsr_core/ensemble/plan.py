@@ -205,9 +205,7 @@ class Plan:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
         if self.is_dry(shard):
             return 0
-        wet = sum(
-            bool((self.cube.amount[_slices(shifted(w, self.origin))] > 0).any()) for w in self.windows(shard)
-        )
+        wet = sum(bool((self.cube.amount[_slices(shifted(w, self.origin))] > 0).any()) for w in self.windows(shard))
         return wet * (1 + (shard.members[1] - shard.members[0]) * self.recipe.served.evaluations)
 
     def task(self, shard: Shard) -> ShardTask:
@@ -225,9 +223,7 @@ class Plan:
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
-        return ShardTask(
-            shard, self.recipe, self.origin, self.cube.amount.shape, read, coarse, digest.hexdigest()
-        )
+        return ShardTask(shard, self.recipe, self.origin, self.cube.amount.shape, read, coarse, digest.hexdigest())
 
     def tasks(self) -> Iterator[ShardTask]:
         """Yield the tasks one by one; each holds only its own part of the cube."""
@@ -240,9 +236,7 @@ def shifted(box: Box, by: tuple[int, int, int]) -> Box:
     return (t0 - by[0], t1 - by[0]), (y0 - by[1], y1 - by[1]), (x0 - by[2], x1 - by[2])
 
 
-def shard_windows(
-    lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]
-) -> list[Box]:
+def shard_windows(lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]) -> list[Box]:
     """Windows that a box of the cube needs, in absolute coarse indices."""
     absolute = [(a + o, b + o) for (a, b), o in zip(box, origin, strict=True)]
     domain = [(o, o + n) for o, n in zip(origin, shape, strict=True)]

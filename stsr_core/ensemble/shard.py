@@ -96,9 +96,7 @@ class _Block:
         return bool((self.coarse[local] > 0).any())
 
     def _window(self, box: Box, lattice: WindowLattice) -> _Window:
-        t, y, x = (
-            slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True)
-        )
+        t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         taper = torch.from_numpy(lattice.taper(box, self.parts)).to(self.downscaler.device)
         return _Window((t, y, x), taper)
 
@@ -120,9 +118,7 @@ class _Block:
 
     def member(self, member: int, mean: Tensor, progress: Progress) -> Tensor:
         """Amounts [mm per fine step] of one member in the whole block, before conservation."""
-        start = tuple(
-            (s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True)
-        )
+        start = tuple((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
         noise = lattice_noise(self.task.recipe.seed, member, start, self.shape)  # type: ignore[arg-type]
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
@@ -174,7 +170,9 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
     Raises:
         StoreError: an amount beyond what 16 bits hold at the storage quantum.
     """
-    core_coarse = task.coarse[tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(task.shard.box, task.read, strict=True))]
+    core_coarse = task.coarse[
+        tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(task.shard.box, task.read, strict=True))
+    ]
     first, last = task.shard.members
     block = None
     if not task.recipe.conserve or bool((core_coarse > 0).any()):
@@ -201,7 +199,7 @@ def _finished(
 ) -> NDArray[np.float32]:
     if task.recipe.conserve:
         fine = downscaler.conserve(fine, torch.from_numpy(coarse).to(fine.device))
-    return fine.cpu().numpy()  # type: ignore[no-any-return]
+    return fine.cpu().numpy()
 
 
 def _stored(

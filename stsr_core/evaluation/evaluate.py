@@ -57,20 +57,20 @@ def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
     _, ny, nx = coarse.shape
     s = float(factor.space)
     grid = Grid(Axis(s / 2, s, ny), Axis(s / 2, s, nx))
-    times = TimeAxis(datetime(2000, 1, 1), timedelta(hours=factor.time), len(coarse))  # noqa: DTZ001
+    times = TimeAxis(datetime(2000, 1, 1), timedelta(hours=factor.time), len(coarse))
     return Cube(coarse, times, grid, {})
 
 
 def linear_baseline(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
     """Linear interpolation in t, y and x, one member (1, T, Y, X)."""
     padded = torch.from_numpy(np.pad(coarse, 1, mode="edge"))
-    return linear_interpolation(padded[None], factor).numpy()  # type: ignore[no-any-return]
+    return linear_interpolation(padded[None], factor).numpy()
 
 
 def even_baseline(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
     """Even spreading over every block, one member (1, T, Y, X)."""
     s, t = factor.space, factor.time
-    return (coarse / t).repeat(t, 0).repeat(s, 1).repeat(s, 2)[None]
+    return (coarse / np.float32(t)).repeat(t, 0).repeat(s, 1).repeat(s, 2)[None]
 
 
 def evaluate(

@@ -54,7 +54,7 @@ def spectrum_db(ensemble: NDArray[np.float32], truth: NDArray[np.float32], space
         flat = spectrum.reshape(-1, n, n).mean(axis=0)
         k = np.fft.fftfreq(n) * n
         radius = np.rint(np.hypot(k[:, None], k[None, :])).astype(int)
-        return np.bincount(radius.ravel(), flat.ravel()) / np.bincount(radius.ravel())  # type: ignore[no-any-return]
+        return np.bincount(radius.ravel(), flat.ravel()) / np.bincount(radius.ravel())
 
     first, last = max(1, int(np.ceil(n / (2 * space)))), n // 2
     difference = 10 * np.log10(power(ensemble)[first : last + 1] / power(truth)[first : last + 1])

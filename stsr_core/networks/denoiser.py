@@ -37,7 +37,5 @@ class Denoiser(nn.Module):
             Velocity, (B, T, 1, H, W).
         """
         octaves = angle[:, None] * 2.0 ** torch.arange(NOISE_FREQUENCIES, device=angle.device)
-        context = torch.cat(
-            (octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1
-        )
+        context = torch.cat((octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1)
         return self.unet(torch.cat((noisy, mean, condition), dim=2), context)

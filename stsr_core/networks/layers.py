@@ -7,6 +7,7 @@ on single pixels, so that what a window computes does not depend on how large th
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -43,7 +44,7 @@ class ResidualBlock(nn.Module):
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.first(F.silu(self.norm(x)))
         h = torch.addcmul(shift, self.norm(h), 1 + scale)
-        return x + self.second(F.silu(h))  # type: ignore[no-any-return]
+        return x + self.second(F.silu(h))
 
 
 class TemporalAttention(nn.Module):
@@ -76,7 +77,7 @@ class TemporalAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
         mixed = mixed.transpose(1, 2).reshape(n // frames, h * w, frames, c).transpose(1, 2)
-        return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+        return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class Level(nn.Module):
@@ -115,11 +116,9 @@ class VideoUNet(nn.Module):
         self.stem = nn.Conv2d(inputs * PATCH**2, channels[0], 3, padding=1)
         below = [attention and i > 0 for i in range(len(channels))]
         self.down = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
-        self.reduce = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.reduce = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(channels))
         self.up = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
-        self.expand = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.expand = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in itertools.pairwise(channels))
         self.head = nn.Conv2d(channels[0], STEM_CHANNELS * PATCH**2, 3, padding=1)
         self.last = nn.Conv2d(STEM_CHANNELS, outputs, 3, padding=1)
         nn.init.zeros_(self.last.weight)

@@ -69,6 +69,4 @@ def condition(coarse: Tensor, factor: Factor, scale_mm: float) -> Tensor:
         _phase(s, nx, coarse.device)[None, None, None, :].expand(whole),
         _phase(t, nt, coarse.device)[None, :, None, None].expand(whole),
     )
-    return torch.stack(
-        (to_transformed(nearest, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2
-    )
+    return torch.stack((to_transformed(nearest, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import cftime
 import numpy as np
@@ -29,7 +30,7 @@ ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 
-Time = datetime | cftime.datetime
+Time: TypeAlias = datetime | cftime.datetime
 
 
 def read_cube(
@@ -77,13 +78,11 @@ def cube_of(
     time_label: TimeLabel | None = None,
     attributes: Mapping[str, str] | None = None,
 ) -> Cube:
-    """Make a coarse cube of an array, see `read_cube`; time bounds may also be its coordinate `time_bnds`."""
+    """Make a coarse cube of an array, see `read_cube`."""
     y_name, x_name = _horizontal(array)
     array = array.transpose("time", y_name, x_name)
     if 0 in array.shape:
         raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
-    if bounds is None and "time_bnds" in array.coords:
-        bounds = array["time_bnds"]
     times, assumed = _times(array["time"], bounds, time_label)
     grid = Grid(_axis(array, y_name), _axis(array, x_name), _crs_wkt(array, y_name, crs, mapping))
     amount = _amount(array, units, times.step)
@@ -113,8 +112,8 @@ def _axis(array: xr.DataArray, name: str) -> Axis:
     off = np.abs(values - (values[0] + step * np.arange(values.size)))
     if step == 0 or not np.isfinite(values).all() or off.max() > REGULARITY * abs(step):
         raise GridError(
-            f"Axis {name} is not regular: cell {int(off.argmax())} is {off.max():.4g} off an even spacing of {step:.6g}. "
-            "A regular grid is needed; regrid the file first."
+            f"Axis {name} is not regular: cell {int(off.argmax())} is {off.max():.4g} off an even spacing of "
+            f"{step:.6g}. A regular grid is needed; regrid the file first."
         )
     first = float(values[0])
     if array[name].dtype == np.float32:  # noise in its last digits, which a lattice in absolute place must not see
@@ -167,9 +166,7 @@ def _amount(array: xr.DataArray, declared: str | None, step: timedelta) -> NDArr
     return np.maximum(values, 0.0, where=~np.isnan(values), out=values).astype(np.float32)
 
 
-def _times(
-    coordinate: xr.DataArray, bounds: xr.DataArray | None, declared: TimeLabel | None
-) -> tuple[TimeAxis, bool]:
+def _times(coordinate: xr.DataArray, bounds: xr.DataArray | None, declared: TimeLabel | None) -> tuple[TimeAxis, bool]:
     """Time axis, and whether its label had to be assumed."""
     stamps = _as_times(coordinate.values)
     if bounds is not None and bounds.ndim == 2 and bounds.shape[1] == 2:
@@ -204,7 +201,7 @@ def _as_times(values: NDArray[np.generic]) -> list[Time]:
     if np.issubdtype(values.dtype, np.datetime64):
         if np.isnat(values).any():
             raise SourceError("The time axis holds missing stamps. Every step needs its time.")
-        return values.astype("datetime64[us]").astype(datetime).tolist()  # type: ignore[no-any-return]
+        return values.astype("datetime64[us]").astype(datetime).tolist()
     if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values):
         return list(values)
     raise SourceError(
@@ -214,7 +211,7 @@ def _as_times(values: NDArray[np.generic]) -> list[Time]:
 
 def _even_step(stamps: list[Time]) -> timedelta:
     step: timedelta = stamps[1] - stamps[0]
-    for before, after in zip(stamps[:-1], stamps[1:], strict=True):
+    for before, after in itertools.pairwise(stamps):
         if after <= before:
             raise SourceError(f"The time axis is not sorted: {after} comes after {before}. Sort it, drop duplicates.")
         if after - before != step:

@@ -31,13 +31,22 @@ def _filesystem(url: str, options: Mapping[str, object]) -> tuple[AbstractFileSy
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url, **options)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as e:
         raise SourceError(f"{url} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://.") from e
 
 
 def _is_zarr(filesystem: AbstractFileSystem, path: str) -> bool:
     return any(filesystem.exists(f"{path.rstrip('/')}/{name}") for name in ("zarr.json", ".zgroup", ".zmetadata"))
+
+
+def _is_consolidated(filesystem: AbstractFileSystem, path: str) -> bool:
+    root = path.rstrip("/")
+    if filesystem.exists(f"{root}/.zmetadata"):
+        return True
+    return filesystem.exists(f"{root}/zarr.json") and b"consolidated_metadata" in filesystem.cat_file(
+        f"{root}/zarr.json"
+    )
 
 
 def open_dataset(
@@ -61,7 +70,13 @@ def open_dataset(
         if not filesystem.exists(path):
             raise SourceError(f"Nothing is at {place}. Check the path, and the credentials if it is a bucket.")
         if _is_zarr(filesystem, path):
-            return xr.open_zarr(place, storage_options=options or None, chunks=None, decode_timedelta=False)
+            return xr.open_zarr(
+                place,
+                storage_options=options or None,
+                chunks=None,
+                decode_timedelta=False,
+                consolidated=_is_consolidated(filesystem, path),
+            )
         if filesystem.isdir(path):
             raise SourceError(f"{place} is a folder without a Zarr store. Name a NetCDF file or a Zarr store.")
         if filesystem.size(path) == 0:
@@ -81,9 +96,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def fingerprint(
-    url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None
-) -> str:
+def fingerprint(url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None) -> str:
     """Return a digest of what is at a URL: sha256 of a file, or of all objects of a Zarr store with their etags.
 
     Raises:

@@ -89,7 +89,7 @@ def filesystem(url: str, options: Options | None = None) -> tuple[AbstractFileSy
     """Return the fsspec filesystem of a URL, and the path in it."""
     import fsspec
 
-    return fsspec.core.url_to_fs(url, **dict(options or {}))  # type: ignore[no-any-return]
+    return fsspec.core.url_to_fs(url, **dict(options or {}))
 
 
 def open_store(url: str, options: Options | None = None) -> Store:
@@ -109,7 +109,7 @@ def time_units(times: TimeAxis) -> tuple[str, str]:
 def encoded_times(values: NDArray[Any], calendar: str) -> NDArray[np.int64]:
     """Encode dates as whole seconds since 1970."""
     if values.dtype == object:
-        return np.rint(cftime.date2num(values, EPOCH, calendar=calendar)).astype(np.int64)  # type: ignore[no-any-return]
+        return np.rint(cftime.date2num(values, EPOCH, calendar=calendar)).astype(np.int64)
     return values.astype("datetime64[s]").astype(np.int64)
 
 
@@ -131,12 +131,14 @@ def axis_attributes(grid: Grid) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def coordinates(layout: StoreLayout) -> dict[str, Any]:
-    """Decoded coordinates for an xarray object with the layout's axes."""
+    """Decoded coordinates for an xarray.DataArray with the layout's axes; intervals as `time_start`, `time_end`."""
     y, x = axis_attributes(layout.grid)
+    bounds = layout.times.bounds
     return {
         "member": ("member", np.arange(layout.members), {"standard_name": "realization"}),
         "time": ("time", layout.times.labels, {"standard_name": "time", "axis": "T"}),
-        "time_bnds": (("time", "nv"), layout.times.bounds),
+        "time_start": ("time", bounds[:, 0]),
+        "time_end": ("time", bounds[:, 1]),
         "y": ("y", layout.grid.y.centres, y),
         "x": ("x", layout.grid.x.centres, x),
     }
@@ -230,7 +232,9 @@ def remove_store(url: str, options: Options | None = None) -> None:
     if not fs.exists(path):
         return
     if not (fs.exists(f"{path}/zarr.json") or fs.exists(f"{path}/time/zarr.json")):
-        raise StoreError(f"{url} is no Zarr store, so it is not overwritten. Name another output, or remove it yourself.")
+        raise StoreError(
+            f"{url} is no Zarr store, so it is not overwritten. Name another output, or remove it yourself."
+        )
     fs.rm(path, recursive=True)
 
 
@@ -265,12 +269,22 @@ def write_shard(
     shard = target.shards or target.chunks
     for part, n, size in zip(region, shard, target.shape, strict=True):
         if part.start % n or part.stop not in (part.start + n, size):
-            raise StoreError(f"Region {region} is not one shard of shape {shard} in {target.shape}; it would lose data.")
+            raise StoreError(
+                f"Region {region} is not one shard of shape {shard} in {target.shape}; it would lose data."
+            )
     expected = tuple(part.stop - part.start for part in region)
     if values.shape != expected or values.dtype != np.uint16:
         raise StoreError(f"Values {values.dtype} {values.shape} do not fill region {expected} of uint16.")
+    address = shard_path(url, array, shard, region)
     try:
+        _remove(address, options)  # zarr merges an edge shard into what is there, which may be damaged
         target[region] = values
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check free space and permissions.") from e
-    return hashlib.sha256(read_object(shard_path(url, array, shard, region), options)).hexdigest()
+    return hashlib.sha256(read_object(address, options)).hexdigest()
+
+
+def _remove(url: str, options: Options | None) -> None:
+    fs, path = filesystem(url, options)
+    if fs.exists(path):
+        fs.rm(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -59,8 +59,8 @@ def write_overview(
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
     write_coordinates(url, layout.times, layout.grid, options)
     axes = {"quantile": (QUANTILES, "quantile over members", "1"), "threshold": (THRESHOLDS_MM, "threshold", "mm")}
-    for name, (values, long_name, units) in axes.items():
-        write_array(f"{url}/{name}", np.array(values), (name,), {"long_name": long_name, "units": units}, options)
+    for name, (points, long_name, units) in axes.items():
+        write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
     over_members = {**PRECIPITATION, "cell_methods": "time: sum area: mean realization: mean"}
     targets = {
@@ -87,7 +87,7 @@ def _blocks(layout: StoreLayout) -> list[tuple[slice, slice, slice]]:
 
 def _create(
     url: str, layout: StoreLayout, leading: str | None, attributes: Mapping[str, str], options: Options | None
-) -> zarr.Array:
+) -> zarr.Array[Any]:
     _, bt, by, bx = layout.shard
     size = {"quantile": len(QUANTILES), "threshold": len(THRESHOLDS_MM)}.get(leading or "")
     extra = (size,) if size else ()

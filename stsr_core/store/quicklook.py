@@ -19,9 +19,7 @@ def wettest_step(coarse: NDArray[np.float32]) -> int:
     return int(np.nansum(coarse, axis=(1, 2)).argmax())
 
 
-def quicklook(
-    coarse: NDArray[np.float32], ensemble: NDArray[np.float32], *, title: str, km_per_cell: float
-) -> bytes:
+def quicklook(coarse: NDArray[np.float32], ensemble: NDArray[np.float32], *, title: str, km_per_cell: float) -> bytes:
     """Draw coarse input, ensemble mean and three members of one fine step.
 
     Args:

@@ -72,6 +72,8 @@ def read_receipts(url: str, array: str, options: Options | None = None) -> dict[
         try:
             receipt = Receipt.model_validate_json(raw)
         except ValidationError as e:
-            raise StoreError(f"Receipt {name} is damaged ({e.error_count()} errors). Remove it; its shard is redone.") from e
+            raise StoreError(
+                f"Receipt {name} is damaged ({e.error_count()} errors). Remove it; its shard is redone."
+            ) from e
         found[receipt.shard] = receipt
     return found

@@ -91,9 +91,7 @@ class Stored:
     options: Options | None = None
 
 
-def verify(
-    stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates
-) -> GateReport:
+def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> GateReport:
     """Check an ensemble against its plan, its receipts and its product's gates."""
     valid = [e for e in expected if e.key in receipts and receipts[e.key].plan_digest == e.plan_digest]
     lacking = sorted({e.key for e in expected} - {e.key for e in valid})
@@ -110,9 +108,7 @@ def verify(
     return GateReport(gates=(*results, _plausible(valid, receipts, gates), _spread(stored, valid, receipts, gates)))
 
 
-def _read_back(
-    stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates
-) -> list[Gate]:
+def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
     """Gates over the stored bytes of a sample of shards: digest, closure, missing cells."""
     step = max(1, len(valid) // SAMPLE)
     sample = valid[::step]

@@ -57,7 +57,10 @@ PRESETS: Mapping[str, Preset] = {
         Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 300_000
     ),
     "base": Preset(
-        Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)), 40_000, 100_000, 4_000_000
+        Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),
+        40_000,
+        100_000,
+        4_000_000,
     ),
     "large": Preset(
         Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
@@ -127,7 +130,7 @@ class Stage:
     def update(self, loss: Tensor, run: Run) -> None:
         """Take one step down `loss`."""
         self.optimiser.zero_grad(set_to_none=False)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         run.average([p.grad for p in self.network.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
         for group in self.optimiser.param_groups:
@@ -225,7 +228,7 @@ class Training:
     folder: Path
     run: Run
     seed: int = 0
-    transform: Transform = Transform()
+    transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
 
     def batch(self, stage: int, step: int) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:

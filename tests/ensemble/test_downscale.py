@@ -1,0 +1,220 @@
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+import stsr_core
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.cluster import Cluster
+from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, prepared
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.errors import ConfigurationError, FactorError, StoreError
+from stsr_core.factors import Factor
+from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.sources.cube import Cube
+from stsr_core.store.layout import MISSING, QUANTUM_MM
+
+CPU = choose_device("cpu")
+
+
+def cube_of(rain, x0=4000.0, hour=0):
+    times = TimeAxis(datetime(2001, 1, 1, hour), timedelta(hours=1), len(rain))
+    _, ny, nx = rain.shape
+    return Cube(rain, times, Grid(Axis(36_000.0, -4000.0, ny), Axis(x0, 4000.0, nx)), {})
+
+
+def plan_of(library, cube, space=4, time=1, members=2, seed=1, conserve=True):
+    factor = Factor(space=space, time=time)
+    checkpoint = library.serving(factor)
+    recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
+    return Plan(cube, recipe), Downscaler.load(checkpoint, factor, CPU)
+
+
+def block_sums(quanta, s, t):
+    m, nt, ny, nx = quanta.shape
+    return quanta.astype(np.int64).reshape(m, nt // t, t, ny // s, s, nx // s, s).sum(axis=(2, 4, 6))
+
+
+@pytest.mark.parametrize(("space", "time"), [(4, 1), (4, 3), (10, 1)])
+def test_every_member_conserves_every_coarse_total_to_the_quantum(library, rain, space, time):
+    plan, downscaler = plan_of(library, cube_of(rain), space, time, members=3)
+    quanta = ensemble_quanta(plan, downscaler)
+    wanted = np.rint(space**2 * rain.astype(np.float64) / QUANTUM_MM)
+    np.testing.assert_array_equal(block_sums(quanta, space, time), np.broadcast_to(wanted, (3, *rain.shape)))
+
+
+def test_members_do_not_depend_on_how_many_there_are_nor_on_threads(library, rain):
+    few, downscaler = plan_of(library, cube_of(rain), members=3)
+    many, _ = plan_of(library, cube_of(rain), members=6)
+    a, b = ensemble_quanta(few, downscaler), ensemble_quanta(many, downscaler, workers=2)
+    np.testing.assert_array_equal(a, b[:3])
+    assert (b[0] != b[5]).any()
+
+
+def test_a_later_start_gives_the_same_numbers_where_windows_agree(library, rain):
+    # Noise and windows lie on absolute lattices: cropping the domain changes only what is near the cut.
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 8, 8))), members=1)
+    whole = ensemble_quanta(plan, downscaler)
+    cropped = cube_of(np.ascontiguousarray(np.tile(rain, (1, 8, 8))[:, :, 8:]), x0=4000.0 * 9)
+    other, _ = plan_of(library, cropped, members=1)
+    part = ensemble_quanta(other, downscaler)
+    far = slice(4 * 60, None)
+    same = whole[:, :, :, 32:][..., far] == part[..., far]
+    assert same.mean() > 0.999
+
+
+def test_a_dry_cube_needs_no_network(library, rain):
+    plan, downscaler = plan_of(library, cube_of(np.zeros_like(rain)))
+    assert sum(plan.evaluations(shard) for shard in plan.shards) == 0
+    assert (ensemble_quanta(plan, downscaler) == 0).all()
+
+
+def test_holes_stay_missing_and_their_neighbours_keep_their_amount(library, rain):
+    holed = rain.copy()
+    holed[2, 4, 3] = np.nan
+    plan, downscaler = plan_of(library, cube_of(holed))
+    quanta = ensemble_quanta(plan, downscaler)
+    hole = np.zeros(rain.shape, bool)
+    hole[2, 4, 3] = True
+    fine_hole = hole.repeat(4, 1).repeat(4, 2)
+    assert (quanta[:, fine_hole] == MISSING).all()
+    assert (quanta[:, ~fine_hole] != MISSING).all()
+    wanted = np.rint(16 * rain.astype(np.float64) / QUANTUM_MM)
+    np.testing.assert_array_equal(
+        block_sums(quanta, 4, 1)[:, ~hole], np.broadcast_to(wanted[~hole], (2, (~hole).sum()))
+    )
+
+
+def test_without_conservation_the_totals_are_the_networks_own(library, rain):
+    plan, downscaler = plan_of(library, cube_of(rain), conserve=False)
+    sums = block_sums(ensemble_quanta(plan, downscaler), 4, 1)
+    assert (sums != np.rint(16 * rain.astype(np.float64) / QUANTUM_MM)).any()
+
+
+def test_digests_follow_the_input_near_a_shard_and_not_the_number_of_members(library, rain):
+    plan, _ = plan_of(library, cube_of(rain), members=4)
+    more, _ = plan_of(library, cube_of(rain), members=8)
+    changed = rain.copy()
+    changed[0, 0, 0] += 1
+    other, _ = plan_of(library, cube_of(changed), members=4)
+    first = plan.task(plan.shards[0]).digest
+    assert more.task(more.shards[0]).digest == first
+    assert other.task(other.shards[0]).digest != first
+    reseeded, _ = plan_of(library, cube_of(rain), members=4, seed=2)
+    assert reseeded.task(reseeded.shards[0]).digest != first
+
+
+def test_shards_tile_the_ensemble_exactly_once(library):
+    cube = cube_of(np.ones((30, 140, 150), np.float32))
+    plan, _ = plan_of(library, cube, members=6)
+    count = np.zeros(plan.fine_shape, np.uint8)
+    for shard in plan.shards:
+        count[shard.region(4, 1)] += 1
+    assert (count == 1).all()
+    assert len({shard.key for shard in plan.shards}) == len(plan.shards)
+
+
+def test_bad_counts_are_refused(library, rain):
+    with pytest.raises(ConfigurationError, match="0 members are asked for"):
+        plan_of(library, cube_of(rain), members=0)
+    with pytest.raises(ConfigurationError, match="Seed -1"):
+        plan_of(library, cube_of(rain), seed=-1)
+
+
+@pytest.fixture
+def array(rain):
+    time = pd.date_range("2001-01-01 01:00", periods=len(rain), freq="1h")
+    coords = {"time": time, "y": 36_000.0 - 4000.0 * np.arange(9), "x": 4000.0 * np.arange(1, 12)}
+    return xr.DataArray(rain, dims=("time", "y", "x"), coords=coords, attrs={"units": "mm"})
+
+
+def test_the_python_call_returns_the_fine_lattice(array, checkpoints):
+    out = stsr_core.downscale(array, space=4, time=3, members=2, seed=3, checkpoints=str(checkpoints))
+    assert out.dims == ("member", "time", "y", "x")
+    assert out.dtype == np.float32
+    assert out.shape == (2, 24, 36, 44)
+    np.testing.assert_allclose(out["x"][:4], [2500.0, 3500.0, 4500.0, 5500.0])
+    np.testing.assert_allclose(out["y"][:2], [37_500.0, 36_500.0])
+    assert out["time"].values[2] == array["time"].values[0]
+    assert out["time_bnds"].values[0, 0] == np.datetime64("2001-01-01T00:00")
+    total = out.coarsen(y=4, x=4).mean().coarsen(time=3).sum()
+    np.testing.assert_allclose(total.values, np.broadcast_to(array, total.shape), atol=QUANTUM_MM / 16 + 1e-5)
+
+
+def test_an_unsupported_factor_names_the_nearest_and_nearest_regrids_to_it(array, checkpoints):
+    with pytest.raises(FactorError, match=r"\(5,1\) is not served.*nearest is \(4,1\).*--nearest"):
+        stsr_core.downscale(array, space=5, time=1, checkpoints=str(checkpoints))
+    out = stsr_core.downscale(array, space=5, time=1, members=1, nearest=True, checkpoints=str(checkpoints))
+    assert float(out["x"][1] - out["x"][0]) == pytest.approx(4000.0 / 5)
+
+
+def to_store(cube, checkpoints, output: Path, workers: int, members: int = 2, **changes):
+    overwrite = changes.pop("overwrite", False)
+    arguments = {"space": 4, "time": 1, "seed": 1, "nearest": False, "conserve": True, "device": "cpu", **changes}
+    plan, downscaler = prepared(cube, members=members, checkpoints=str(checkpoints), **arguments)
+    downscale_to_store(
+        plan, downscaler, str(output), cluster=Cluster(device="cpu", workers=workers), overwrite=overwrite
+    )
+    return plan
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_a_store_has_the_same_bytes_for_any_number_of_workers_and_resumes(rain, checkpoints, tmp_path):
+    cube = cube_of(rain)
+    plan = to_store(cube, checkpoints, tmp_path / "one", workers=1, members=6)
+    to_store(cube, checkpoints, tmp_path / "two", workers=2, members=6)
+    whole = files_of(tmp_path / "one")
+    assert files_of(tmp_path / "two") == whole
+
+    # What a kill leaves: one shard without receipt, and no group metadata.
+    (tmp_path / "two" / "zarr.json").unlink()
+    (tmp_path / "two" / "precipitation" / "receipts" / f"{plan.shards[-1].key}.json").unlink()
+    (tmp_path / "two" / "precipitation" / "c" / "1" / "0" / "0" / "0").write_bytes(b"half")
+    with pytest.raises(Exception, match="."):
+        xr.open_zarr(tmp_path / "two")
+    to_store(cube, checkpoints, tmp_path / "two", workers=1, members=6)
+    assert files_of(tmp_path / "two") == whole
+
+    dataset = xr.open_zarr(tmp_path / "one")
+    assert dataset["precipitation"].dims == ("member", "time", "y", "x")
+    assert dataset["precipitation"].attrs["units"] == "mm"
+    quanta = ensemble_quanta(plan, Downscaler.load(*_serving(checkpoints)))
+    np.testing.assert_allclose(dataset["precipitation"].values, quanta * QUANTUM_MM, atol=1e-4)
+
+    with pytest.raises(StoreError, match="there and whole.*--overwrite"):
+        to_store(cube, checkpoints, tmp_path / "two", workers=1, members=6)
+
+
+def _serving(checkpoints):
+    from stsr_core.checkpoint import Library
+
+    factor = Factor(space=4, time=1)
+    return Library.open(checkpoints).serving(factor), factor, CPU
+
+
+def test_a_store_begun_with_other_arguments_is_refused(rain, checkpoints, tmp_path):
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", workers=1)
+    (tmp_path / "out" / "zarr.json").unlink()
+    with pytest.raises(StoreError, match="made from other input, arguments or code.*--overwrite"):
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", workers=1, seed=9)
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_overwritten(rain, checkpoints, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="cannot be written"):
+        to_store(cube_of(rain), checkpoints, tmp_path / "file" / "out", workers=1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.txt").write_text("keep me")
+    plan, downscaler = prepared(
+        cube_of(rain), space=4, time=1, members=1, seed=0, nearest=False, conserve=True, device="cpu",
+        checkpoints=str(checkpoints),
+    )  # fmt: skip
+    with pytest.raises(StoreError, match="no Zarr store, so it is not overwritten"):
+        downscale_to_store(plan, downscaler, str(tmp_path / "folder"), cluster=Cluster(workers=1), overwrite=True)
+    assert (tmp_path / "folder" / "letter.txt").read_text() == "keep me"

@@ -1,0 +1,134 @@
+from datetime import timedelta
+
+import cftime
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from stsr_core.errors import GridError, SourceError
+from stsr_core.sources.harmonise import cube_of, read_cube
+from stsr_core.sources.open import open_dataset
+
+SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
+
+
+def array(units="mm", nt=4, **changes):
+    time = changes.pop("time", pd.date_range("2001-01-01 01:00", periods=nt, freq="1h"))
+    values = changes.pop("values", np.ones((nt, 3, 5)))
+    dims = changes.pop("dims", ("time", "y", "x"))
+    coords = {dims[0]: time, dims[1]: 1000.0 * np.arange(3), dims[2]: 1000.0 * np.arange(5)}
+    return xr.DataArray(values, dims=dims, coords=coords, attrs={"units": units} if units else {})
+
+
+def test_the_shipped_sample_reads_as_its_file_says():
+    with open_dataset(SAMPLE) as dataset:
+        cube = read_cube(dataset, "precipitation")
+        expected = dataset["precipitation"].values
+    np.testing.assert_allclose(cube.amount, expected, rtol=1e-6)
+    assert cube.times.step == timedelta(hours=1)
+    assert cube.times.label == "end"
+    assert cube.grid.y.step == pytest.approx(-0.1)
+    assert "WGS 84" in cube.grid.crs_wkt
+    assert "Etalab" in cube.attributes["license"]
+
+
+@pytest.mark.parametrize(
+    ("units", "value", "amount"),
+    [
+        ("mm", 2.0, 2.0),
+        ("m", 0.002, 2.0),
+        ("kg m-2", 2.0, 2.0),
+        ("kg m-2 s-1", 2.0 / 3600, 2.0),
+        ("mm/h", 2.0, 2.0),
+        ("mm day-1", 48.0, 2.0),
+    ],
+)
+def test_units_become_mm_per_step(units, value, amount):
+    cube = cube_of(array(units, values=np.full((4, 3, 5), value)))
+    np.testing.assert_allclose(cube.amount, amount, rtol=1e-6)
+    assert cube.amount.dtype == np.float32
+
+
+def test_bounds_decide_what_a_stamp_names():
+    data = array(time=pd.date_range("2001-01-01 03:00", periods=4, freq="6h"))
+    starts = data["time"].values - np.timedelta64(3, "h")
+    bounds = xr.DataArray(np.stack([starts, starts + np.timedelta64(6, "h")], axis=1), dims=("time", "nv"))
+    cube = cube_of(data, bounds=bounds)
+    assert cube.times.label == "middle"
+    np.testing.assert_array_equal(cube.times.bounds[:, 0], starts)
+    np.testing.assert_array_equal(cube.times.labels, data["time"].values)
+
+
+def test_without_bounds_the_end_is_assumed_and_noted():
+    cube = cube_of(array())
+    assert cube.attributes["time_label_assumed"] == "end"
+    assert cube.times.bounds[0, 1] == np.datetime64("2001-01-01T01:00")
+    assert cube_of(array(), time_label="start").times.bounds[0, 0] == np.datetime64("2001-01-01T01:00")
+
+
+def test_a_360_day_calendar_is_kept():
+    time = xr.date_range("2001-02-28", periods=4, freq="D", calendar="360_day", use_cftime=True)
+    cube = cube_of(array("mm", time=time))
+    assert cube.times.labels[2] == cftime.Datetime360Day(2001, 2, 30)
+
+
+def test_axes_are_kept_as_they_run_and_latitudes_imply_their_crs():
+    data = array(dims=("time", "lat", "lon"))
+    data = data.assign_coords(lat=[50.0, 49.5, 49.0], lon=np.float32([7.1, 7.2, 7.3, 7.4, 7.5]))
+    cube = cube_of(data)
+    assert cube.grid.y.step == -0.5
+    assert cube.grid.x.step == pytest.approx(0.1, abs=1e-12)
+    assert "WGS 84" in cube.grid.crs_wkt
+
+
+def test_small_negative_amounts_are_rounding_and_missing_stays_missing():
+    values = np.ones((4, 3, 5))
+    values[0, 0, 0], values[1, 1, 1] = -0.005, np.nan
+    cube = cube_of(array(values=values))
+    assert cube.amount[0, 0, 0] == 0.0
+    assert np.isnan(cube.amount[1, 1, 1])
+    assert np.isnan(cube.amount).sum() == 1
+
+
+def values_with(value):
+    values = np.ones((4, 3, 5))
+    values[2, 1, 3] = value
+    return values
+
+
+STAMPS = pd.to_datetime(["2001-01-01 01:00", "2001-01-01 02:00", "2001-01-01 04:00", "2001-01-01 05:00"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (array(None), "no units.*--units"),
+        (array("furlong"), "'furlong' are not understood; known are mm"),
+        (array(values=values_with(-1.0)), r"Negative precipitation: -1 mm at .* \(2, 1, 3\)"),
+        (array(values=values_with(np.inf)), "1 values are infinite"),
+        (array(values=np.full((4, 3, 5), np.nan)), "All values are missing"),
+        (array(time=STAMPS), "uneven: 2001-01-01 02:00:00 to 2001-01-01 04:00:00"),
+        (array(time=STAMPS[[1, 0, 2, 3]]), "not sorted: 2001-01-01 01:00:00 comes after 2001-01-01 02:00:00"),
+        (array(time=STAMPS[[0, 0, 1, 2]]), "not sorted"),
+        (array(nt=1), "One time step without time bounds"),
+        (array(time=np.arange(4)), "not dates.*hours since"),
+        (array(dims=("time", "station", "x")), r"\('time', 'station', 'x'\) were found; \(time, y, x\) are needed"),
+        (array().isel(time=0), r"\('y', 'x'\) were found"),
+        (array().isel(y=slice(0, 0)), "is empty"),
+        (array().drop_vars("x"), "Dimension x has no coordinate"),
+    ],
+)
+def test_what_cannot_be_read_safely_is_refused_with_the_reason(data, message):
+    with pytest.raises(SourceError, match=message):
+        cube_of(data)
+
+
+def test_an_irregular_axis_is_refused():
+    with pytest.raises(GridError, match="Axis x is not regular: cell 3"):
+        cube_of(array().assign_coords(x=[0.0, 1.0, 2.0, 3.5, 4.0]))
+
+
+def test_a_missing_variable_names_those_that_are_there():
+    with pytest.raises(SourceError, match="No variable 'rain' in the file; it has precipitation"):
+        read_cube(array().to_dataset(name="precipitation"), "rain")

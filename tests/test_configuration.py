@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from stsr_core.configuration import Configuration, shipped_catalog
+from stsr_core.errors import ConfigurationError
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    path = tmp_path / "catalog.yaml"
+    text = shipped_catalog().read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_the_shipped_catalogue_is_valid():
+    configuration = Configuration.load(shipped_catalog())
+    assert configuration.product("arpege-provence-1km").members == 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("members: 8", "memebrs: 8", "products.arpege-provence-1km.memebrs"),
+        ("members: 8", "members: 0", "products.arpege-provence-1km.members.*greater than or equal to 1"),
+        ("source: arpege-se-france", "source: arpege", "names source 'arpege'"),
+        ("x_max: 1100000.0", "x_max: 1100000.5", "no whole number of cells"),
+        ("sources:", "sources: [", "no valid YAML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, old, new, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Configuration.load(changed(tmp_path, old, new))
+
+
+def test_a_missing_file_and_product_are_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Configuration.load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigurationError, match="No product 'x'.*arpege-provence-1km"):
+        Configuration.load(shipped_catalog()).product("x")

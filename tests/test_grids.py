@@ -1,0 +1,57 @@
+from datetime import datetime, timedelta
+
+import cftime
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stsr_core.errors import ShapeError
+from stsr_core.factors import Factor
+from stsr_core.grids import Axis, TimeAxis, coarsen
+
+steps = st.sampled_from([0.1, 0.25, 1 / 24, 1000.0, 10_000.0, -0.1, -1000.0])
+
+
+@given(st.integers(-500, 500), steps, st.integers(2, 50), st.integers(1, 25))
+def test_refined_cells_fill_the_coarse_ones(index, step, size, parts):
+    axis = Axis(index * step, step, size)
+    fine = axis.refine(parts)
+    np.testing.assert_allclose(fine.edges[::parts], axis.edges, rtol=1e-9, atol=abs(step) * 1e-6)
+    np.testing.assert_allclose(fine.centres.reshape(size, parts).mean(axis=1), axis.centres, atol=abs(step) * 1e-6)
+
+
+@given(st.integers(-500, 500), st.sampled_from([0.0, 0.5]), steps, st.integers(0, 30))
+def test_a_cell_has_the_same_lattice_index_in_every_subset(index, offset, step, start):
+    axis = Axis((index + offset) * step, step, 40)
+    assert axis.isel(start, 40).lattice_index == axis.lattice_index + start
+
+
+@pytest.mark.parametrize("calendar", [None, "360_day", "noleap"])
+def test_time_axis_keeps_its_calendar_and_bounds_touch(calendar):
+    start = datetime(2001, 2, 27) if calendar is None else cftime.datetime(2001, 2, 27, calendar=calendar)
+    axis = TimeAxis(start, timedelta(days=1), 5, "middle")
+    fine = axis.refine(4)
+    assert (axis.bounds[1:, 0] == axis.bounds[:-1, 1]).all()
+    assert (fine.bounds[::4, 0] == axis.bounds[:, 0]).all()
+    assert axis.isel(2, 5).lattice_index == axis.lattice_index + 2
+    if calendar == "360_day":
+        assert axis.bounds[3, 0] == cftime.datetime(2001, 2, 30, calendar=calendar)
+
+
+def test_labels_name_start_middle_or_end():
+    for label, hour in (("start", 0), ("middle", 3), ("end", 6)):
+        axis = TimeAxis(datetime(2000, 1, 1), timedelta(hours=6), 2, label)
+        assert axis.labels[0] == np.datetime64(f"2000-01-01T{hour:02d}")
+
+
+def test_coarse_total_sums_over_time_and_averages_over_area():
+    # Two steps of 1 mm everywhere and 4 mm in one of four cells: 1 + (1 + 1 + 1 + 4) / 4 = 2.75 mm.
+    fine = np.ones((2, 2, 2), np.float32)
+    fine[1, 0, 0] = 4.0
+    np.testing.assert_allclose(coarsen(fine, Factor(space=2, time=2)), [[[2.75]]])
+
+
+def test_coarsen_refuses_partial_blocks():
+    with pytest.raises(ShapeError, match=r"no multiple of factor \(2,1\)"):
+        coarsen(np.ones((1, 3, 4), np.float32), Factor(space=2, time=1))

@@ -1,0 +1,116 @@
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyproj import CRS, Transformer
+
+from stsr_core.configuration import TargetGrid
+from stsr_core.errors import GridError
+from stsr_core.factors import Factor
+from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time, regrid_to_factor
+from stsr_core.sources.cube import Cube
+
+LATLON = CRS.from_epsg(4326).to_wkt()
+TARGET = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=8.5e5, x_max=9.5e5, y_min=6.3e6, y_max=6.4e6)
+
+
+def cube_of(amount, step_h=1.0, step=0.1, crs=LATLON):
+    nt, ny, nx = amount.shape
+    times = TimeAxis(datetime(2018, 5, 1), timedelta(hours=step_h), nt)
+    return Cube(amount.astype(np.float32), times, Grid(Axis(46.0, -step, ny), Axis(3.0, step, nx), crs), {})
+
+
+def exact_mean(cube, grid, row, column):
+    """Area-weighted mean over one target cell, by a plain loop over all source polygons."""
+    to = Transformer.from_crs(4326, 2154, always_xy=True)
+    x, y = grid.x.edges[column : column + 2], grid.y.edges[row : row + 2]
+    cell = shapely.box(min(x), min(y), max(x), max(y))
+    total = 0.0
+    for i in range(cube.grid.y.size):
+        for j in range(cube.grid.x.size):
+            lon, lat = cube.grid.x.edges[j : j + 2], cube.grid.y.edges[i : i + 2]
+            ring = [
+                to.transform(a, b) for a, b in ((lon[0], lat[0]), (lon[1], lat[0]), (lon[1], lat[1]), (lon[0], lat[1]))
+            ]
+            total += cube.amount[0, i, j] * shapely.Polygon(ring).intersection(cell).area
+    return total / cell.area
+
+
+def test_a_target_cell_is_the_mean_by_exact_polygon_overlap():
+    cube = cube_of(np.random.default_rng(0).gamma(0.5, 2, (1, 30, 40)))
+    grid = coarse_grid(TARGET, Factor(space=25, time=1))
+    out = regrid(cube, grid)
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        assert out.amount[0, row, column] == pytest.approx(exact_mean(cube, grid, row, column), rel=1e-5)
+
+
+def test_a_uniform_field_stays_uniform():
+    out = regrid(cube_of(np.full((2, 30, 40), 3.0)), coarse_grid(TARGET, Factor(space=8, time=1)))
+    np.testing.assert_allclose(out.amount, 3.0, rtol=1e-6)
+
+
+def test_missing_source_cells_stay_missing_and_touch_only_what_they_cover():
+    amount = np.ones((2, 30, 40))
+    amount[1, 15, 20] = np.nan
+    out = regrid(cube_of(amount), coarse_grid(TARGET, Factor(space=10, time=1)))
+    assert not np.isnan(out.amount[0]).any()
+    assert 1 <= np.isnan(out.amount[1]).sum() <= 9
+    np.testing.assert_allclose(out.amount[1][~np.isnan(out.amount[1])], 1.0, rtol=1e-6)
+
+
+def test_a_target_outside_the_source_names_what_is_covered():
+    with pytest.raises(GridError, match=r"The source covers y .* the target needs"):
+        regrid(cube_of(np.ones((1, 10, 40))), coarse_grid(TARGET, Factor(space=10, time=1)))
+
+
+def test_a_source_without_crs_is_refused():
+    with pytest.raises(GridError, match="no CRS.*Declare `crs`"):
+        regrid(cube_of(np.ones((1, 30, 40)), crs=None), coarse_grid(TARGET, Factor(space=10, time=1)))
+
+
+def test_coarse_grid_lies_on_absolute_multiples_and_covers_the_box():
+    grid = coarse_grid(TARGET, Factor(space=8, time=3))
+    assert (np.round(grid.x.edges / 8000) * 8000 == grid.x.edges).all()
+    assert grid.x.edges[0] <= TARGET.x_min
+    assert grid.x.edges[-1] >= TARGET.x_max
+    assert grid.y.step < 0
+    assert grid.y.edges[0] >= TARGET.y_max
+
+
+def test_native_factor_is_cell_size_and_cadence_over_the_targets():
+    space, time = native_factor(cube_of(np.ones((4, 30, 40)), step_h=3), TARGET)
+    # 0.1 degrees: 11.1 km by 11.1 km * cos(44.2 degrees) = 7.96 km; root of the product 9.4 km.
+    assert space == pytest.approx(9.4, abs=0.1)
+    assert time == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.0, 6.0]), st.integers(0, 2**32 - 1))
+def test_changing_the_cadence_keeps_the_sum(hours, seed):
+    cube = cube_of(np.random.default_rng(seed).gamma(0.5, 2, (12, 3, 3)))
+    out = regrid_time(cube, timedelta(hours=hours))
+    assert out.amount.shape[0] == 12 / hours
+    np.testing.assert_allclose(out.amount.sum(axis=0), cube.amount.sum(axis=0), rtol=1e-5)
+
+
+def test_a_period_shorter_than_a_step_is_refused():
+    with pytest.raises(GridError, match="no whole step of 6:00:00"):
+        regrid_time(cube_of(np.ones((3, 3, 3))), timedelta(hours=6))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 12), st.integers(0, 2**32 - 1))
+def test_regridding_to_the_nearest_factor_keeps_depth_and_fine_spacing(space, seed):
+    cube = cube_of(np.random.default_rng(seed).gamma(0.5, 2, (4, 40, 40)))
+    out = regrid_to_factor(cube, Factor(space=space, time=1), Factor(space=10, time=1))
+    assert out.grid.x.refine(10).step == pytest.approx(cube.grid.x.refine(space).step)
+    if space == 10:
+        assert out is cube
+    uniform = regrid_to_factor(
+        cube_of(np.full((1, 40, 40), 2.0)), Factor(space=space, time=1), Factor(space=10, time=1)
+    )
+    np.testing.assert_allclose(uniform.amount, 2.0, rtol=1e-6)
