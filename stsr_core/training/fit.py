@@ -340,7 +340,9 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     def write() -> None:
         averaged = {f"denoiser.{k}": v for k, v in stage.average.items()}
         card = _card(training, name, provenance, scales, stage.step)
-        write_checkpoint(training.folder / "checkpoint", card, weights | averaged)
+        # Half precision halves what git and workers carry; networks run in single precision after loading.
+        half = {k: v.half() for k, v in (weights | averaged).items()}
+        write_checkpoint(training.folder / "checkpoint", card, half)
 
     training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
     if run.rank == 0:

@@ -139,7 +139,7 @@ def test_the_python_call_returns_the_fine_lattice(array, checkpoints):
     np.testing.assert_allclose(out["x"][:4], [2500.0, 3500.0, 4500.0, 5500.0])
     np.testing.assert_allclose(out["y"][:2], [37_500.0, 36_500.0])
     assert out["time"].values[2] == array["time"].values[0]
-    assert out["time_bnds"].values[0, 0] == np.datetime64("2001-01-01T00:00")
+    assert out["time_start"].values[0] == np.datetime64("2001-01-01T00:00")
     total = out.coarsen(y=4, x=4).mean().coarsen(time=3).sum()
     np.testing.assert_allclose(total.values, np.broadcast_to(array, total.shape), atol=QUANTUM_MM / 16 + 1e-5)
 

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from stsr_core.factors import Factor
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.layers import TemporalAttention, VideoUNet
+from stsr_core.networks.mean import CONDITION_CHANNELS, LINEAR_CHANNEL, MeanNetwork
+from stsr_core.networks.transform import condition, linear_interpolation, to_amount, to_transformed
+
+CHANNELS = (8, 32, 32)
+FACTOR = Factor(space=5, time=2)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (25, 75), (13, 31)])
+def test_frames_of_any_size_come_back_at_their_size(size):
+    unet = VideoUNet(3, 2, CHANNELS, 4)
+    out = unet(torch.randn(2, 6, 3, *size), torch.randn(2, 4))
+    assert out.shape == (2, 6, 2, *size)
+
+
+def test_an_untrained_mean_is_the_linear_interpolation():
+    frames = torch.rand(1, 4, CONDITION_CHANNELS, 20, 20)
+    out = MeanNetwork(CHANNELS)(frames, FACTOR)
+    torch.testing.assert_close(out[:, :, 0], frames[:, :, LINEAR_CHANNEL])
+
+
+def test_attention_carries_information_between_frames_and_can_be_left_out():
+    torch.manual_seed(0)
+    for attention in (True, False):
+        network = MeanNetwork(CHANNELS, attention=attention)
+        torch.nn.init.normal_(network.unet.last.weight)
+        frames = torch.rand(1, 4, CONDITION_CHANNELS, 20, 20)
+        changed = frames.clone()
+        changed[:, 3] += 1.0
+        moved = (network(frames, FACTOR)[:, 0] != network(changed, FACTOR)[:, 0]).any()
+        assert bool(moved) is attention
+
+
+def test_attention_knows_the_order_of_frames():
+    torch.manual_seed(0)
+    layer = TemporalAttention(32)
+    torch.nn.init.normal_(layer.out.weight)
+    x = torch.randn(5, 32, 2, 2)
+    swapped = x[[1, 0, 2, 3, 4]]
+    assert not torch.allclose(layer(x, 5)[4], layer(swapped, 5)[4])
+
+
+def test_the_denoiser_sees_noise_level_and_factor():
+    torch.manual_seed(0)
+    network = Denoiser(CHANNELS)
+    for module in network.modules():
+        if hasattr(module, "modulation"):
+            torch.nn.init.normal_(module.modulation.weight)
+    torch.nn.init.normal_(network.unet.last.weight)
+    x, frames = torch.randn(1, 4, 1, 20, 20), torch.rand(1, 4, CONDITION_CHANNELS, 20, 20)
+    base = network(x, torch.tensor([0.5]), x, frames, FACTOR)
+    assert not torch.allclose(base, network(x, torch.tensor([1.0]), x, frames, FACTOR))
+    assert not torch.allclose(base, network(x, torch.tensor([0.5]), x, frames, Factor(space=25, time=2)))
+
+
+def test_transform_and_inverse_agree_and_nothing_is_negative():
+    amount = torch.tensor([0.0, 0.01, 1.0, 100.0])
+    torch.testing.assert_close(to_amount(to_transformed(amount, 0.2), 0.2), amount, rtol=1e-4, atol=1e-6)
+    assert to_amount(torch.tensor([-3.0]), 0.2) == 0
+
+
+def test_conditioning_frames_hold_the_coarse_amount_and_the_phase():
+    coarse = torch.rand(1, 5, 6, 7) * 4
+    frames = condition(coarse, FACTOR, 0.2)
+    assert frames.shape == (1, 6, CONDITION_CHANNELS, 20, 25)
+    nearest = to_amount(frames[0, :, 0], 0.2)
+    torch.testing.assert_close(nearest[0:2, 0:5, 0:5], (coarse[0, 1, 1, 1] / 2).expand(2, 5, 5), rtol=1e-4, atol=1e-6)
+    assert frames[0, :, 2:].abs().max() < 1
+    torch.testing.assert_close(frames[0, 0, 3, 0, :5], frames[0, 0, 3, 0, 5:10])
+
+
+def test_linear_interpolation_is_exact_on_a_plane_and_local():
+    # An even field stays even; a ramp in x stays a ramp.
+    ramp = torch.arange(7.0).expand(1, 4, 5, 7)
+    fine = linear_interpolation(ramp, FACTOR)
+    torch.testing.assert_close(fine[0, 0, 0].diff(), torch.full((24,), 1 / 5 / 2), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,219 @@
+"""Layout, receipts, overview and gates on one small store, written once."""
+
+import json
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from stsr_core.configuration import Gates
+from stsr_core.errors import GateError, StoreError
+from stsr_core.factors import Factor
+from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.store.layout import (
+    MISSING,
+    StoreLayout,
+    create_ensemble,
+    finish,
+    is_whole,
+    remove_store,
+    write_shard,
+)
+from stsr_core.store.overview import write_overview
+from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+from stsr_core.store.verify import Expected, Stored, verify
+
+FACTOR = Factor(space=2, time=1)
+LAYOUT = StoreLayout(
+    members=3,
+    times=TimeAxis(datetime(2001, 1, 1), timedelta(hours=1), 4),
+    grid=Grid(Axis(5500.0, -1000.0, 6), Axis(500.0, 1000.0, 8)),
+    member_block=4,
+    time_block=2,
+    tile=(4, 4),
+    attributes={"title": "test"},
+)
+REGIONS = [
+    (slice(0, 3), slice(t, t + 2), slice(y, min(6, y + 4)), slice(x, x + 4))
+    for t in (0, 2)
+    for y in (0, 4)
+    for x in (0, 4)
+]
+
+
+def key_of(region):
+    return f"m0-t{region[1].start // 2}-y{region[2].start // 4}-x{region[3].start // 4}"
+
+
+@pytest.fixture
+def quanta():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 500, LAYOUT.shape).astype(np.uint16)
+    values[:, 1, 2:4, 2:4] = MISSING
+    # Every member must have the same coarse totals.
+    blocks = values.reshape(3, 4, 3, 2, 4, 2)
+    blocks[1:] = blocks[0]
+    blocks[1] = blocks[1][:, :, ::-1]
+    return values
+
+
+@pytest.fixture
+def coarse(quanta):
+    totals = quanta[0].reshape(4, 3, 2, 4, 2).mean(axis=(2, 4)) * 0.01
+    totals[1, 1, 1] = np.nan
+    return totals.astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path, quanta):
+    url = str(tmp_path / "e.zarr")
+    create_ensemble(url, LAYOUT, array="precipitation")
+    for region in REGIONS:
+        digest = write_shard(url, "precipitation", region, quanta[region])
+        receipt = Receipt(
+            shard=key_of(region), plan_digest="p" + key_of(region), bytes_digest=digest, closure_quanta=0,
+            network_evaluations=1, wet=10, missing=0, sum_mm=1.0, max_mm=5.0, rain_mm=1.0, spread_mm=0.5,
+        )  # fmt: skip
+        write_receipt(url, "precipitation", receipt)
+    return url
+
+
+def report_of(store, coarse, gates=None, regions=REGIONS, members=3):
+    expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in regions]
+    stored = Stored(store, "precipitation", FACTOR, coarse, members, conserved=True)
+    return verify(stored, expected, read_receipts(store, "precipitation"), gates or Gates())
+
+
+def failed(report):
+    return {gate.name: gate for gate in report.gates if not gate.passed}
+
+
+def test_a_store_opens_only_when_it_is_finished(store, quanta):
+    assert not is_whole(store)
+    with pytest.raises(FileNotFoundError):
+        xr.open_zarr(store, consolidated=False)
+    finish(store, LAYOUT.attributes)
+    assert is_whole(store)
+    data = xr.open_zarr(store)
+    np.testing.assert_allclose(
+        data["precipitation"].values, np.where(quanta == MISSING, np.nan, quanta * 0.01), atol=1e-5
+    )
+    assert data["time"].values[0] == np.datetime64("2001-01-01T01:00")
+    assert data["time_bnds"].values[0, 0] == np.datetime64("2001-01-01T00:00")
+    assert data.attrs["title"] == "test"
+    assert "consolidated_metadata" in json.loads(open(f"{store}/zarr.json").read())
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        (slice(0, 3), slice(1, 3), slice(0, 4), slice(0, 4)),
+        (slice(0, 3), slice(0, 2), slice(0, 4), slice(0, 3)),
+        (slice(0, 2), slice(0, 2), slice(0, 4), slice(0, 4)),
+    ],
+)
+def test_a_region_that_is_not_one_shard_is_refused(store, region):
+    values = np.zeros([r.stop - r.start for r in region], np.uint16)
+    with pytest.raises(StoreError, match="is not one shard"):
+        write_shard(store, "precipitation", region, values)
+
+
+def test_values_of_another_shape_are_refused(store):
+    with pytest.raises(StoreError, match="do not fill region"):
+        write_shard(store, "precipitation", REGIONS[0], np.zeros((1, 2, 4, 4), np.uint16))
+
+
+def test_a_sound_store_passes_every_gate(store, coarse):
+    report = report_of(store, coarse)
+    assert report.passed, report
+    assert {g.name for g in report.gates} == {
+        "receipts", "stored bytes", "closure", "missing cells", "plausible range", "spread",
+    }  # fmt: skip
+    report.raise_if_failed()
+
+
+def shard_file(store, region):
+    return f"{store}/precipitation/c/0/{region[1].start // 2}/{region[2].start // 4}/{region[3].start // 4}"
+
+
+@pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
+def test_a_damaged_shard_is_found_and_named(store, coarse, damage, tmp_path):
+    from pathlib import Path
+
+    path = Path(shard_file(store, REGIONS[5]))
+    raw = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(raw[:-9] if damage == "truncated" else bytes([raw[0] ^ 1]) + raw[1:])
+    report = report_of(store, coarse)
+    assert failed(report)["stored bytes"].where == key_of(REGIONS[5])
+    with pytest.raises(GateError, match="stored bytes: found 1 damaged.*m0-t1-y0-x1.*kept for inspection"):
+        report.raise_if_failed()
+
+
+def test_a_missing_receipt_is_found_and_named(store, coarse):
+    from pathlib import Path
+
+    Path(f"{store}/precipitation/receipts/{key_of(REGIONS[2])}.json").unlink()
+    gate = failed(report_of(store, coarse))["receipts"]
+    assert gate.found == "7 valid receipts"
+    assert gate.where == key_of(REGIONS[2])
+
+
+def test_a_receipt_of_another_plan_does_not_count(store, coarse):
+    expected = [Expected(key_of(r), r, "other") for r in REGIONS]
+    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True)
+    assert "receipts" in failed(verify(stored, expected, read_receipts(store, "precipitation"), Gates()))
+
+
+def test_closure_is_recomputed_from_the_stored_bytes(store, coarse):
+    wrong = coarse.copy()
+    wrong[3, 2, 3] += 0.01
+    gate = failed(report_of(store, wrong))["closure"]
+    assert gate.found == "4 quanta"
+    assert gate.where == "m0-t1-y1-x1"
+
+
+def test_missing_cells_must_be_those_of_the_input(store, coarse):
+    filled = np.nan_to_num(coarse)
+    assert "missing cells" in failed(report_of(store, filled))
+    holed = coarse.copy()
+    holed[0, 0, 0] = np.nan
+    assert failed(report_of(store, holed))["missing cells"].where == "m0-t0-y0-x0"
+
+
+def test_range_and_spread_have_bounds(store, coarse):
+    assert "plausible range" in failed(report_of(store, coarse, Gates(max_mm=4.0)))
+    assert "spread" in failed(report_of(store, coarse, Gates(min_relative_spread=0.6)))
+    assert "spread" not in failed(report_of(store, coarse, Gates(min_relative_spread=0.6), members=1))
+
+
+def test_a_damaged_receipt_is_named(store):
+    from pathlib import Path
+
+    Path(f"{store}/precipitation/receipts/{key_of(REGIONS[2])}.json").write_text("{")
+    with pytest.raises(StoreError, match=r"is damaged .*Remove it"):
+        read_receipts(store, "precipitation")
+
+
+def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
+    finish(store, {})
+    write_overview(store, "precipitation", str(tmp_path / "o.zarr"), LAYOUT)
+    data = xr.open_zarr(tmp_path / "o.zarr")
+    amount = xr.open_zarr(store)["precipitation"]
+    np.testing.assert_allclose(data["mean"], amount.mean("member", skipna=False), rtol=1e-5)
+    expected = amount.quantile([0.1, 0.5, 0.9], "member", skipna=False)
+    np.testing.assert_allclose(data["quantile_amount"], expected, rtol=1e-5)
+    over = (amount > 1.0).mean("member").where(amount[0].notnull())
+    np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=1.0), over, rtol=1e-6)
+
+
+def test_remove_store_refuses_what_is_no_store(tmp_path, store):
+    (tmp_path / "letters").mkdir()
+    with pytest.raises(StoreError, match="no Zarr store"):
+        remove_store(str(tmp_path / "letters"))
+    remove_store(store)
+    assert not (tmp_path / "e.zarr").exists()
+    remove_store(store)

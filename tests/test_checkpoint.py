@@ -1,0 +1,91 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from stsr_core.checkpoint import Checkpoint, Library, with_scores
+from stsr_core.downscaler import Downscaler
+from stsr_core.errors import CheckpointError
+from stsr_core.factors import Factor
+
+FACTOR = Factor(space=4, time=1)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    return shutil.copytree(checkpoints, tmp_path / "c")
+
+
+def test_a_library_knows_what_it_serves(library):
+    assert {str(f) for f in library.family.factors} == {"(4,1)", "(4,3)", "(10,1)"}
+    assert library.serving(FACTOR).card.serving(FACTOR).configuration.factor == FACTOR
+    with pytest.raises(CheckpointError, match=r"No checkpoint serves \(9,9\)|No checkpoint serves \(9,6\)"):
+        library.serving(Factor(space=9, time=6))
+
+
+def test_changed_weights_are_refused(folder):
+    path = folder / "tiny.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="damaged or belongs to another card"):
+        Library.open(folder).serving(FACTOR).weights()
+
+
+def test_truncated_or_absent_weights_are_refused(folder):
+    path = folder / "tiny.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        Library.open(folder).serving(FACTOR).weights()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no weights beside it"):
+        Library.open(folder)
+
+
+@pytest.mark.parametrize(("change", "message"), [({"format": 2}, "format"), ({"surprise": 1}, "surprise")])
+def test_a_card_that_is_not_understood_is_refused(folder, change, message):
+    path = folder / "tiny.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=f"no valid card: {message}"):
+        Library.open(folder)
+
+
+def test_weights_of_other_shapes_than_the_card_are_refused(folder):
+    path = folder / "tiny.json"
+    card = json.loads(path.read_text())
+    card["architecture"]["mean_channels"] = [16, 32]
+    path.write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="do not fit the architecture.*mean network"):
+        Downscaler.load(Library.open(folder).serving(FACTOR), FACTOR, CPU)
+
+
+def test_a_factor_served_twice_is_refused(folder):
+    card = json.loads((folder / "tiny.json").read_text())
+    (folder / "twin.json").write_text(json.dumps({**card, "name": "twin"}))
+    shutil.copy(folder / "tiny.safetensors", folder / "twin.safetensors")
+    with pytest.raises(CheckpointError, match="several checkpoints"):
+        Library.open(folder)
+
+
+def test_scores_go_to_the_card_of_their_factor(folder):
+    before = Checkpoint.read(folder / "tiny.json")
+    after = with_scores(before, FACTOR, {"crps": 0.1})
+    assert after.card.serving(FACTOR).scores == {"crps": 0.1}
+    assert after.card.serving(Factor(space=10, time=1)).scores == {}
+    assert after.weights().keys() == before.weights().keys()
+
+
+def test_the_shipped_checkpoints_are_whole_and_serve_the_promised_factors():
+    library = Library.open()
+    assert {"(8,3)", "(10,1)", "(25,6)"} <= {str(f) for f in library.family.factors}
+    for checkpoint in library.checkpoints:
+        for served in checkpoint.card.served:
+            Downscaler.load(checkpoint, served.configuration.factor, CPU)
+            assert served.scores["crps_over_linear"] < 1
+
+
+def test_no_folder_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="No folder of checkpoints"):
+        Library.open(tmp_path / "none")

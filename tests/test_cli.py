@@ -1,0 +1,100 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+
+def stsr(*arguments, checkpoints=None, cwd=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if checkpoints is not None:
+        environment["STSR_CHECKPOINTS"] = str(checkpoints)
+    return subprocess.run(
+        [sys.executable, "-m", "stsr_core.cli", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, cwd=cwd, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def coarse(tmp_path, rain):
+    time = pd.date_range("2001-01-01 01:00", periods=len(rain), freq="1h")
+    coords = {"time": time, "y": 36_000.0 - 4000.0 * np.arange(9), "x": 4000.0 * np.arange(1, 12)}
+    data = xr.Dataset({"rain": (("time", "y", "x"), rain, {"units": "mm"})}, coords)
+    data.to_netcdf(tmp_path / "in.nc")
+    return tmp_path / "in.nc"
+
+
+REQUEST = ("--variable", "rain", "--space", 4, "--time", 1, "--members", 2, "--seed", 1, "--workers", 1)
+
+
+def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, tmp_path, rain):
+    done = stsr("downscale", coarse, tmp_path / "out.zarr", *REQUEST, checkpoints=checkpoints)
+    assert done.returncode == 0, done.stderr
+    assert "precipitation of 2 members, 8 steps, 36 x 44 cells" in done.stdout
+    assert "network evaluations" in done.stderr
+    out = xr.open_zarr(tmp_path / "out.zarr")["precipitation"]
+    total = out.coarsen(y=4, x=4).mean().values
+    np.testing.assert_allclose(total, np.broadcast_to(rain, total.shape), atol=0.01 / 16 + 1e-5)
+
+    again = stsr("downscale", coarse, tmp_path / "out.zarr", *REQUEST, checkpoints=checkpoints)
+    assert again.returncode == 1
+    assert again.stderr.strip().startswith("stsr: ")
+    assert "--overwrite" in again.stderr
+
+
+def test_no_conserve_is_accepted(coarse, checkpoints, tmp_path):
+    done = stsr("downscale", coarse, tmp_path / "o.zarr", *REQUEST, "--no-conserve", checkpoints=checkpoints)
+    assert done.returncode == 0, done.stderr
+    assert xr.open_zarr(tmp_path / "o.zarr").attrs["conservation"] == "not enforced"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--variable": "snow"}, "No variable 'snow' in the file; it has rain"),
+        ({"--members": 0}, "0 members are asked for"),
+        ({"--space": 5}, r"(5,1) is not served"),
+        ({"--device": "cuda"}, "cuda is asked for"),
+    ],
+)
+def test_mistakes_are_one_paragraph_without_traceback_and_leave_nothing(coarse, checkpoints, tmp_path, changes, message):
+    request = dict(zip(REQUEST[::2], REQUEST[1::2], strict=True)) | changes
+    arguments = [a for pair in request.items() for a in pair]
+    done = stsr("downscale", coarse, tmp_path / "out.zarr", *arguments, checkpoints=checkpoints)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path, checkpoints):
+    done = stsr("--debug", "downscale", tmp_path / "none.nc", tmp_path / "o", *REQUEST, checkpoints=checkpoints)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "Nothing is at" in done.stderr
+
+
+def test_an_unwritable_output_is_an_error(coarse, checkpoints, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = stsr("downscale", coarse, tmp_path / "file" / "out.zarr", *REQUEST, checkpoints=checkpoints)
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_teaches():
+    done = stsr("downscale", "--help")
+    assert done.returncode == 0
+    for word in ("--variable", "--nearest", "mm per fine step", "finishes what was interrupted"):
+        assert word in done.stdout
+
+
+def test_catalog_of_nothing_says_so(tmp_path):
+    done = stsr("catalog", "ls", "--catalog", tmp_path)
+    assert done.returncode == 1
+    assert "No catalogue is at" in done.stderr

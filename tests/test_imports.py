@@ -1,0 +1,38 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def imported_by(module: str) -> set[str]:
+    code = f"import sys, {module}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "stsr_core.catalog",
+        "stsr_core.store.verify",
+        "stsr_core.sources.harmonise",
+        "stsr_core.sources.open",
+        "stsr_core.regrid",
+        "stsr_core.ensemble.plan",
+        "stsr_core.checkpoint",
+    ],
+)
+def test_modules_for_readers_and_planners_need_neither_torch_nor_prefect(module):
+    assert not {"torch", "prefect"} & imported_by(module)
+
+
+@pytest.mark.parametrize("module", ["stsr_core.cli", "stsr_core.ensemble.downscale", "stsr_core.training.command"])
+def test_nothing_in_the_core_needs_prefect(module):
+    assert "prefect" not in imported_by(module)
+
+
+def test_importing_the_catalogue_is_cheap():
+    assert not {"xarray", "zarr", "pystac", "dask"} & imported_by("stsr_core.catalog")
+    started = time.perf_counter()
+    imported_by("stsr_core.catalog")
+    assert time.perf_counter() - started < 5  # a generous bound for a busy machine; measured: well under one second

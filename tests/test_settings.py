@@ -1,0 +1,21 @@
+import pytest
+from pydantic import ValidationError
+
+from stsr_core.settings import Settings
+
+
+def test_settings_come_from_the_environment_and_hide_secrets(monkeypatch):
+    monkeypatch.setenv("STSR_WORKERS", "3")
+    monkeypatch.setenv("STSR_S3_ENDPOINT", "http://localhost:1")
+    monkeypatch.setenv("STSR_S3_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("STSR_S3_SECRET_ACCESS_KEY", "very-secret")
+    settings = Settings()
+    assert settings.workers == 3
+    assert settings.s3_options == {"endpoint_url": "http://localhost:1", "key": "key", "secret": "very-secret"}
+    assert "very-secret" not in repr(settings)
+
+
+def test_a_setting_that_is_not_understood_is_refused(monkeypatch):
+    monkeypatch.setenv("STSR_DEVICE", "tpu")
+    with pytest.raises(ValidationError, match="device"):
+        Settings()

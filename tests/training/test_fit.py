@@ -1,0 +1,141 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from stsr_core.checkpoint import Architecture
+from stsr_core.errors import SourceError
+from stsr_core.factors import Factor, recipe
+from stsr_core.grids import coarsen
+from stsr_core.training.fit import Preset, Run, Stage, Training, TrainingError, fit, mean_loss
+from stsr_core.training.patches import Region, draw_patch, load_archive, patch_cells
+
+CPU = torch.device("cpu")
+CONFIGURATION = recipe(Factor(space=8, time=1))
+TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 1, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Two files of moving showers; the second has a gap in time and a hole in place."""
+    folder = tmp_path_factory.mktemp("archive")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        noise = rng.random((24, 200, 220))
+        rain = np.where(noise > 0.8, rng.gamma(1.0, 3.0, noise.shape), 0.0).astype(np.float32)
+        segment = np.zeros(24, np.int32)
+        if name == "b":
+            rain[:, :20, :20] = np.nan
+            segment[20:] = 1
+        xr.Dataset({"precipitation": (("time", "y", "x"), rain), "segment": ("time", segment)}).to_netcdf(
+            folder / f"{name}.nc"
+        )
+    return sorted(folder.glob("*.nc"))
+
+
+@pytest.fixture(scope="module")
+def regions(archive) -> list[Region]:
+    return load_archive(archive)
+
+
+def test_an_archive_is_one_region_per_gap_free_run(regions):
+    assert [r.quanta.shape[0] for r in regions] == [24, 20, 4]
+    assert (regions[1].quanta[:, :20, :20] == 65535).all()
+
+
+def test_a_patch_is_complete_and_its_coarse_part_is_its_own_total_with_a_halo(regions):
+    for seed in range(20):
+        patch = draw_patch(regions, CONFIGURATION, np.random.default_rng(seed))
+        n = patch_cells(CONFIGURATION.factor)
+        assert patch.fine.shape == (CONFIGURATION.context_length, n * 8, n * 8)
+        assert patch.coarse.shape == (CONFIGURATION.context_length + 2, n + 2, n + 2)
+        assert np.isfinite(patch.fine).all()
+        inner = patch.coarse[1:-1, 1:-1, 1:-1]
+        np.testing.assert_allclose(inner, coarsen(patch.fine, CONFIGURATION.factor), rtol=1e-4)
+
+
+def test_patches_are_the_same_for_the_same_seed_and_differ_otherwise(regions):
+    draw = [draw_patch(regions, CONFIGURATION, np.random.default_rng(s)).fine for s in (1, 1, 2)]
+    np.testing.assert_array_equal(draw[0], draw[1])
+    assert (draw[0] != draw[2]).any()
+
+
+def test_an_archive_too_small_for_the_factor_is_refused(regions):
+    with pytest.raises(SourceError, match=r"No complete patch for factor \(25,6\)"):
+        draw_patch(regions, recipe(Factor(space=25, time=6)), np.random.default_rng(0))
+
+
+def test_archives_that_cannot_be_read_are_refused(archive, tmp_path):
+    with pytest.raises(SourceError, match="No training files"):
+        load_archive([])
+    with pytest.raises(SourceError, match="no variable 'rain'"):
+        load_archive(archive, "rain")
+
+
+def training(regions, folder, preset=TINY):
+    return Training(regions[:1], regions[1:2], [CONFIGURATION], preset, folder, Run(0, 1, CPU), report=lambda _: None)
+
+
+def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path):
+    whole = fit(training(regions, tmp_path / "whole"), "x", {})
+    interrupted = training(regions, tmp_path / "killed")
+    (tmp_path / "killed").mkdir()
+    torch.manual_seed(0)
+    stage = first_stage(steps=TINY.mean_steps)
+    batches = interrupted.batch
+
+    class KilledError(Exception):
+        pass
+
+    def dying(stage_number: int, step: int):
+        if step == 5:
+            raise KilledError
+        return batches(stage_number, step)
+
+    object.__setattr__(interrupted, "batch", dying)
+    with pytest.raises(KilledError):
+        interrupted.advance(stage, mean_loss)
+    resumed = fit(training(regions, tmp_path / "killed"), "x", {})
+    assert resumed.card.weights_sha256 == whole.card.weights_sha256
+
+
+def first_stage(steps):
+    from stsr_core.networks.mean import MeanNetwork
+
+    return Stage("mean", 1, MeanNetwork(TINY.architecture.mean_channels), steps, TINY.learning_rate)
+
+
+def test_training_lowers_the_loss(regions, tmp_path):
+    torch.manual_seed(0)
+    run = training(regions, tmp_path, replace(TINY, save_every=1000))
+    stage = first_stage(steps=60)
+    run.advance(stage, mean_loss)
+    assert np.mean(stage.losses[-10:]) < 0.9 * np.mean(stage.losses[:10])
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(regions, tmp_path):
+    run = training(regions, tmp_path)
+    stage = first_stage(steps=6)
+
+    def broken(network, fine, conditions, configuration, generator):
+        loss = mean_loss(network, fine, conditions, configuration, generator)
+        return loss * (math.nan if stage.step == 3 else 1.0)
+
+    with pytest.raises(TrainingError, match="mean loss is nan at step 3.*kept"):
+        run.advance(stage, broken)
+    again = first_stage(steps=6)
+    again.resume(tmp_path)
+    assert again.step == 2
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    stage = first_stage(steps=1000)
+    rates = []
+    for step in (0, 99, 500, 999):
+        stage.step = step
+        rates.append(stage.rate())
+    assert rates[0] < rates[1]
+    assert rates[1] > rates[2] > rates[3] > 0
