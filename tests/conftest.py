@@ -12,6 +12,7 @@ from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 
 CHANNELS = (8, 32)
+torch.set_num_threads(1)  # tiny networks lose more to threads than they win
 
 
 def random_checkpoint(folder: Path, factors: list[tuple[int, int]]) -> None:

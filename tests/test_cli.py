@@ -62,7 +62,9 @@ def test_no_conserve_is_accepted(coarse, checkpoints, tmp_path):
         ({"--device": "cuda"}, "cuda is asked for"),
     ],
 )
-def test_mistakes_are_one_paragraph_without_traceback_and_leave_nothing(coarse, checkpoints, tmp_path, changes, message):
+def test_mistakes_are_one_paragraph_without_traceback_and_leave_nothing(
+    coarse, checkpoints, tmp_path, changes, message
+):
     request = dict(zip(REQUEST[::2], REQUEST[1::2], strict=True)) | changes
     arguments = [a for pair in request.items() for a in pair]
     done = stsr("downscale", coarse, tmp_path / "out.zarr", *arguments, checkpoints=checkpoints)

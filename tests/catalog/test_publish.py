@@ -147,9 +147,7 @@ def test_publishers_that_race_lose_nothing(tmp_path):
     listed = stsr_core.catalog.ls(str(tmp_path))["rain"]
     assert len(listed) == 9
     assert len(set(listed)) == 9
-    folders = {
-        json.loads((tmp_path / "rain" / f"{v}.json").read_text())["assets"]["ensemble"]["href"] for v in listed
-    }
+    folders = {json.loads((tmp_path / "rain" / f"{v}.json").read_text())["assets"]["ensemble"]["href"] for v in listed}
     assert len(folders) == 9
 
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_a_store_opens_only_when_it_is_finished(store, quanta):
     assert data["time"].values[0] == np.datetime64("2001-01-01T01:00")
     assert data["time_bnds"].values[0, 0] == np.datetime64("2001-01-01T00:00")
     assert data.attrs["title"] == "test"
-    assert "consolidated_metadata" in json.loads(open(f"{store}/zarr.json").read())
+    assert "consolidated_metadata" in json.loads(Path(store, "zarr.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,6 @@ def shard_file(store, region):
 
 @pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])
 def test_a_damaged_shard_is_found_and_named(store, coarse, damage, tmp_path):
-    from pathlib import Path
-
     path = Path(shard_file(store, REGIONS[5]))
     raw = path.read_bytes()
     if damage == "missing":
@@ -154,8 +153,6 @@ def test_a_damaged_shard_is_found_and_named(store, coarse, damage, tmp_path):
 
 
 def test_a_missing_receipt_is_found_and_named(store, coarse):
-    from pathlib import Path
-
     Path(f"{store}/precipitation/receipts/{key_of(REGIONS[2])}.json").unlink()
     gate = failed(report_of(store, coarse))["receipts"]
     assert gate.found == "7 valid receipts"
@@ -191,8 +188,6 @@ def test_range_and_spread_have_bounds(store, coarse):
 
 
 def test_a_damaged_receipt_is_named(store):
-    from pathlib import Path
-
     Path(f"{store}/precipitation/receipts/{key_of(REGIONS[2])}.json").write_text("{")
     with pytest.raises(StoreError, match=r"is damaged .*Remove it"):
         read_receipts(store, "precipitation")
