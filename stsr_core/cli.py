@@ -161,7 +161,9 @@ def train(
     factors: Annotated[
         list[str], typer.Option("--factor", help="Factor SPACExTIME, as 8x3; several train one checkpoint together.")
     ],
-    run: Annotated[Path, typer.Option(help="Folder of the training; the same again resumes it.")] = Path("runs/train"),
+    folder: Annotated[Path, typer.Option(help="Folder of the training; the same again resumes it.")] = Path(
+        "runs/train"
+    ),
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "stsr",
     preset: Annotated[PresetName, typer.Option(help="Size of the networks.")] = PresetName.small,
     mean_steps: Annotated[int | None, typer.Option(help="Steps of the mean network; default by preset.")] = None,
@@ -179,7 +181,7 @@ def train(
         train,
         validation,
         [_factor(f) for f in factors],
-        run=run,
+        folder=folder,
         name=name,
         preset=preset.value,
         mean_steps=mean_steps,

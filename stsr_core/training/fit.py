@@ -167,7 +167,7 @@ class Stage:
             self.network.load_state_dict(_part(tensors, "network."))
         except RuntimeError as e:
             raise ConfigurationError(
-                f"{path} was trained with other networks than the preset asks for. Use another --run folder."
+                f"{path} was trained with other networks than the preset asks for. Use another --folder."
             ) from e
         self.average = _part(tensors, "average.")
         state: dict[int, dict[str, Tensor]] = {}

@@ -1,0 +1,43 @@
+"""The shipped checkpoints on the shipped real forecast, for every factor they serve."""
+
+import numpy as np
+import pytest
+
+from stsr_core.checkpoint import Library
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.downscale import ensemble_quanta
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.factors import Factor
+from stsr_core.sources.cube import Cube
+from stsr_core.sources.harmonise import read_cube
+from stsr_core.sources.open import open_dataset
+from stsr_core.store.layout import QUANTUM_MM
+
+LIBRARY = Library.open()
+
+
+@pytest.fixture(scope="module")
+def forecast() -> Cube:
+    """Six rainy hours of 5 x 6 cells."""
+    with open_dataset("package:samples/arpege_fc1h_20180501_SE.nc") as data:
+        whole = read_cube(data, "precipitation")
+    part = (slice(14, 20), slice(24, 29), slice(60, 66))
+    grid = type(whole.grid)(whole.grid.y.isel(24, 29), whole.grid.x.isel(60, 66), whole.grid.crs_wkt)
+    return Cube(whole.amount[part], whole.times.isel(14, 20), grid, whole.attributes)
+
+
+@pytest.mark.parametrize("factor", LIBRARY.family.factors, ids=str)
+def test_stored_totals_of_the_real_file_equal_the_inputs_within_the_quantum(forecast: Cube, factor: Factor):
+    checkpoint = LIBRARY.serving(factor)
+    served = checkpoint.card.serving(factor).model_copy(update={"evaluations": 3})
+    recipe = Recipe.of(checkpoint, served, seed=5, members=2, conserve=True)
+    downscaler = Downscaler.load(checkpoint, factor, choose_device("cpu"))
+    quanta = ensemble_quanta(Plan(forecast, recipe), downscaler)
+    s, t = factor.space, factor.time
+    blocks = quanta.reshape(2, 6, t, 5, s, 6, s)
+    total = blocks.sum(axis=(2, 4, 6), dtype=np.int64) / s**2 * QUANTUM_MM
+    np.testing.assert_allclose(total, np.broadcast_to(forecast.amount, total.shape), atol=QUANTUM_MM / 2 / s**2 + 1e-5)
+    wet = np.broadcast_to(forecast.amount > 0.5, total.shape)
+    variety = blocks.std(axis=(2, 4, 6))
+    assert (variety[wet] > 0).all()
+    assert (quanta[0] != quanta[1]).any()
