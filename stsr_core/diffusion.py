@@ -50,12 +50,17 @@ def residual_of(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:
     return math.cos(angle) * noisy - math.sin(angle) * velocity
 
 
+def largest_angle(beta: float) -> float:
+    """Noise level at the end of the schedule of `beta`, where sampling starts and training ends."""
+    return float(noise_angle(torch.tensor(1.0, dtype=torch.float64), beta))
+
+
 def sampling_angles(beta: float, evaluations: int) -> list[float]:
     """Noise levels of the sampler, from the end of the schedule down to 0, `evaluations` + 1 of them.
 
     Equal steps in angle: each rotates the sample by the same amount, whatever beta.
     """
-    top = float(noise_angle(torch.tensor(1.0, dtype=torch.float64), beta))
+    top = largest_angle(beta)
     return [top * (1 - i / evaluations) for i in range(evaluations)] + [0.0]
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
-from stsr_core.diffusion import add_noise, noise_angle
+from stsr_core.diffusion import add_noise, largest_angle
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
 from stsr_core.networks.denoiser import Denoiser
@@ -193,7 +193,11 @@ def mean_loss(
 
 
 def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
-    """Return the velocity loss around a trained mean network; noise levels follow the schedule of beta."""
+    """Return the velocity loss around a trained mean network.
+
+    Noise levels are uniform in angle up to the end of the schedule of beta, as the sampler visits them. Uniform
+    in schedule position, two draws in three would fall on nearly pure noise, where there is little to learn.
+    """
 
     def loss(
         network: nn.Module,
@@ -209,7 +213,7 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
         # One stratified draw per patch covers the schedule evenly even in small batches.
         n = len(fine)
         u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-        angle = noise_angle(u, configuration.beta).to(fine.device)
+        angle = (u * largest_angle(configuration.beta)).to(fine.device)
         noise = torch.randn(residual.shape, generator=generator).to(fine.device)
         noisy, velocity = add_noise(residual, noise, angle[:, None, None, None, None])
         return (network(noisy, angle, expected, conditions, factor) - velocity).square().mean()
