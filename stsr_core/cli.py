@@ -206,22 +206,40 @@ def evaluate(
     space: Annotated[int, typer.Option(help="Factor in space.")],
     time: Annotated[int, typer.Option(help="Factor in time.")],
     members: Annotated[int, typer.Option(help="Members.")] = 8,
-    hours: Annotated[int, typer.Option(help="Fine steps of the crop, the wettest.")] = 24,
-    cells: Annotated[int, typer.Option(help="Fine cells along the crop, in the middle.")] = 256,
-    workers: Annotated[int, typer.Option(help="Threads.")] = 0,
+    hours: Annotated[int, typer.Option(help="Fine steps that are scored, the wettest of each file.")] = 24,
+    cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,
+    variable: Annotated[str, typer.Option(help="Variable that holds the amounts.")] = "precipitation",
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also score variants of sampler and f.")] = False,
+    warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
+    workers: Annotated[int, typer.Option(help="Threads; 0 is one per core.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default the shipped ones.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Write the scores to the checkpoint's card.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all scores here.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with tables and pictures here.")
+    ] = None,
 ) -> None:
-    """Score a checkpoint against fine truth, beside linear interpolation and even spreading."""
-    from stsr_core.evaluation.command import evaluate_checkpoint, table_text
+    """Score a checkpoint against fine truth, beside even spreading, linear interpolation and RainFARM.
 
-    table = evaluate_checkpoint(
-        data, space, time,
-        members=members, hours=hours, cells=cells, workers=workers or os.cpu_count() or 1,
-        checkpoints=checkpoints, record=record, json_file=json_file, report=lambda s: print(s, file=sys.stderr),
+    Fine files are coarsened, downscaled again and scored, all files as one sample. RainFARM needs the extra
+    `evaluate` (pip install 'stsr[evaluate]').
+    """
+    from stsr_core.evaluation.command import evaluate_checkpoint, table_text
+    from stsr_core.evaluation.evaluate import Options
+
+    options = Options(
+        members=members, hours=hours, cells=cells, variable=variable, workers=workers or os.cpu_count() or 1,
+        ablations=ablations, warming=warming,
     )  # fmt: skip
-    say(table_text(table))
+    evaluation = evaluate_checkpoint(
+        data, space, time, options,
+        checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file, device=device.value,
+        report=lambda s: print(s, file=sys.stderr),
+    )  # fmt: skip
+    say(table_text(evaluation.table))
+    for name, (low, high) in evaluation.intervals.items():
+        say(f"CRPS over {name}: 95 % interval {low:.3f} to {high:.3f}")
 
 
 CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]

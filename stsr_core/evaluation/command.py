@@ -1,14 +1,16 @@
-"""From the arguments of `stsr evaluate` to a table of scores."""
+"""From the arguments of `stsr evaluate` to a table, a page and numbers."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stsr_core.checkpoint import Library, with_scores
 from stsr_core.downscaler import Downscaler, choose_device
-from stsr_core.evaluation.evaluate import Table, evaluate
+from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
+from stsr_core.evaluation.report import html_report
 from stsr_core.training.command import netcdf_files
 
 
@@ -16,36 +18,29 @@ def evaluate_checkpoint(
     data: Sequence[Path],
     space: int,
     time: int,
+    options: Options,
     *,
-    members: int,
-    hours: int,
-    cells: int,
-    workers: int,
     checkpoints: Path | None,
     record: bool,
     json_file: Path | None,
+    html_file: Path | None,
+    device: str,
     report: Callable[[str], None],
-) -> Table:
+) -> Evaluation:
     """Evaluate the checkpoint that serves (space, time), and keep its scores where asked."""
     library = Library.open(checkpoints)
     factor = library.family.exact(space, time)
     checkpoint = library.serving(factor)
-    downscaler = Downscaler.load(checkpoint, factor, choose_device("auto"))
-    table = evaluate(
-        checkpoint,
-        downscaler,
-        netcdf_files(data),
-        members=members,
-        hours=hours,
-        cells=cells,
-        workers=workers,
-        report=report,
-    )
+    downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
+    evaluation = evaluate(checkpoint, downscaler, netcdf_files(data), options, report=report)
     if record:
-        with_scores(checkpoint, factor, {k: round(v, 4) for k, v in table["stsr"].items()})
+        scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
+        checkpoint = with_scores(checkpoint, factor, scores)
     if json_file is not None:
-        json_file.write_text(json.dumps({"factor": [space, time], "members": members, "scores": table}, indent=1))
-    return table
+        json_file.write_text(json.dumps(evaluation.as_json(), indent=1))
+    if html_file is not None:
+        html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
+    return evaluation
 
 
 def table_text(table: Table) -> str:

@@ -1,55 +1,101 @@
-"""Evaluation of a checkpoint on fine data: coarsen, downscale, score, beside the baselines."""
+"""Evaluation of a checkpoint on fine data: coarsen, downscale, score, beside the baselines in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import xarray as xr
 
 from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.errors import SourceError
-from stsr_core.evaluation.scores import pooled, scores
-from stsr_core.grids import Axis, Grid, TimeAxis, coarsen
-from stsr_core.networks.transform import linear_interpolation
+from stsr_core.evaluation.baselines import even_spreading, has_rainfarm, linear, rainfarm
+from stsr_core.evaluation.bootstrap import block_means, ratio_interval
+from stsr_core.evaluation.scores import WET_MM, crps_field, power_spectrum, rank_histogram, scores
+from stsr_core.evaluation.truth import Truth, read_truth
+from stsr_core.factors import ConservationFunction
+from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.cube import Cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
+from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.checkpoint import Checkpoint
+    from stsr_core.checkpoint import Checkpoint, Served
     from stsr_core.downscaler import Downscaler
     from stsr_core.factors import Factor
 
 Table = dict[str, dict[str, float]]
+WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive downscaling
+OURS = "stsr"
+BASELINES = ("even", "linear", "rainfarm")
 
 
-def crop(path: Path, variable: str, hours: int, cells: int, factor: Factor) -> NDArray[np.float32]:
-    """Read the wettest `hours` and the middle `cells` x `cells` of a fine file, cut to whole coarse cells.
+@dataclass(frozen=True)
+class Options:
+    """What is scored.
 
-    Raises:
-        SourceError: the file is smaller than one coarse cell, or holds missing values in the crop.
+    Attributes:
+        members: members of the ensembles.
+        hours: fine steps, the wettest.
+        cells: fine cells along the square in the middle.
+        variable: name of the amounts.
+        seed: of the ensembles.
+        workers: threads.
+        ablations: also score variants of the sampler and of conservation.
+        warming: also score the response to a wetter input.
     """
-    with xr.open_dataset(path, decode_timedelta=False) as data:
-        amount = data[variable].astype("float32").load().values
-    nt = min(hours, len(amount)) // factor.time * factor.time
-    ny, nx = (min(cells, n) // factor.space * factor.space for n in amount.shape[1:])
-    if not (nt and ny and nx):
-        raise SourceError(f"{path} of shape {amount.shape} holds no whole coarse cell of factor {factor}.")
-    y, x = ((n - m) // 2 for n, m in zip(amount.shape[1:], (ny, nx), strict=True))
-    middle = amount[:, y : y + ny, x : x + nx]
-    rain = np.convolve(np.nansum(middle, axis=(1, 2)), np.ones(nt), "valid")
-    start = int(rain.argmax())
-    result = middle[start : start + nt]
-    if np.isnan(result).any():
-        raise SourceError(f"{path} has missing values in the evaluated crop; choose another with --cells.")
-    return result
+
+    members: int = 8
+    hours: int = 24
+    cells: int = 384
+    variable: str = "precipitation"
+    seed: int = 1
+    workers: int = 1
+    ablations: bool = False
+    warming: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one checkpoint at one factor, and what a report draws of them.
+
+    Attributes:
+        factor: (s, t).
+        truth: what was scored against.
+        table: scores by method and name.
+        intervals: 95 % interval of the CRPS ratio of `stsr` over each other method.
+        ranks: rank histogram of `stsr`, (M + 1,).
+        spectra: radially averaged power by method, truth included.
+        fields: ensembles by method, (M, P, T, Y, X), for pictures.
+        signal: response of means, wet frequency and quantiles by warming factor.
+    """
+
+    factor: Factor
+    truth: Truth
+    table: Table
+    intervals: dict[str, tuple[float, float]]
+    ranks: NDArray[np.float64]
+    spectra: dict[str, NDArray[np.float64]]
+    fields: dict[str, NDArray[np.float32]]
+    signal: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, object]:
+        """Every number, ready for json.dump."""
+        return {
+            "factor": [self.factor.space, self.factor.time],
+            "places": list(self.truth.names),
+            "shape": list(self.truth.fine.shape),
+            "members": len(self.fields[OURS]),
+            "scores": self.table,
+            "crps_ratio_intervals_95": self.intervals,
+            "rank_histogram": self.ranks.tolist(),
+            "warming": self.signal,
+        }
 
 
 def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
@@ -61,52 +107,141 @@ def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
     return Cube(coarse, times, grid, {})
 
 
-def linear_baseline(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
-    """Linear interpolation in t, y and x, one member (1, T, Y, X)."""
-    padded = torch.from_numpy(np.pad(coarse, 1, mode="edge"))
-    return linear_interpolation(padded[None], factor).numpy()
+class _Runner:
+    """Runs one checkpoint on all places of a truth."""
+
+    def __init__(self, checkpoint: Checkpoint, downscaler: Downscaler, options: Options) -> None:
+        self.checkpoint, self.downscaler, self.options = checkpoint, downscaler, options
+
+    def ensemble(
+        self, coarse: NDArray[np.float32], served: Served | None = None, *, conserve: bool = True, members: int = 0
+    ) -> tuple[NDArray[np.float32], int]:
+        """Ensemble (M, P, T, Y, X) [mm per fine step] and its largest closure [quanta]."""
+        used = served or self.downscaler.served
+        downscaler = replace(self.downscaler, served=used)
+        o, factor = self.options, downscaler.factor
+        recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
+        stored = np.stack(
+            [ensemble_quanta(Plan(as_cube(place, factor), recipe), downscaler, workers=o.workers) for place in coarse],
+            axis=1,
+        )
+        closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
+        amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))
+        return amount.astype(np.float32), closure
 
 
-def even_baseline(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
-    """Even spreading over every block, one member (1, T, Y, X)."""
-    s, t = factor.space, factor.time
-    return (coarse / np.float32(t)).repeat(t, 0).repeat(s, 1).repeat(s, 2)[None]
+def variants(served: Served) -> dict[str, Served]:
+    """Sampler and conservation variants of what a checkpoint serves, by name."""
+    c = served.configuration
+    other = ConservationFunction(
+        threshold_mm=c.conservation.threshold_mm, limit=4.0 if c.conservation.limit is None else None
+    )
+    uncut = ConservationFunction(threshold_mm=0.0, limit=c.conservation.limit)
+
+    def with_f(f: ConservationFunction) -> Served:
+        return served.model_copy(update={"configuration": c.model_copy(update={"conservation": f})})
+
+    return {
+        "mean only": served.model_copy(update={"residual_scale": 0.0, "evaluations": 1}),
+        f"f {'exact' if other.limit is None else 'tapered'}": with_f(other),
+        "f without threshold": with_f(uncut),
+        "half the evaluations": served.model_copy(update={"evaluations": max(1, served.evaluations // 2)}),
+        "twice the evaluations": served.model_copy(update={"evaluations": 2 * served.evaluations}),
+    }
 
 
 def evaluate(
     checkpoint: Checkpoint,
     downscaler: Downscaler,
     paths: Sequence[Path],
+    options: Options,
     *,
-    variable: str = "precipitation",
-    members: int = 8,
-    hours: int = 24,
-    cells: int = 256,
-    seed: int = 1,
-    workers: int = 1,
     report: Callable[[str], None] = lambda _: None,
-) -> Table:
-    """Score a checkpoint and the baselines on fine files, pooled over the files.
-
-    Returns:
-        Scores by method (`stsr`, `linear`, `even`) and name; `stsr` also has its CRPS over each baseline's.
-    """
+) -> Evaluation:
+    """Score a checkpoint and the baselines on fine files, all files as one sample."""
     factor = downscaler.factor
-    parts: dict[str, list[dict[str, float]]] = {}
-    for path in paths:
-        truth = crop(path, variable, hours, cells, factor)
-        coarse = coarsen(truth, factor)
-        recipe = Recipe.of(checkpoint, downscaler.served, seed=seed, members=members, conserve=True)
-        quanta = ensemble_quanta(Plan(as_cube(coarse, factor), recipe), downscaler, workers=workers)
-        ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM)).astype(np.float32)
-        for name, fields in (
-            ("stsr", ensemble),
-            ("linear", linear_baseline(coarse, factor)),
-            ("even", even_baseline(coarse, factor)),
-        ):
-            parts.setdefault(name, []).append(scores(fields, truth, factor.space))
-            report(f"{path.stem} {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in parts[name][-1].items()))
-    table = {name: pooled(values) for name, values in parts.items()}
-    for baseline in ("linear", "even"):
-        table["stsr"][f"crps_over_{baseline}"] = table["stsr"]["crps"] / table[baseline]["crps"]
-    return table
+    truth = read_truth(paths, factor, hours=options.hours, cells=options.cells, variable=options.variable)
+    report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
+    runner = _Runner(checkpoint, downscaler, options)
+    fields, closure = {}, {}
+    fields[OURS], closure[OURS] = runner.ensemble(truth.coarse)
+    report(f"{OURS}: {options.members} members done")
+    fields |= _baselines(truth, factor, options, report)
+    extra = _ablations(runner, truth, report) if options.ablations else {}
+    crps = {name: crps_field(f, truth.fine) for name, f in (fields | extra).items()}
+    table = {
+        name: {"crps": float(np.nanmean(crps[name], dtype=np.float64)), **scores(f, truth.fine, factor)}
+        for name, f in (fields | extra).items()
+    }
+    table[OURS]["closure_quanta"] = closure[OURS]
+    blocks = {name: block_means(c) for name, c in crps.items()}
+    others = [name for name in fields if name != OURS]
+    for name in others:
+        table[OURS][f"crps_over_{name}"] = table[OURS]["crps"] / table[name]["crps"]
+    return Evaluation(
+        factor=factor,
+        truth=truth,
+        table=table,
+        intervals={name: ratio_interval(blocks[OURS], blocks[name]) for name in others},
+        ranks=rank_histogram(fields[OURS], truth.fine),
+        spectra={"truth": power_spectrum(truth.fine), **{name: power_spectrum(f) for name, f in fields.items()}},
+        fields=fields,
+        signal=_warming(runner, truth, fields[OURS], report) if options.warming else {},
+    )
+
+
+def _baselines(
+    truth: Truth, factor: Factor, options: Options, report: Callable[[str], None]
+) -> dict[str, NDArray[np.float32]]:
+    fields = {
+        "even": np.stack([even_spreading(c, factor) for c in truth.coarse], axis=1),
+        "linear": np.stack([linear(c, factor) for c in truth.coarse], axis=1),
+    }
+    if has_rainfarm():
+        members = [rainfarm(c, factor, options.members, options.seed) for c in truth.coarse]
+        fields["rainfarm"] = np.stack(members, axis=1)
+    else:
+        report("RainFARM is left out: install it with pip install 'stsr[evaluate]'.")
+    hole = np.isnan(truth.fine)
+    for field_ in fields.values():
+        field_[:, hole] = np.nan
+    return fields
+
+
+def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> dict[str, NDArray[np.float32]]:
+    found = {}
+    for name, served in variants(runner.downscaler.served).items():
+        found[name] = runner.ensemble(truth.coarse, served, members=1 if name == "mean only" else 0)[0]
+        report(f"{name}: done")
+    found["without conservation"] = runner.ensemble(truth.coarse, conserve=False)[0]
+    report("without conservation: done")
+    return found
+
+
+def _warming(
+    runner: _Runner, truth: Truth, base: NDArray[np.float32], report: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Response of ensemble statistics to a coarse input raised by the factors of WARMING.
+
+    Beside each response stands that of the truth raised by the same factor.
+    """
+    signal = {}
+    for factor in WARMING:
+        raised, _ = runner.ensemble(truth.coarse * np.float32(factor))
+        before, after = _statistics(base), _statistics(raised)
+        expected = _statistics(truth.fine * np.float32(factor))
+        reference = _statistics(truth.fine)
+        signal[f"{factor:g}"] = {k: after[k] / before[k] for k in before} | {
+            f"{k} of the truth": expected[k] / reference[k] for k in before
+        }
+        report(f"input x {factor:g}: done")
+    return signal
+
+
+def _statistics(fields: NDArray[np.float32]) -> Mapping[str, float]:
+    return {
+        "mean": float(np.nanmean(fields, dtype=np.float64)),
+        "wet fraction": float((fields > WET_MM).mean()),
+        "quantile 0.99": float(np.nanquantile(fields, 0.99)),
+        "quantile 0.999": float(np.nanquantile(fields, 0.999)),
+    }

@@ -1,6 +1,7 @@
 """Scores of an ensemble of fine amounts against fine truth.
 
-Scores are means over cells and steps, dry ones included. Members come first: (M, T, Y, X); truth is (T, Y, X).
+Members come first, then places: ensembles are (M, P, T, Y, X), truth is (P, T, Y, X), NaN where missing.
+Places are scored as one sample, dry cells and steps included.
 """
 
 from __future__ import annotations
@@ -13,67 +14,176 @@ import scoringrules
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from stsr_core.factors import Factor
+
+    Ensemble = NDArray[np.float32]
+    Field = NDArray[np.float32]
+
 WET_MM = 0.1  # amount per fine step above which a cell counts as wet
-QUANTILES = (0.99, 0.999)
+WET_DAY_MM = 1.0  # daily total from which a day counts as wet
+QUANTILES = (0.99, 0.999, 0.9999)
+FSS = ((1.0, 9), (5.0, 9), (5.0, 33))  # threshold [mm per fine step] and scale [cells] of the fractions skill score
 
 
-def fair_crps(ensemble: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
-    """Fair continuous ranked probability score [mm per fine step]; the absolute error for one member.
+def crps_field(ensemble: Ensemble, truth: Field) -> Field:
+    """Fair continuous ranked probability score of every cell [mm per fine step], (P, T, Y, X).
 
-    Source: Ferro 2014, doi 10.1002/qj.2270, by scoringrules.
+    The absolute error for one member. Source: Ferro 2014, doi 10.1002/qj.2270, by scoringrules.
     """
     if len(ensemble) == 1:
-        return float(np.nanmean(np.abs(ensemble[0] - truth)))
-    total, count = 0.0, 0
-    for step in range(len(truth)):
-        crps = scoringrules.crps_ensemble(truth[step], ensemble[:, step], m_axis=0, estimator="fair", backend="numpy")
-        total += float(np.nansum(crps, dtype=np.float64))
-        count += int(np.isfinite(crps).sum())
-    return total / count
+        return np.abs(ensemble[0] - truth)
+    crps = np.empty_like(truth)
+    for index in np.ndindex(truth.shape[:2]):
+        members = ensemble[(slice(None), *index)]
+        crps[index] = scoringrules.crps_ensemble(truth[index], members, m_axis=0, estimator="fair", backend="numpy")
+    return crps
 
 
-def spread_skill(ensemble: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+def spread_skill(ensemble: Ensemble, truth: Field) -> float:
     """sqrt(mean unbiased member variance * (1 + 1/M)) / RMSE of the ensemble mean; 1 for a reliable ensemble."""
-    m = len(ensemble)
     variance = np.nanmean(ensemble.var(axis=0, ddof=1, dtype=np.float64))
-    error = np.nanmean((ensemble.mean(axis=0, dtype=np.float64) - truth) ** 2)
-    return float(np.sqrt(variance * (1 + 1 / m) / error))
+    return float(np.sqrt(variance * (1 + 1 / len(ensemble)))) / rmse(ensemble, truth)
 
 
-def hourly_change(fields: NDArray[np.float32]) -> float:
+def rmse(ensemble: Ensemble, truth: Field) -> float:
+    """Root mean squared error of the ensemble mean [mm per fine step]."""
+    return float(np.sqrt(np.nanmean((ensemble.mean(axis=0, dtype=np.float64) - truth) ** 2)))
+
+
+def hourly_change(fields: Field) -> float:
     """Mean absolute step-to-step change, over (..., T, Y, X)."""
     return float(np.nanmean(np.abs(np.diff(fields, axis=-3))))
 
 
-def spectrum_db(ensemble: NDArray[np.float32], truth: NDArray[np.float32], space: int) -> float:
-    """RMS difference [dB] of the radially averaged power spectra at wavelengths up to two coarse cells."""
+def autocorrelation(fields: Field) -> float:
+    """Correlation of a cell with itself one step later, over (..., T, Y, X), where either is wet."""
+    first, second = fields[..., :-1, :, :], fields[..., 1:, :, :]
+    wet = (first > WET_MM) | (second > WET_MM)
+    if wet.sum() < 2:
+        return float("nan")
+    return float(np.corrcoef(first[wet].astype(np.float64), second[wet].astype(np.float64))[0, 1])
+
+
+def power_spectrum(fields: Field) -> NDArray[np.float64]:
+    """Radially averaged power of frames (..., Y, X) by whole wavenumber, averaged over the frames.
+
+    The largest square of a frame is taken; missing cells count as dry.
+    """
+    n = min(fields.shape[-2:])
+    frames = fields.reshape(-1, *fields.shape[-2:])[:, :n, :n]
+    flat = np.zeros((n, n))
+    for frame in frames:
+        flat += np.abs(np.fft.fft2(np.nan_to_num(frame))) ** 2
+    k = np.fft.fftfreq(n) * n
+    radius = np.rint(np.hypot(k[:, None], k[None, :])).astype(int).ravel()
+    return np.bincount(radius, flat.ravel() / len(frames)) / np.bincount(radius)
+
+
+def spectrum_db(ensemble: Ensemble, truth: Field, space: int) -> float:
+    """RMS difference [dB] of the power spectra at wavelengths up to two coarse cells; NaN where space is 1."""
+    if space == 1:
+        return float("nan")
     n = min(truth.shape[-2:])
-
-    def power(fields: NDArray[np.float32]) -> NDArray[np.float64]:
-        spectrum = np.abs(np.fft.fft2(np.nan_to_num(fields[..., :n, :n]))) ** 2
-        flat = spectrum.reshape(-1, n, n).mean(axis=0)
-        k = np.fft.fftfreq(n) * n
-        radius = np.rint(np.hypot(k[:, None], k[None, :])).astype(int)
-        return np.bincount(radius.ravel(), flat.ravel()) / np.bincount(radius.ravel())
-
     first, last = max(1, int(np.ceil(n / (2 * space)))), n // 2
-    difference = 10 * np.log10(power(ensemble)[first : last + 1] / power(truth)[first : last + 1])
-    return float(np.sqrt(np.mean(difference**2)))
+    ratio = power_spectrum(ensemble)[first : last + 1] / power_spectrum(truth)[first : last + 1]
+    return float(np.sqrt(np.mean((10 * np.log10(np.maximum(ratio, 1e-12))) ** 2)))
 
 
-def scores(ensemble: NDArray[np.float32], truth: NDArray[np.float32], space: int) -> dict[str, float]:
-    """All scores of one ensemble, by name."""
-    result = {"crps": fair_crps(ensemble, truth)}
+def seam_ratio(fields: Field, space: int) -> float:
+    """Mean absolute step between neighbours across borders of coarse cells over that inside them, along y and x."""
+    if space == 1:
+        return float("nan")
+    across, inside = [], []
+    for axis in (-2, -1):
+        steps = np.moveaxis(np.abs(np.diff(fields, axis=axis)), axis, -1).reshape(-1, fields.shape[axis] - 1)
+        border = np.arange(1, steps.shape[1] + 1) % space == 0
+        across.append(steps[:, border])
+        inside.append(steps[:, ~border])
+    sums, counts = ([float(f(p)) for p in (across, inside)] for f in (_total, _count))
+    if not min(counts) or not sums[1]:
+        return float("nan")
+    return (sums[0] / counts[0]) / (sums[1] / counts[1])
+
+
+def _total(parts: list[NDArray[np.float32]]) -> float:
+    return float(sum(np.nansum(p, dtype=np.float64) for p in parts))
+
+
+def _count(parts: list[NDArray[np.float32]]) -> int:
+    return int(sum(np.isfinite(p).sum() for p in parts))
+
+
+def rank_histogram(ensemble: Ensemble, truth: Field, seed: int = 0) -> NDArray[np.float64]:
+    """Share of each rank of the truth among the members, (M + 1,), where any of them is wet; ties by lot."""
+    wet = (truth > WET_MM) | (ensemble > WET_MM).any(axis=0)
+    members, observed = ensemble[:, wet], truth[wet]
+    below, equal = (members < observed).sum(axis=0), (members == observed).sum(axis=0)
+    rank = below + np.random.default_rng(seed).integers(0, equal + 1)
+    return np.bincount(rank, minlength=len(ensemble) + 1) / max(1, rank.size)
+
+
+def daily_indices(fields: Field, steps_per_day: int) -> dict[str, float]:
+    """Climate indices over (..., T, Y, X): Rx1day, SDII [mm/day], wet and dry spells [steps], means over cells.
+
+    Days are whole pieces of `steps_per_day` from the first step; without a whole day only the spells are given.
+    """
+    days = fields.shape[-3] // steps_per_day
+    found = {"wet_spell": mean_spell(fields > WET_MM), "dry_spell": mean_spell(~(fields > WET_MM))}
+    if days:
+        lead, (ny, nx) = fields.shape[:-3], fields.shape[-2:]
+        total = fields[..., : days * steps_per_day, :, :].reshape(*lead, days, steps_per_day, ny, nx).sum(axis=-3)
+        wet = total >= WET_DAY_MM
+        found |= {
+            "rx1day": float(np.nanmean(total.max(axis=-3))),
+            "sdii": float(total[wet].mean()) if wet.any() else 0.0,
+        }
+    return found
+
+
+def mean_spell(state: NDArray[np.bool_]) -> float:
+    """Mean length of runs of True along the time axis of (..., T, Y, X) [steps]."""
+    starts = state[..., :1, :, :].sum() + (state[..., 1:, :, :] & ~state[..., :-1, :, :]).sum()
+    return float(state.sum() / starts) if starts else 0.0
+
+
+def fractions_skill(ensemble: Ensemble, truth: Field, threshold_mm: float, scale: int) -> float:
+    """Fractions skill score over all members and frames (Roberts and Lean 2008, by pysteps)."""
+    from pysteps.verification.spatialscores import fss_accum, fss_compute, fss_init
+
+    score = fss_init(threshold_mm, scale)
+    for member in ensemble:
+        for frame, observed in zip(
+            member.reshape(-1, *truth.shape[-2:]), truth.reshape(-1, *truth.shape[-2:]), strict=True
+        ):
+            fss_accum(score, np.nan_to_num(frame), np.nan_to_num(observed))
+    return float(fss_compute(score))
+
+
+def scores(ensemble: Ensemble, truth: Field, factor: Factor, *, steps_per_day: int = 24) -> dict[str, float]:
+    """All scores of one ensemble but CRPS, by name; ratios are ensemble over truth, NaN where undefined."""
+    from stsr_core.evaluation.baselines import has_rainfarm
+
+    result = {"rmse": rmse(ensemble, truth)}
     if len(ensemble) > 1:
         result["spread_skill"] = spread_skill(ensemble, truth)
     for q in QUANTILES:
-        result[f"quantile_ratio_{q}"] = float(np.nanquantile(ensemble, q) / np.nanquantile(truth, q))
-    result["wet_fraction_ratio"] = float((ensemble > WET_MM).mean() / (truth > WET_MM).mean())
-    result["hourly_change_ratio"] = hourly_change(ensemble) / hourly_change(truth)
-    result["spectrum_db"] = spectrum_db(ensemble, truth, space)
+        result[f"quantile_ratio_{q}"] = _ratio(np.nanquantile(ensemble, q), np.nanquantile(truth, q))
+    largest = np.nanmax(ensemble.reshape(len(ensemble), -1), axis=1).mean()
+    result["maximum_ratio"] = _ratio(largest, np.nanmax(truth))
+    result["wet_fraction_ratio"] = _ratio((ensemble > WET_MM).mean(), (truth > WET_MM).mean())
+    result["hourly_change_ratio"] = _ratio(hourly_change(ensemble), hourly_change(truth))
+    result["autocorrelation_difference"] = autocorrelation(ensemble) - autocorrelation(truth)
+    result["spectrum_db"] = spectrum_db(ensemble, truth, factor.space)
+    result["seam_ratio"] = seam_ratio(ensemble, factor.space)
+    result["seam_ratio_of_truth"] = seam_ratio(truth, factor.space)
+    expected = daily_indices(truth, steps_per_day)
+    for name, value in daily_indices(ensemble, steps_per_day).items():
+        result[f"{name}_ratio"] = _ratio(value, expected[name])
+    if has_rainfarm():
+        for threshold, scale in FSS:
+            result[f"fss_{threshold:g}mm_{scale}cells"] = fractions_skill(ensemble, truth, threshold, scale)
     return result
 
 
-def pooled(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of scores over data sets of equal size, by name."""
-    return {name: float(np.mean([p[name] for p in parts])) for name in parts[0]}
+def _ratio(found: float | np.floating, wanted: float | np.floating) -> float:
+    return float(found / wanted) if wanted else float("nan")

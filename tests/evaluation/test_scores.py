@@ -1,54 +1,130 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stsr_core.evaluation.evaluate import even_baseline, linear_baseline
-from stsr_core.evaluation.scores import fair_crps, hourly_change, scores, spectrum_db, spread_skill
+from stsr_core.evaluation.bootstrap import block_means, ratio_interval
+from stsr_core.evaluation.scores import (
+    autocorrelation,
+    crps_field,
+    daily_indices,
+    fractions_skill,
+    hourly_change,
+    mean_spell,
+    rank_histogram,
+    rmse,
+    scores,
+    seam_ratio,
+    spectrum_db,
+    spread_skill,
+)
 from stsr_core.factors import Factor
-from stsr_core.grids import coarsen
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def test_fair_crps_by_hand():
     # Members 0 and 2, truth 1: mean |x - y| = 1, fair spread term |0 - 2| / 2 = 1, so 1 - 1 = 0.
-    ensemble = np.array([[[[0.0]]], [[[2.0]]]], np.float32)
-    assert fair_crps(ensemble, np.array([[[1.0]]], np.float32)) == pytest.approx(0.0)
-    assert fair_crps(ensemble, np.array([[[5.0]]], np.float32)) == pytest.approx(3.0)
-    assert fair_crps(ensemble[:1], np.array([[[5.0]]], np.float32)) == 5.0
+    ensemble = np.array([0.0, 2.0], np.float32).reshape(2, 1, 1, 1, 1)
+    truth = np.ones((1, 1, 1, 1), np.float32)
+    assert crps_field(ensemble, truth).item() == pytest.approx(0.0)
+    assert crps_field(ensemble, 5 * truth).item() == pytest.approx(3.0)
+    assert crps_field(ensemble[:1], 5 * truth).item() == 5.0
+    assert np.isnan(crps_field(ensemble, np.nan * truth)).all()
 
 
 def test_fair_crps_does_not_depend_on_the_number_of_members():
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=(20, 50, 50)).astype(np.float32)
-    few, many = (fair_crps(rng.normal(size=(m, 20, 50, 50)).astype(np.float32), truth) for m in (3, 20))
+    truth = normal(2, 10, 50, 50)
+    few, many = (crps_field(normal(m, 2, 10, 50, 50, seed=m), truth).mean() for m in (3, 20))
     assert few == pytest.approx(many, rel=0.02)
     # Closed form for a standard normal forecast of a standard normal truth: 1 / sqrt(pi).
     assert many == pytest.approx(1 / np.sqrt(np.pi), rel=0.02)
 
 
-def test_a_reliable_ensemble_has_spread_equal_to_skill():
-    rng = np.random.default_rng(0)
-    ensemble = rng.normal(size=(8, 20, 50, 50)).astype(np.float32)
-    truth = rng.normal(size=(20, 50, 50)).astype(np.float32)
+def test_a_reliable_ensemble_has_spread_equal_to_skill_and_flat_ranks():
+    ensemble, truth = normal(8, 1, 20, 50, 50, seed=1), normal(1, 20, 50, 50)
     assert spread_skill(ensemble, truth) == pytest.approx(1.0, abs=0.02)
     assert spread_skill(0.5 * ensemble, truth) < 0.6
+    np.testing.assert_allclose(rank_histogram(ensemble, truth), 1 / 9, atol=0.015)
+    assert rank_histogram(ensemble - 9, truth)[-1] > 0.9
+    assert rmse(truth[None] + 2, truth) == pytest.approx(2.0, rel=1e-5)
 
 
 def test_scores_of_the_truth_itself_are_perfect():
-    truth = np.random.default_rng(0).gamma(0.3, 3, (6, 40, 40)).astype(np.float32)
-    found = scores(truth[None], truth, 8)
-    assert found["crps"] == 0
+    truth = np.random.default_rng(0).gamma(0.3, 3, (2, 24, 40, 40)).astype(np.float32)
+    found = scores(truth[None], truth, Factor(space=8, time=1))
+    assert found["rmse"] == 0
     assert found["spectrum_db"] == 0
-    assert all(found[k] == 1 for k in found if k.endswith("_ratio") or k.startswith("quantile"))
+    assert found["autocorrelation_difference"] == 0
+    assert found["fss_1mm_9cells"] == pytest.approx(1.0)
+    ratios = {k: v for k, v in found.items() if "_ratio" in k and not k.startswith("seam_ratio")}
+    assert len(ratios) >= 10
+    assert all(v == pytest.approx(1.0) for v in ratios.values()), ratios
+
+
+def test_missing_truth_is_left_out():
+    truth = np.random.default_rng(0).gamma(0.3, 3, (1, 4, 32, 32)).astype(np.float32)
+    ensemble = np.stack([truth, truth + 1])
+    holed, holed_ensemble = truth.copy(), ensemble.copy()
+    holed[..., :8] = np.nan
+    holed_ensemble[..., :8] = np.nan
+    found = scores(holed_ensemble, holed, Factor(space=8, time=1))
+    assert found["rmse"] == pytest.approx(0.5, rel=1e-5)
+    assert all(np.isfinite(v) for v in found.values()), found
 
 
 def test_spectrum_finds_missing_small_scales():
-    truth = np.random.default_rng(0).normal(size=(4, 64, 64)).astype(np.float32)
+    truth = normal(1, 4, 64, 64)
     assert spectrum_db(0.1 * truth[None], truth, 8) == pytest.approx(20.0, abs=0.01)
-    assert hourly_change(truth) > 0
+    assert np.isnan(spectrum_db(truth[None], truth, 1))
 
 
-def test_baselines_conserve_or_interpolate():
-    factor = Factor(space=4, time=2)
-    coarse = np.random.default_rng(0).gamma(0.5, 2, (3, 5, 6)).astype(np.float32)
-    np.testing.assert_allclose(coarsen(even_baseline(coarse, factor)[0], factor), coarse, rtol=1e-5)
-    even = np.full((3, 5, 6), 2.0, np.float32)
-    np.testing.assert_allclose(linear_baseline(even, factor), 1.0, rtol=1e-5)
+def test_seams_are_steps_at_the_borders_of_coarse_cells():
+    smooth = np.broadcast_to(np.arange(24, dtype=np.float32), (1, 24, 24))
+    assert seam_ratio(smooth + smooth.swapaxes(-1, -2), 8) == pytest.approx(1.0)
+    squares = normal(1, 3, 3).repeat(8, 1).repeat(8, 2)
+    assert seam_ratio(squares + 1e-3 * normal(1, 24, 24), 8) > 100
+
+
+def test_spells_and_daily_indices_by_hand():
+    series = np.array([0, 2, 2, 0, 0, 0, 3, 0], np.float32).reshape(8, 1, 1)
+    found = daily_indices(series, steps_per_day=4)
+    assert found == {"wet_spell": 1.5, "dry_spell": pytest.approx(5 / 3), "rx1day": 4.0, "sdii": 3.5}
+    assert "rx1day" not in daily_indices(series, steps_per_day=24)
+    assert mean_spell(np.zeros((3, 1, 1), bool)) == 0.0
+    assert hourly_change(series) == pytest.approx((2 + 0 + 2 + 0 + 0 + 3 + 3) / 7)
+
+
+def test_autocorrelation_of_slow_and_fast_fields():
+    noise = np.abs(normal(50, 20, 20))
+    slow = noise[:1].repeat(50, 0) + 0.01 * noise
+    assert autocorrelation(slow) > 0.99
+    assert abs(autocorrelation(noise)) < 0.1
+
+
+def test_fractions_skill_forgives_small_displacements_only():
+    truth = np.zeros((1, 1, 60, 60), np.float32)
+    truth[..., 20:30, 20:30] = 5
+    near, far = np.roll(truth, 2, axis=-1)[None], np.roll(truth, 30, axis=-1)[None]
+    assert fractions_skill(near, truth, 1.0, 9) > 0.9
+    assert fractions_skill(far, truth, 1.0, 9) < 0.05
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.2, 3.0), st.integers(0, 99))
+def test_the_interval_of_a_ratio_holds_the_ratio(scale, seed):
+    blocks = np.random.default_rng(seed).gamma(1.0, 1.0, 200)
+    low, high = ratio_interval(scale * blocks, blocks)
+    assert low == pytest.approx(scale)
+    assert high == pytest.approx(scale)
+    other = np.random.default_rng(seed + 1).gamma(1.0, 1.0, 200)
+    low, high = ratio_interval(other, blocks)
+    assert low < other.mean() / blocks.mean() < high
+
+
+def test_blocks_leave_missing_cells_out():
+    crps = np.ones((1, 7, 130, 10), np.float32)
+    crps[:, :6, :128] = np.nan
+    assert block_means(crps).tolist() == [1.0, 1.0, 1.0]

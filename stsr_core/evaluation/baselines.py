@@ -1,0 +1,74 @@
+"""What every checkpoint must beat: even spreading, linear interpolation, and RainFARM with conservation."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from stsr_core.conservation import conserve
+from stsr_core.factors import ConservationFunction
+from stsr_core.networks.transform import linear_interpolation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.factors import Factor
+
+
+def even_spreading(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
+    """Spread every coarse amount (T, Y, X) evenly over its block; one member (1, T*t, Y*s, X*s)."""
+    s, t = factor.space, factor.time
+    return (coarse / np.float32(t)).repeat(t, 0).repeat(s, 1).repeat(s, 2)[None]
+
+
+def linear(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
+    """Interpolate coarse amounts (T, Y, X) linearly in t, y and x; one member (1, T*t, Y*s, X*s)."""
+    padded = torch.from_numpy(np.pad(np.nan_to_num(coarse), 1, mode="edge"))
+    return linear_interpolation(padded[None], factor).numpy()
+
+
+def has_rainfarm() -> bool:
+    """Whether pysteps is installed (extra `evaluate`)."""
+    return importlib.util.find_spec("pysteps") is not None
+
+
+def rainfarm(coarse: NDArray[np.float32], factor: Factor, members: int, seed: int) -> NDArray[np.float32]:
+    """Downscale by RainFARM (Rebora et al. 2006, D'Onofrio et al. 2014; pysteps), then conserve exactly.
+
+    Coarse amounts are interpolated linearly in time first, for pysteps refines in space only.
+
+    Args:
+        coarse: amount [mm per coarse step], (T, Y, X).
+        factor: (s, t).
+        members: number of members.
+        seed: of the random fields.
+
+    Returns:
+        Amount [mm per fine step], (M, T*t, Y*s, X*s), float32.
+    """
+    from pysteps.downscaling import rainfarm as method
+
+    amount = np.nan_to_num(coarse)
+    padded = torch.from_numpy(np.pad(amount, ((1, 1), (0, 0), (0, 0)), mode="edge"))[None, None] / factor.time
+    in_time = F.interpolate(padded, scale_factor=(float(factor.time), 1.0, 1.0), mode="trilinear")[0, 0]
+    frames = in_time[factor.time : -factor.time].numpy().astype(np.float64)
+    state = np.random.get_state()  # pysteps draws from the global generator
+    np.random.seed(seed)
+    try:
+        fields = np.stack([np.stack([_frame(method, frame, factor.space) for frame in frames]) for _ in range(members)])
+    finally:
+        np.random.set_state(state)
+    exact = ConservationFunction(threshold_mm=0.0)
+    return conserve(torch.from_numpy(fields), torch.from_numpy(amount), factor, exact).numpy()
+
+
+def _frame(method: object, frame: NDArray[np.float64], space: int) -> NDArray[np.float32]:
+    if space == 1 or not (frame > 0).any():
+        return frame.repeat(space, 0).repeat(space, 1).astype(np.float32)
+    with np.errstate(all="ignore"):
+        fine = method.downscale(frame, ds_factor=space, threshold=0.0)  # type: ignore[attr-defined]
+    return np.nan_to_num(fine, posinf=0.0, neginf=0.0).clip(min=0.0).astype(np.float32)

@@ -1,0 +1,34 @@
+"""Confidence intervals of CRPS ratios, by resampling blocks of hours and places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BLOCK_STEPS = 6  # steps of a block; rain an hour later is no new evidence
+BLOCK_CELLS = 128  # cells along a block
+RESAMPLES = 2000
+
+
+def block_means(crps: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Mean of a CRPS field (P, T, Y, X) over blocks, flat; blocks at the far edges are smaller."""
+    sums, counts = np.nan_to_num(crps).astype(np.float64), np.isfinite(crps).astype(np.float64)
+    for axis, size in ((1, BLOCK_STEPS), (2, BLOCK_CELLS), (3, BLOCK_CELLS)):
+        edges = np.arange(0, crps.shape[axis], size)
+        sums, counts = np.add.reduceat(sums, edges, axis=axis), np.add.reduceat(counts, edges, axis=axis)
+    valid = counts.ravel() > 0
+    return sums.ravel()[valid] / counts.ravel()[valid]
+
+
+def ratio_interval(
+    first: NDArray[np.float64], second: NDArray[np.float64], seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Interval of mean(first) / mean(second) over resampled blocks."""
+    index = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)))
+    ratios = first[index].mean(axis=1) / second[index].mean(axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

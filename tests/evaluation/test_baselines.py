@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm
+from stsr_core.factors import Factor
+from stsr_core.grids import coarsen
+
+FACTOR = Factor(space=4, time=2)
+
+
+@pytest.fixture
+def coarse() -> np.ndarray:
+    return np.random.default_rng(0).gamma(0.5, 2, (3, 8, 9)).astype(np.float32)
+
+
+def test_even_spreading_conserves(coarse):
+    np.testing.assert_allclose(coarsen(even_spreading(coarse, FACTOR)[0], FACTOR), coarse, rtol=1e-5)
+
+
+def test_linear_keeps_what_is_even():
+    np.testing.assert_allclose(linear(np.full((3, 5, 6), 2.0, np.float32), FACTOR), 1.0, rtol=1e-5)
+
+
+def test_rainfarm_conserves_varies_and_repeats(coarse):
+    coarse[:, :, 5:] = 0
+    first = rainfarm(coarse, FACTOR, members=2, seed=3)
+    assert first.shape == (2, 6, 32, 36)
+    for member in first:
+        np.testing.assert_allclose(coarsen(member, FACTOR), coarse, rtol=1e-4, atol=1e-5)
+    assert np.abs(first[0] - first[1]).max() > 0.1
+    state = np.random.get_state()[1].copy()
+    np.testing.assert_array_equal(first, rainfarm(coarse, FACTOR, members=2, seed=3))
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+    assert not rainfarm(0 * coarse, FACTOR, members=1, seed=3).any()

@@ -1,0 +1,106 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from stsr_core.checkpoint import Library
+from stsr_core.errors import SourceError
+from stsr_core.evaluation.command import evaluate_checkpoint, table_text
+from stsr_core.evaluation.evaluate import Options
+from stsr_core.evaluation.report import bars
+from stsr_core.evaluation.truth import read_truth
+from stsr_core.factors import Factor
+
+FACTOR = Factor(space=4, time=3)
+
+
+def write(path: Path, hours: int = 12, cells: int = 40, seed: int = 0, **extra: np.ndarray) -> Path:
+    rng = np.random.default_rng(seed)
+    amount = rng.gamma(0.3, 3.0, (hours, cells, cells + 3)).astype(np.float32)
+    data = xr.Dataset({"precipitation": (("time", "y", "x"), amount)} | {k: ("time", v) for k, v in extra.items()})
+    data.to_netcdf(path)
+    return path
+
+
+def test_places_share_one_size_and_whole_coarse_cells(tmp_path):
+    paths = [write(tmp_path / "a.nc"), write(tmp_path / "b.nc", hours=8, cells=31)]
+    truth = read_truth(paths, FACTOR, hours=24, cells=384, variable="precipitation")
+    assert truth.names == ("a", "b")
+    assert truth.fine.shape == (2, 6, 28, 28)
+    assert truth.coarse.shape == (2, 2, 7, 7)
+
+
+def test_the_wettest_hours_stay_inside_one_run(tmp_path):
+    path = write(tmp_path / "a.nc", segment=np.repeat([0, 1], 6))
+    data = xr.load_dataset(path)
+    data["precipitation"][:] = 0.1
+    data["precipitation"][4:8] = 9.0
+    data.to_netcdf(path, mode="w")
+    truth = read_truth([path], Factor(space=4, time=1), hours=4, cells=40, variable="precipitation")
+    np.testing.assert_allclose(sorted(truth.fine[0, :, 0, 0]), [0.1, 0.1, 9, 9])
+
+
+def test_missing_truth_makes_whole_coarse_cells_missing(tmp_path):
+    path = write(tmp_path / "a.nc", hours=3)
+    data = xr.load_dataset(path)
+    data["precipitation"][0, 0, 1] = np.nan
+    data.to_netcdf(path, mode="w")
+    truth = read_truth([path], FACTOR, hours=3, cells=40, variable="precipitation")
+    assert np.isnan(truth.coarse).sum() == 1
+    assert np.isnan(truth.fine[0, :, :4, :4]).all()
+    assert np.isnan(truth.fine).sum() == 3 * 16
+
+
+def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
+    path = write(tmp_path / "a.nc", hours=2)
+    with pytest.raises(SourceError, match="no gap-free run of 3 steps"):
+        read_truth([path], FACTOR, hours=24, cells=40, variable="precipitation")
+    with pytest.raises(SourceError, match="no variable 'rain'; it has .'precipitation'"):
+        read_truth([path], FACTOR, hours=24, cells=40, variable="rain")
+    with pytest.raises(SourceError, match="no whole coarse cell"):
+        read_truth([path], Factor(space=25, time=1), hours=2, cells=20, variable="precipitation")
+
+
+def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path, checkpoints):
+    path = write(tmp_path / "a.nc", hours=6, cells=24)
+    lines: list[str] = []
+    found = evaluate_checkpoint(
+        [path], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
+        checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
+        device="cpu", report=lines.append,
+    )  # fmt: skip
+    assert {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation"} <= set(
+        found.table
+    ) | {"f exact"}
+    stsr = found.table["stsr"]
+    assert stsr["closure_quanta"] == 0
+    assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
+    low, high = found.intervals["linear"]
+    assert low <= stsr["crps_over_linear"] <= high
+    assert found.ranks.sum() == pytest.approx(1.0)
+    for raised in ("1.07", "1.2"):  # conservation carries the signal of the mean through
+        assert found.signal[raised]["mean"] == pytest.approx(float(raised), rel=1e-3)
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["scores"]["stsr"] == pytest.approx(stsr, nan_ok=True)
+    page = (tmp_path / "s.html").read_text()
+    assert len(re.findall('src="data:image/png;base64,', page)) == 2
+    assert "http" not in page.replace("http-equiv", "")
+    assert {"closure_quanta", "crps_over_rainfarm"} <= {name for name, *_ in bars(found)}
+    assert "crps_over_rainfarm" in table_text(found.table)
+    assert any("members done" in line for line in lines)
+
+
+def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
+    import shutil
+
+    folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
+    path = write(tmp_path / "a.nc", hours=6, cells=24)
+    found = evaluate_checkpoint(
+        [path], 4, 3, Options(members=2, hours=6, cells=24),
+        checkpoints=folder, record=True, json_file=None, html_file=None, device="cpu", report=lambda _: None,
+    )  # fmt: skip
+    card = Library.open(folder).serving(FACTOR).card.serving(FACTOR)
+    assert card.scores["crps_over_linear"] == pytest.approx(found.table["stsr"]["crps_over_linear"], abs=1e-4)
