@@ -19,7 +19,7 @@ from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
-from stsr_core.ensemble.generate import Target, generate
+from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
@@ -111,12 +111,12 @@ def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: C
     factor = plan.recipe.served.configuration.factor
     device = choose_device("cpu" if cluster.device == "cpu" else "auto")
     downscaler = Downscaler.load(library.serving(factor), factor, device)
-    layout = layout_of(plan)
-    options = attempt.documents.options
+    layout, options = layout_of(plan), attempt.documents.options
+    target = Target(attempt.ensemble_url, ARRAY, options)
     create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
     total = sum(plan.evaluations(shard) for shard in plan.shards)
     with cluster.client() as client, progress_bar("network evaluations", total) as advance:
-        generate(plan, downscaler, Target(attempt.ensemble_url, ARRAY, options), client, progress=advance)
+        generate(plan, remaining(plan, target), downscaler, target, client, progress=advance)
     finish(attempt.ensemble_url, layout.attributes, options)
     write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
 

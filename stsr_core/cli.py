@@ -101,6 +101,9 @@ def downscale(
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUTPUT.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Let OUTPUT grow to more members or a longer INPUT; the rest stays.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
     time_label: Annotated[
@@ -143,6 +146,7 @@ def downscale(
             output,
             cluster=cluster,
             overwrite=overwrite,
+            extend=extend,
             storage_options=_options(output, settings),
             progress=advance,
         )

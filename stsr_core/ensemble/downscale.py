@@ -29,6 +29,8 @@ from stsr_core.store.layout import (
     finish,
     is_whole,
     remove_store,
+    reopen,
+    shape_of,
 )
 
 if TYPE_CHECKING:
@@ -188,12 +190,23 @@ def downscale_to_store(
     *,
     cluster: Cluster,
     overwrite: bool = False,
+    extend: bool = False,
     storage_options: Mapping[str, object] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a plan's ensemble to a Zarr store on a cluster; the same call again finishes what was interrupted.
 
-    The store opens as a group only when it is whole.
+    The store opens as a group only when it is whole. Damaged shards of a whole store are made again.
+
+    Args:
+        plan: what to make.
+        downscaler: the plan's networks.
+        output: folder or URL of the store.
+        cluster: where to make it.
+        overwrite: replace what is there.
+        extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
+        storage_options: of the output's filesystem.
+        progress: called with the number of network evaluations just done.
 
     Raises:
         StoreError: `output` is whole already, holds another ensemble, or cannot be written.
@@ -201,12 +214,26 @@ def downscale_to_store(
     options = storage_options or {}
     if overwrite:
         remove_store(output, options)
+    target, layout = Target(output, ARRAY, options), layout_of(plan)
+    shards = remaining(plan, target, extend=extend)
     if is_whole(output, options):
-        raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
-    target = Target(output, ARRAY, options)
-    remaining(plan, target)
-    layout = layout_of(plan)
+        _check_whole(output, shape_of(output, ARRAY, options), layout.shape, damage=bool(shards), extend=extend)
+        reopen(output, options)
     create_ensemble(output, layout, array=ARRAY, options=options)
     with cluster.client() as client:
-        generate(plan, downscaler, target, client, progress=progress)
+        generate(plan, shards, downscaler, target, client, progress=progress)
     finish(output, layout.attributes, options)
+
+
+def _check_whole(output: str, found: tuple[int, ...], wanted: tuple[int, ...], *, damage: bool, extend: bool) -> None:
+    """Refuse to touch a whole store unless it is damaged, or may grow and does."""
+    if found == wanted:
+        if not damage:
+            raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
+        return
+    grows = found[2:] == wanted[2:] and all(a <= b for a, b in zip(found, wanted, strict=True))
+    if not (extend and grows):
+        raise StoreError(
+            f"{output} is there and whole, of shape {found}; {wanted} is asked for. Name another output, or pass "
+            f"{'--extend to let it grow, or ' if grows else ''}--overwrite to replace it."
+        )

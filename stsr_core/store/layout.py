@@ -186,7 +186,9 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     try:
         write_coordinates(url, layout.times, layout.grid, options)
         write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)
-        if not _exists(url, f"{array}/zarr.json", options):
+        if _exists(url, f"{array}/zarr.json", options):
+            zarr.open_array(open_store(f"{url}/{array}", options), mode="r+").resize(layout.shape)
+        else:
             zarr.create_array(
                 open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
                 chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
@@ -209,6 +211,17 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.create_group(store, attributes={"Conventions": "CF-1.11", **attributes}, overwrite=False)
         zarr.consolidate_metadata(store)
+
+
+def reopen(url: str, options: Options | None = None) -> None:
+    """Take the group's metadata away: the store no longer counts as whole, until `finish`."""
+    fs, path = filesystem(url, options)
+    fs.rm(f"{path}/zarr.json")
+
+
+def shape_of(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
+    """Shape of an array that is there."""
+    return zarr.open_array(open_store(f"{url}/{array}", options), mode="r").shape
 
 
 def is_whole(url: str, options: Options | None = None) -> bool:

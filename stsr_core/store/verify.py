@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stsr_core.store.receipts import Receipt
 
 SAMPLE = 64  # shards that are read back
+READERS = 8  # objects read at a time
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,33 @@ class Expected:
     key: str
     region: Region
     plan_digest: str
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard that a receipt vouches for: its key, the region it fills, and the sha256 of its bytes."""
+
+    key: str
+    region: Region
+    bytes_digest: str
+
+
+def damaged(url: str, array: str, shards: Sequence[StoredShard], options: Options | None = None) -> list[str]:
+    """Keys of shards whose stored bytes are not those of their receipts: changed, truncated or missing."""
+    if not shards:
+        return []
+    opened = zarr.open_array(open_store(f"{url}/{array}", options), mode="r")
+    shape = opened.shards or opened.chunks
+
+    def digest(shard: StoredShard) -> str:
+        try:
+            return hashlib.sha256(read_object(shard_path(url, array, shape, shard.region), options)).hexdigest()
+        except StoreError:
+            return "missing"
+
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(digest, shards)
+        return [shard.key for shard, found in zip(shards, digests, strict=True) if found != shard.bytes_digest]
 
 
 class Gate(BaseModel):
@@ -112,17 +141,13 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
     """Gates over the stored bytes of a sample of shards: digest, closure, missing cells."""
     step = max(1, len(valid) // SAMPLE)
     sample = valid[::step]
-    damaged, masks, worst, worst_key = [], [], 0, ""
+    shards = [StoredShard(e.key, e.region, receipts[e.key].bytes_digest) for e in sample]
+    harmed = damaged(stored.url, stored.array, shards, stored.options)
+    masks, worst, worst_key = [], 0, ""
     if valid:
         array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
     for e in sample:
-        address = shard_path(stored.url, stored.array, array.shards or array.chunks, e.region)
-        try:
-            digest = hashlib.sha256(read_object(address, stored.options)).hexdigest()
-        except StoreError:
-            digest = "missing"
-        if digest != receipts[e.key].bytes_digest:
-            damaged.append(e.key)
+        if e.key in harmed:
             continue
         closure, wrong = closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
         if closure > worst:
@@ -132,8 +157,8 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
     bound = gates.max_closure_quanta
     return [
         Gate(
-            name="stored bytes", passed=not damaged, found=f"{len(damaged)} damaged of {len(sample)} read back",
-            needed="0", where=", ".join(damaged[:5]),
+            name="stored bytes", passed=not harmed, found=f"{len(harmed)} damaged of {len(sample)} read back",
+            needed="0", where=", ".join(harmed[:5]),
         ),
         Gate(
             name="closure", passed=worst <= bound or not stored.conserved, found=f"{worst} quanta",
