@@ -43,4 +43,5 @@ def run_embedded(to: Path, *, force: bool, members: int | None, device: str, wor
 
     path = shipped_catalog()
     product = next(iter(Configuration.load(path).products))
-    return nightly(product, path, str(to), force, members)
+    published = nightly(product=product, force=force, members=members, catalog_file=path, destination=str(to))
+    return published[0] if published else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from prefect import flow
+from prefect import flow, get_run_logger
 from pydantic import BaseModel
 
+from flows import artifacts
+from flows.jobs import jobs
+from flows.parameters import ALL, CatalogFile, Destination, Members, ProductName
+from flows.stages import show_plan, show_published, stage
 from flows.tasks import (
     Job,
     check,
@@ -20,8 +22,8 @@ from flows.tasks import (
 )
 from stsr_core.catalog.publish import Attempt
 from stsr_core.checkpoint import Library
-from stsr_core.configuration import Configuration, choose_catalog
 from stsr_core.ensemble.cluster import Cluster
+from stsr_core.errors import OperatorError, StsrError
 from stsr_core.settings import Settings
 
 
@@ -34,52 +36,76 @@ class NightlyResult(BaseModel):
     quicklook: str
 
 
-@flow(name="nightly", flow_run_name="nightly {product}")
+@flow(name="nightly", flow_run_name="nightly {product}", validate_parameters=True)
 def nightly(
-    product: str,
-    catalog_file: Path | None = None,
-    destination: str | None = None,
+    product: ProductName = ALL,
     force: bool = False,
-    members: int | None = None,
-) -> NightlyResult | None:
-    """Publish the next version of a product if its source has changed.
+    members: Members = None,
+    catalog_file: CatalogFile = None,
+    destination: Destination = None,
+) -> list[NightlyResult]:
+    """Publish the next version of each product whose source has changed.
+
+    A product that fails does not keep the others from being published; the run fails in the end and names it.
 
     Args:
-        product: name of a product in catalog.yaml.
-        catalog_file: catalog.yaml to use; without it the one of the settings.
-        destination: folder or bucket of the catalogue; without it the one of the settings.
+        product: name of a product in catalog.yaml, or "all".
         force: publish though the source is the same as that of the last version.
         members: number of members; without it that of the product.
+        catalog_file: catalog.yaml to use; without it the one of the settings.
+        destination: folder or bucket of the catalogue; without it the one of the settings.
 
     Returns:
-        What was published, None where nothing is new.
+        What was published; empty where nothing is new.
     """
     settings = Settings()
-    path = choose_catalog(catalog_file or settings.catalog_file)
-    configuration = Configuration.load(path)
-    wanted = configuration.product(product)
-    if members is not None:
-        wanted = wanted.model_copy(update={"members": members})
-    job = Job(
-        name=product,
-        product=wanted,
-        source=configuration.sources[wanted.source],
-        target=configuration.grids[wanted.grid],
-        base=path.parent,
-        destination=destination or settings.destination,
-        options=settings.s3_options if (destination or settings.destination).startswith("s3://") else {},
-    )
-    library = Library.open(settings.checkpoints)
-    digest = resolve(job, force=force)
+    todo = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)
+    published, failed = [], {}
+    for job in todo:
+        try:
+            result = _publish_next(job, settings, force=force)
+        except StsrError as e:
+            if len(todo) == 1:
+                raise
+            get_run_logger().error("%s failed: %s", job.name, e)
+            failed[job.name] = str(e)
+        else:
+            published += [result] if result is not None else []
+    _summarise([job.name for job in todo], published, failed)
+    if failed:
+        problems = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise OperatorError(f"{len(failed)} of {len(todo)} products failed. {problems}")
+    return published
+
+
+def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult | None:
+    name, library = job.name, Library.open(settings.checkpoints)
+    digest = stage(resolve, name)(job, force=force)
     if digest is None:
         return None
-    cube = read(job)
-    found = match(cube, job.target, library, settings.match_limit)
-    plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted)
-    attempt = Attempt.begin(job.destination, product, job.options)
-    generate_ensemble(plan, library, attempt, Cluster(settings.scheduler_address, settings.device, settings.workers))
-    report = check(plan, attempt, wanted)
-    published, picture = publish_version(job, plan, found, digest, library, attempt, report)
-    return NightlyResult(
-        product=published.product, version=published.version, item=published.item_url, quicklook=picture
-    )
+    cube = stage(read, name)(job)
+    found = stage(match, name)(cube, job.target, library, settings.match_limit)
+    lattice = stage(to_lattice, name)(cube, job.target, found)
+    plan = stage(make_plan, name)(lattice, found, library, job.product)
+    show_plan(name, plan, found)
+    attempt = Attempt.begin(job.destination, name, job.options)
+    cluster = Cluster(settings.scheduler_address, settings.device, settings.workers)
+    stage(generate_ensemble, name)(plan, library, attempt, cluster)
+    report = stage(check, name)(plan, attempt, job.product)
+    version, picture = stage(publish_version, name)(job, plan, found, digest, library, attempt, report)
+    show_published(job, version, picture)
+    return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
+
+
+def _summarise(names: list[str], published: list[NightlyResult], failed: dict[str, str]) -> None:
+    versions = {result.product: result for result in published}
+    rows: list[dict[str, str | int | float]] = [
+        {
+            "product": name,
+            "outcome": "published" if name in versions else "failed" if name in failed else "nothing new",
+            "version": versions[name].version if name in versions else "",
+            "detail": versions[name].item if name in versions else failed.get(name, ""),
+        }
+        for name in names
+    ]
+    artifacts.table("nightly", rows, "What this run did")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from flows import artifacts
 from stsr_core.catalog.items import Description, Provenance
 from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
 from stsr_core.catalog.search import latest
@@ -20,14 +21,14 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
-from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.ensemble.plan import Plan, Recipe, Shard
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
 from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time
 from stsr_core.sources.cube import Cube
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import fingerprint, located, open_dataset
-from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store
 from stsr_core.store.overview import write_overview
 from stsr_core.store.quicklook import quicklook, wettest_step
 from stsr_core.store.receipts import read_receipts
@@ -108,16 +109,33 @@ def make_plan(cube: Cube, found: Match, library: Library, product: Product) -> P
 @task(name="generate", cache_policy=NO_CACHE)
 def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: Cluster) -> None:
     """Generate all shards on the cluster, then the overview."""
+    layout, options = layout_of(plan), attempt.documents.options
+    create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
+    make_shards(plan, remaining(plan, Target(attempt.ensemble_url, ARRAY, options)), library, attempt, cluster)
+    complete(plan, attempt)
+
+
+def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
+    """Make shards of a plan on the cluster, with progress in the log and in the UI."""
     factor = plan.recipe.served.configuration.factor
     device = choose_device("cpu" if cluster.device == "cpu" else "auto")
     downscaler = Downscaler.load(library.serving(factor), factor, device)
+    target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
+    total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
+    with (
+        cluster.client() as client,
+        progress_bar("network evaluations", total) as advance,
+        artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
+    ):
+        generate(plan, shards, downscaler, target, client, progress=lambda n: (advance(n), show(n))[0])
+
+
+def complete(plan: Plan, attempt: Attempt) -> None:
+    """Close the ensemble and write its overview; a retry may find either of them done."""
     layout, options = layout_of(plan), attempt.documents.options
-    target = Target(attempt.ensemble_url, ARRAY, options)
-    create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
-    total = sum(plan.evaluations(shard) for shard in plan.shards)
-    with cluster.client() as client, progress_bar("network evaluations", total) as advance:
-        generate(plan, remaining(plan, target), downscaler, target, client, progress=advance)
-    finish(attempt.ensemble_url, layout.attributes, options)
+    if not is_whole(attempt.ensemble_url, options):
+        finish(attempt.ensemble_url, layout.attributes, options)
+    remove_store(attempt.overview_url, options)
     write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
 
 
@@ -139,6 +157,8 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
     for gate in report.gates:
         get_run_logger().info("Gate %s: %s (needed %s).", gate.name, gate.found, gate.needed)
+    rows = [{**gate.model_dump(exclude={"passed"}), "passed": "yes" if gate.passed else "NO"} for gate in report.gates]
+    artifacts.table(artifacts.key_of("gates", attempt.product), rows, f"Gates of {attempt.product}")
     report.raise_if_failed()
     return report
 

@@ -1,0 +1,84 @@
+"""Types of flow parameters: what the form in the Prefect UI offers, explains and refuses."""
+
+from __future__ import annotations
+
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ALL = "all"
+
+ProductName = Annotated[
+    str, Field(min_length=1, title="Product", description='Name of a product in catalog.yaml, or "all".')
+]
+OneProduct = Annotated[str, Field(min_length=1, title="Product", description="Name of a product in catalog.yaml.")]
+Members = Annotated[
+    int | None, Field(ge=1, le=10_000, title="Members", description="Members; empty for those of the product.")
+]
+CatalogFile = Annotated[
+    Path | None, Field(title="Catalogue file", description="catalog.yaml to use; empty for the one of the settings.")
+]
+Destination = Annotated[
+    str | None, Field(title="Destination", description="Folder or s3://bucket/prefix; empty for that of the settings.")
+]
+
+
+class Order(StrEnum):
+    """Which piece of a period comes first."""
+
+    oldest_first = "oldest first"
+    newest_first = "newest first"
+
+
+class Preset(StrEnum):
+    """Size of the networks."""
+
+    small = "small"
+    base = "base"
+    large = "large"
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Period(_Form):
+    """Whole days, the last one included."""
+
+    first: date = Field(description="First day (UTC, or the calendar of the source).")
+    last: date = Field(description="Last day, included.")
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.last < self.first:
+            raise ValueError(f"the last day {self.last} is before the first {self.first}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.first}..{self.last}"
+
+
+class Pieces(_Form):
+    """How a period is cut, and how fast it goes."""
+
+    days: int = Field(default=31, ge=1, le=3660, description="Days of a piece.")
+    order: Order = Field(default=Order.oldest_first, description="Which piece comes first.")
+    pause_s: float = Field(default=0.0, ge=0, le=86_400, description="Seconds to rest between pieces.")
+    workers: int = Field(default=1, ge=0, le=1024, description="Dask workers; 0 for one per core or GPU.")
+
+
+class FactorParameter(_Form):
+    """Fine cells and steps in a coarse one."""
+
+    space: int = Field(ge=1, le=25, description="Fine cells along each axis of a coarse cell.")
+    time: int = Field(ge=1, le=6, description="Fine steps of a coarse step.")
+
+
+class Retention(_Form):
+    """Which superseded versions go. The latest version of a product always stays."""
+
+    keep: int = Field(default=30, ge=1, le=100_000, description="Newest versions that stay, whatever their age.")
+    days: int = Field(default=365, ge=0, le=36_500, description="Versions younger than this stay as well.")

@@ -1,0 +1,106 @@
+"""How the stages run: names that say what runs, timeouts, retries of what may pass, artifacts of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from prefect.events import emit_event
+
+from flows import artifacts
+from stsr_core.ensemble.generate import ShardError
+from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
+from stsr_core.store.layout import filesystem
+
+if TYPE_CHECKING:
+    from prefect import Task
+
+    from flows.tasks import Job
+    from stsr_core.catalog.publish import Published
+    from stsr_core.ensemble.plan import Plan
+    from stsr_core.factors import Match
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+HOUR_S = 3600
+# Seconds after which a stage counts as hung. They bound a fault, not the work: generous multiples of what large
+# products take.
+TIMEOUT_S = {
+    "resolve": HOUR_S,
+    "read": 6 * HOUR_S,
+    "match": 300,
+    "regrid": 6 * HOUR_S,
+    "plan": 6 * HOUR_S,
+    "generate": 7 * 24 * HOUR_S,
+    "verify": 24 * HOUR_S,
+    "publish": 6 * HOUR_S,
+}
+RETRIES = {"resolve": 2, "read": 2, "generate": 1, "verify": 1, "publish": 1}
+PASSING = (SourceError, StoreError, PublicationError, ShardError)  # may be gone a moment later
+
+
+def may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Whether a failure may be gone at the next try: networks and disks, but no mistakes of people or code."""
+    error = getattr(state.data, "exception", state.data)
+    if isinstance(error, OperatorError | ProgrammingError | StsrError):
+        return isinstance(error, PASSING)
+    return True
+
+
+def stage(task: Task[P, R], product: str) -> Callable[P, R]:
+    """Return the task of a stage, named after its product, with the stage's timeout and retries."""
+    return task.with_options(
+        task_run_name=f"{task.name} {product}",
+        timeout_seconds=TIMEOUT_S[task.name],
+        retries=RETRIES.get(task.name, 0),
+        retry_delay_seconds=5,
+        retry_condition_fn=may_pass,
+    )
+
+
+def show_plan(product: str, plan: Plan, found: Match, todo: int | None = None) -> None:
+    """Table of what is about to be made."""
+    shards = len(plan.shards)
+    remaining = shards if todo is None else todo
+    artifacts.facts(
+        artifacts.key_of("plan", product),
+        {
+            "factor needed (space, time)": f"{found.requested_space:.2f}, {found.requested_time:.2f}",
+            "factor matched (space, time)": str(found.factor),
+            "log distance": round(found.distance, 4),
+            "members": plan.recipe.members,
+            "fine shape (member, time, y, x)": " x ".join(map(str, plan.fine_shape)),
+            "shards": shards,
+            "shards that are dry": sum(plan.is_dry(s) for s in plan.shards),
+            "shards done before": shards - remaining,
+            "shards to make": remaining,
+            "network evaluations": sum(plan.evaluations(s) for s in plan.shards),
+        },
+        f"Plan of {product}",
+    )
+
+
+def show_published(job: Job, published: Published, picture_url: str) -> None:
+    """Picture, link and event of a new version."""
+    name = f"{published.product} {published.version}"
+    artifacts.link(
+        artifacts.key_of("item", published.product), browsable(published.item_url, job), name, f"Published {name}"
+    )
+    fs, path = filesystem(picture_url, job.options)
+    artifacts.picture(artifacts.key_of("quicklook", published.product), fs.cat_file(path), f"Quick look of {name}")
+    emit_event(
+        event="stsr.version.published",
+        resource={"prefect.resource.id": f"stsr.product.{published.product}", "stsr.version": published.version},
+        payload={"item": published.item_url},
+    )
+
+
+def browsable(url: str, job: Job) -> str:
+    """Address that a browser may open: s3:// through the endpoint, folders as file://."""
+    endpoint = job.options.get("endpoint_url")
+    if url.startswith("s3://"):
+        return f"{endpoint}/{url.removeprefix('s3://')}" if endpoint else url
+    from pathlib import Path
+
+    return Path(url).resolve().as_uri()
