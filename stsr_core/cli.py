@@ -246,6 +246,45 @@ def evaluate(
         say(f"CRPS over {name}: 95 % interval {low:.3f} to {high:.3f}")
 
 
+@app.command()
+def bench(
+    factor: Annotated[str, typer.Option("--factor", help="Factor SPACExTIME.")] = "10x1",
+    cells: Annotated[int, typer.Option(help="Fine cells along the square.")] = 200,
+    steps: Annotated[int, typer.Option(help="Fine steps.")] = 24,
+    members: Annotated[int, typer.Option(help="Members.")] = 8,
+    workers: Annotated[list[int] | None, typer.Option(help="Local workers; several for several runs.")] = None,
+    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of one shard goes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks."""
+    import json
+
+    from stsr_core import bench as benchmark
+    from stsr_core.factors import Factor
+    from stsr_core.settings import Settings
+
+    settings = Settings()
+    space, time = _factor(factor)
+    options = benchmark.Options(
+        factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
+        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value, output=output,
+        storage_options=_options(output or "", settings),
+    )  # fmt: skip
+    if profile:
+        say(benchmark.profile_shard(options, checkpoints=settings.checkpoints))
+        return
+    figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
+    if training:
+        figures |= benchmark.bench_training(options.factor, preset="small", device=device.value)
+    text = json.dumps(figures, indent=1)
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    say(text)
+
+
 CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
 
 
