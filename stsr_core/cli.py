@@ -89,7 +89,10 @@ def demo(
 @app.command()
 def downscale(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="NetCDF or Zarr, path or URL (s3://, https://), with (time, y, x).")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="NetCDF, GRIB or Zarr, path, glob or URL (s3://, https://), with (time, y, x)."
+        ),
     ],
     output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
@@ -104,8 +107,8 @@ def downscale(
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
     time_label: Annotated[
-        TimeLabelName | None, typer.Option(help="What a time stamp names, where there are no time bounds [end].")
-    ] = None,
+        TimeLabelName, typer.Option(help="What a time stamp names, where there are no time bounds.")
+    ] = TimeLabelName.end,
 ) -> None:
     """Downscale a file without a catalogue.
 
@@ -116,13 +119,14 @@ def downscale(
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import read_cube
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     with open_dataset(source, storage_options=_options(source, settings)) as dataset:
-        label: Any = None if time_label is None else time_label.value
-        cube = read_cube(dataset, variable, units=units, time_label=label)
+        label: Any = time_label.value
+        cube = read_cube(dataset, variable, Declared(units=units, time_label=label))
     plan, downscaler = prepared(
         cube,
         space=space,
