@@ -216,8 +216,8 @@ def _polygons(cells: Cells, crs: CRS) -> NDArray[np.object_]:
     bent = ~shapely.is_valid(polygons)
     if bent.any():
         raise GridError(
-            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of its "
-            "cells in order?"
+            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
+            "its cells in order?"
         )
     return polygons
 
@@ -236,8 +236,8 @@ def _uncovered(grid: Grid, covered: NDArray[np.float64]) -> str:
     y, x = ((axis.edges[[index.min(), index.max() + 1]]) for axis, index in ((grid.y, rows), (grid.x, columns)))
     return (
         f"{rows.size} of {covered.size} target cells are not covered by source cells: they lie in x {x.min():.0f} to "
-        f"{x.max():.0f}, y {y.min():.0f} to {y.max():.0f}; the worst is covered to {covered.min():.0%}. Choose a smaller "
-        "target grid in catalog.yaml, or a larger source."
+        f"{x.max():.0f}, y {y.min():.0f} to {y.max():.0f}; the worst is covered to {covered.min():.0%}. Choose a "
+        "smaller target grid in catalog.yaml, or a larger source."
     )
 
 

@@ -131,8 +131,9 @@ def _part_of_grid(grid: Grid, near: Box) -> Part:
         x_axis, columns = grid.x.isel(low, max(low, high)), (slice(low, high),)
     if rows[1] <= rows[0] or x_axis.size == 0:
         raise GridError(
-            f"The source covers x {_span(grid.x)} and y {_span(grid.y)}; the target needs x {west:.4f} to {east:.4f} and y "
-            f"{south:.4f} to {north:.4f}, all of it uncovered. Choose another target grid in catalog.yaml, or a larger source."
+            f"The source covers x {_span(grid.x)} and y {_span(grid.y)}; the target needs x {west:.4f} to {east:.4f} "
+            f"and y {south:.4f} to {north:.4f}, all of it uncovered. Choose another target grid in catalog.yaml, or a "
+            "larger source."
         )
     return Part(Grid(grid.y.isel(*rows), x_axis, grid.crs_wkt), slice(*rows), columns)
 
@@ -145,7 +146,8 @@ def crs_of(grid: Grid | Cells) -> str:
     """
     if grid.crs_wkt is None:
         raise GridError(
-            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in catalog.yaml."
+            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in "
+            "catalog.yaml."
         )
     return grid.crs_wkt
 

@@ -137,8 +137,8 @@ def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
     members, ends = sorted({m.member for m in messages}), sorted({m.end for m in messages})
     if len(messages) != len(members) * len(ends):
         raise SourceError(
-            f"{len(messages)} messages of {name!r} are no array of {len(members)} members and {len(ends)} times: some are "
-            "missing, or there are several levels or runs. Split the file."
+            f"{len(messages)} messages of {name!r} are no array of {len(members)} members and {len(ends)} times: "
+            "some are missing, or there are several levels or runs. Split the file."
         )
     first = messages[0]
     coordinates, dims = _coordinates(path, first)

@@ -163,13 +163,9 @@ def _select(dataset: xr.Dataset, dim: str, wanted: int | float | str) -> xr.Data
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
     """Name of the coordinate that holds the times of the steps: a 1-D one before a scalar one."""
     found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
-    along = [n for n in found if array[n].ndim == 1]
-    for choice in (along, found):
-        if len(choice) > 1:
-            dims = [n for n in choice if n == "time" or n in array.dims]
-            choice = dims[:1] if "valid_time" not in choice else ["valid_time"]
-        if choice:
-            return choice[0]
+    found.sort(key=lambda n: (array[n].ndim == 0, n != "valid_time", n not in array.dims, n != "time"))
+    if found:
+        return found[0]
     raise SourceError(
         f"Dimensions {tuple(map(str, array.dims))} were found, none with dates. (time, y, x) are needed; time needs CF "
         "units such as 'hours since 2000-01-01'."
@@ -325,8 +321,8 @@ def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> 
     same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())
     what = "Negative precipitation" if value < 0 else "Implausible precipitation"
     hint = (
-        f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in catalog.yaml "
-        "(in the units of the file)."
+        f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in "
+        "catalog.yaml (in the units of the file)."
         if same > 1
         else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
         "`max_negative_mm:` of the source in catalog.yaml accepts more."

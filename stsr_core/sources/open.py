@@ -163,8 +163,8 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
         engine: Any = "netcdf4" if place.local else "h5netcdf"
         return xr.open_dataset(file, engine=engine, chunks=chunks, decode_timedelta=False)
     raise SourceError(
-        f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB nor kerchunk JSON. "
-        "Fetch it again, or convert it."
+        f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB nor kerchunk "
+        "JSON. Fetch it again, or convert it."
     )
 
 
@@ -228,8 +228,8 @@ def _joined(place: Location) -> xr.Dataset:
         )  # fmt: skip
     except (ValueError, KeyError) as e:
         raise SourceError(
-            f"The {len(paths)} files of {shown(place.url)} do not fit together along {dim}: {str(e).splitlines()[0][:200]}. "
-            "Name files of one grid and one set of variables."
+            f"The {len(paths)} files of {shown(place.url)} do not fit together along {dim}: "
+            f"{str(e).splitlines()[0][:200]}. Name files of one grid and one set of variables."
         ) from e
     stamps = joined["time"].to_index()
     if not same and stamps.has_duplicates:

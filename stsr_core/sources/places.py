@@ -65,7 +65,8 @@ def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
         return ys[0], xs[0]
     raise SourceError(
         f"Dimensions {dims} were found beside time; y and x are needed, under their names, as lat and lon, or with "
-        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, such as `select: {level: 0}`."
+        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, such as `select: "
+        "{level: 0}`."
     )
 
 

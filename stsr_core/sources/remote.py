@@ -71,6 +71,6 @@ def _passing(error: Exception) -> bool:
 def _failure(error: Exception, what: str, hidden: tuple[object, ...]) -> SourceError:
     first = redacted(str(error).strip().split("\n")[0][:300], hidden)
     return SourceError(
-        f"{shown(what)} cannot be read ({type(error).__name__}: {first}). NetCDF, GRIB or Zarr is needed; check that the "
-        "file is whole, that the server answers, and the credentials."
+        f"{shown(what)} cannot be read ({type(error).__name__}: {first}). NetCDF, GRIB or Zarr is needed; check that "
+        "the file is whole, that the server answers, and the credentials."
     )

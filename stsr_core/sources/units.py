@@ -62,7 +62,8 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
         )
     if kind == "amount" and "time: mean" in cell_methods:
         raise SourceError(
-            f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. {_declare()}"
+            f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. "
+            f"{_declare()}"
         )
 
 

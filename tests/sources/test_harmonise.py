@@ -68,7 +68,7 @@ def test_bounds_decide_what_a_stamp_names():
 
 
 def test_what_a_stamp_names_is_declared_never_guessed():
-    with pytest.raises(SourceError, match="Nothing says which time the stamp 2001-01-01 01:00:00 stands for.*time_label"):
+    with pytest.raises(SourceError, match="Nothing says which time .* stands for.*time_label"):
         cube_of(array())
     for label, start in (("start", "01:00"), ("middle", "00:30"), ("end", "00:00")):
         cube = cube_of(array(), Declared(time_label=label))
