@@ -23,6 +23,7 @@ LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
 REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
 GEOGRAPHIC = 4326
+POLE = 90.0 + 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
         return ys[0], xs[0]
     raise SourceError(
         f"Dimensions {dims} were found beside time; y and x are needed, under their names, as lat and lon, or with "
-        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, such as `select: "
-        "{level: 0}`."
+        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, as `select: {level: 0}`."
     )
 
 
@@ -138,6 +138,8 @@ def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid |
         pair = _pairs(dataset, name, centres, crs)
         axes.append(_regular(centres, dataset[name].dtype == np.float32, pair, name))
         pairs.append(pair)
+    if crs is not None and crs.is_geographic:
+        _check_latitudes(_coordinate(dataset, y, crs))
     if axes[0] is not None and axes[1] is not None:
         return Grid(axes[0], axes[1], None if crs is None else crs.to_wkt())
     if crs is None:
@@ -147,7 +149,7 @@ def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid |
     ys, xs = (
         _pairs_between(_coordinate(dataset, n, crs)) if p is None else p for n, p in zip((y, x), pairs, strict=True)
     )
-    if crs.is_geographic and not _is_derived(crs):
+    if crs.is_geographic:
         ys = np.clip(ys, -90.0, 90.0)
     shape = (len(ys), len(xs))
     corners = [
@@ -155,10 +157,6 @@ def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid |
         for j, i in ((0, 0), (0, 1), (1, 1), (1, 0))
     ]
     return Cells(np.stack(corners, axis=-2).reshape(-1, 4, 2), crs.to_wkt())
-
-
-def _is_derived(crs: CRS) -> bool:
-    return bool(crs.is_derived)
 
 
 def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.float64]:
@@ -243,6 +241,7 @@ def _curvilinear(dataset: xr.Dataset, latitude: xr.DataArray, longitude: xr.Data
     if corners is None:
         if min(latitude.shape) < 2:
             raise GridError(f"A grid of {latitude.shape} centres without bounds has no known cell size.")
+        _check_latitudes(np.asarray(latitude.values, np.float64))
         corners = _corners_between(np.asarray(latitude.values, np.float64), np.asarray(longitude.values, np.float64))
     return _cells(corners)
 
@@ -295,12 +294,14 @@ def _cells(corners: NDArray[np.float64]) -> Cells:
     first = corners[:, :1, 0]
     unwrapped = corners.copy()
     unwrapped[..., 0] = first + (corners[..., 0] - first + 180.0) % 360.0 - 180.0
-    latitude = unwrapped[..., 1]
-    if np.nanmax(np.abs(latitude), initial=0.0) > 90.0 + 1e-6:
-        raise GridError(
-            f"Latitudes reach {np.nanmax(np.abs(latitude)):.4g} degrees. Are latitude and longitude swapped?"
-        )
+    _check_latitudes(unwrapped[..., 1])
     return Cells(unwrapped, CRS.from_epsg(GEOGRAPHIC).to_wkt())
+
+
+def _check_latitudes(latitude: NDArray[np.float64]) -> None:
+    largest = float(np.nanmax(np.abs(latitude), initial=0.0))
+    if largest > POLE:
+        raise GridError(f"Latitudes reach {largest:.4g} degrees. Are latitude and longitude swapped?")
 
 
 def _mesh(dataset: xr.Dataset, array: xr.DataArray, dim: str) -> Cells:
