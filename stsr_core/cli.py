@@ -154,6 +154,35 @@ def downscale(
     say(f"{output}: precipitation of {members} members, {nt} steps, {ny} x {nx} cells. Open it with xarray.open_zarr.")
 
 
+@app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="NetCDF, GRIB, Zarr or kerchunk references: path, glob or URL.")],
+    variable: Annotated[str | None, typer.Option(help="The precipitation; several that add up as 'cp + lsp'.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source of catalog.yaml whose declarations hold.")] = None,
+    product: Annotated[str | None, typer.Option(help="Product whose factor is shown; without it all of them.")] = None,
+    catalog_file: Annotated[
+        Path | None, typer.Option(help="catalog.yaml; else ./catalog.yaml or the shipped one.")
+    ] = None,
+) -> None:
+    """Say what a file is, how it would be read, and what catalog.yaml must declare before it can be."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.inspection import inspect as look
+    from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
+    from stsr_core.sources.open import open_dataset
+
+    settings = Settings()
+    configuration = Configuration.load(choose_catalog(catalog_file or settings.catalog_file))
+    declared = configuration.source(source).declared if source else Declared()
+    with open_dataset(url, storage_options=_options(url, settings)) as dataset:
+        found = look(
+            dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
+            Library.open(settings.checkpoints).family, product=product, match_limit=settings.match_limit,
+        )  # fmt: skip
+    say(found.text())
+
+
 def _options(url: str, settings: Any) -> dict[str, object]:
     return settings.s3_options if url.startswith("s3://") else {}
 

@@ -138,6 +138,17 @@ class Configuration(_Frozen):
             problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in e.errors())
             raise ConfigurationError(f"{path} is not understood: {problems}. Mend these entries.") from e
 
+    def source(self, name: str) -> Source:
+        """Return a source.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if name not in self.sources:
+            have = ", ".join(self.sources) or "none"
+            raise ConfigurationError(f"No source {name!r} in catalog.yaml; there are {have}. Name one of these.")
+        return self.sources[name]
+
     def product(self, name: str) -> Product:
         """Return a product.
 

@@ -60,6 +60,7 @@ def read_coarse(
     declared: Declared = NOTHING,
     *,
     near: Box | None = None,
+    first_steps: int | None = None,
 ) -> Coarse:
     """Read a variable of a dataset as coarse amounts on whatever cells it has.
 
@@ -68,6 +69,7 @@ def read_coarse(
         variable: name of the precipitation, or names joined by +, whose amounts are added up.
         declared: what the file does not say itself.
         near: only cells near this box are read; None reads all.
+        first_steps: only so many steps are read; None reads all.
 
     Returns:
         `Cube` on regular grids, else `CellCube`. The attribute `negatives_set_to_zero` counts what was rounded away.
@@ -81,7 +83,7 @@ def read_coarse(
         if name not in dataset.data_vars:
             have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
             raise SourceError(f"No variable {name!r} in the file; it has {have}. Name one of these.")
-    parts = [_read_one(dataset, name, declared, near) for name in names]
+    parts = [_read_one(dataset, name, declared, near, first_steps) for name in names]
     return _sum(parts, names)
 
 
@@ -239,9 +241,10 @@ def _units(array: xr.DataArray, declared: Declared) -> str:
     return units
 
 
-def _read_one(dataset: xr.Dataset, name: str, declared: Declared, near: Box | None) -> Coarse:
+def _read_one(dataset: xr.Dataset, name: str, declared: Declared, near: Box | None, first_steps: int | None) -> Coarse:
     layout = layout_of(dataset, name, declared)
     steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
+    steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
     part = part_of(layout.place.grid, tuple(layout.array.shape[1:]), near)
     amount, negatives = _amount(layout, steps, part, declared)
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
