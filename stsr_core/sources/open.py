@@ -186,6 +186,8 @@ def _on_disk(place: Location) -> str:
 def _open_references(place: Location) -> xr.Dataset:
     """Open kerchunk references: a JSON that says which bytes of which files are the chunks of a Zarr store."""
     import xarray as xr
+    from fsspec.implementations.reference import ReferenceFileSystem
+    from zarr.storage import FsspecStore
 
     try:
         content = json.loads(place.filesystem.cat_file(place.path))
@@ -196,12 +198,12 @@ def _open_references(place: Location) -> xr.Dataset:
         raise SourceError(f"{shown(place.url)} is JSON, but holds no kerchunk references. Name a file or a store.")
     targets = {str(v[0]) for v in refs.values() if isinstance(v, list)}
     remote = next((t.partition("://")[0] for t in sorted(targets) if "://" in t), "file")
-    options: dict[str, Any] = {"fo": content, "remote_protocol": remote, "asynchronous": False}
-    if remote in ("s3", "s3a") or not place.local:
-        options["remote_options"] = dict(place.options)
-    return xr.open_zarr(
-        "reference://", storage_options=options, consolidated=False, chunks=None, decode_timedelta=False
+    options = dict(place.options) if remote != "file" else {"auto_mkdir": False}
+    filesystem = ReferenceFileSystem(
+        fo=content, remote_protocol=remote, remote_options={**options, "asynchronous": True}, asynchronous=True
     )
+    store = FsspecStore(filesystem, read_only=True, path="")
+    return xr.open_zarr(store, consolidated=False, chunks=None, decode_timedelta=False)
 
 
 def _joined(place: Location) -> xr.Dataset:
