@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Job:
     base: Path
     destination: str
     options: Mapping[str, object]
+    source_options: Mapping[str, object] = field(default_factory=dict)
 
 
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -90,7 +91,12 @@ def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
     from datetime import timedelta
 
     step = timedelta(hours=target.fine_step_h) * found.factor.time
-    return regrid_time(regrid(cube, coarse_grid(target, found.factor)), step)
+    grid = coarse_grid(target, found.factor)
+    get_run_logger().info(
+        "Regridding to %d x %d cells of %g km and to steps of %s (from %s).",
+        *grid.shape, grid.x.step / 1000, step, cube.times.step,
+    )  # fmt: skip
+    return regrid_time(regrid(cube, grid), step)
 
 
 @task(name="plan", cache_policy=NO_CACHE)
@@ -175,7 +181,7 @@ def publish_version(
 
 
 def _source_options(job: Job) -> Mapping[str, object]:
-    return job.options if located(job.source.url, job.base).startswith("s3://") else {}
+    return job.source_options if located(job.source.url, job.base).startswith("s3://") else {}
 
 
 def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Library) -> Provenance:

@@ -141,8 +141,8 @@ def spoiled_bounds(data, damage, rng):
 def spoiled_axes(data, damage, rng):
     if damage == "axis missing":
         data = data.drop_vars(str(rng.choice(["lat", "lon"])))
-    elif damage == "axis unsorted":
-        data = data.assign_coords(lon=("lon", rng.permutation(data["lon"].values), data["lon"].attrs))
+    elif damage == "axis unsorted" and data.sizes["lon"] > 2:
+        data = data.assign_coords(lon=("lon", np.roll(data["lon"].values, 1), data["lon"].attrs))
     elif damage == "axis nan":
         data = data.assign_coords(lat=("lat", data["lat"].values * np.nan, data["lat"].attrs))
     elif damage == "axis uneven":
