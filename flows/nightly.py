@@ -68,6 +68,7 @@ def nightly(
         base=path.parent,
         destination=destination or settings.destination,
         options=settings.s3_options if (destination or settings.destination).startswith("s3://") else {},
+        source_options=settings.s3_options,
     )
     library = Library.open(settings.checkpoints)
     digest = resolve(job, force=force)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
-from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time
-from stsr_core.sources.cube import Cube
-from stsr_core.sources.harmonise import read_cube
+from stsr_core.regrid import coarse_grid, native_factor, reach, regrid, regrid_time
+from stsr_core.sources.cube import Coarse, Cube
+from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, located, open_dataset
 from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish
 from stsr_core.store.overview import write_overview
@@ -45,6 +45,7 @@ class Job:
     base: Path
     destination: str
     options: Mapping[str, object]
+    source_options: Mapping[str, object] = field(default_factory=dict)
 
 
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -61,15 +62,20 @@ def resolve(job: Job, *, force: bool) -> str | None:
 
 
 @task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def read(job: Job) -> Cube:
-    """Read the source as a coarse cube."""
+def read(job: Job) -> Coarse:
+    """Read the source near the target."""
     source = job.source
     with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
-        return read_cube(dataset, source.variable, units=source.units, crs=source.crs, time_label=source.time_label)
+        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(job.target))
+    set_to_zero = coarse.attributes.get("negatives_set_to_zero", "0")
+    get_run_logger().info(
+        "%d steps of %s; %s small negatives set to 0.", coarse.times.size, coarse.times.step, set_to_zero
+    )
+    return coarse
 
 
 @task(name="match", cache_policy=NO_CACHE)
-def match(cube: Cube, target: TargetGrid, library: Library, limit: float) -> Match:
+def match(cube: Coarse, target: TargetGrid, library: Library, limit: float) -> Match:
     """Match the factor that the source would need to the nearest one that is served."""
     space, time = native_factor(cube, target)
     found = library.family.nearest(space, time, limit=limit)
@@ -80,12 +86,17 @@ def match(cube: Cube, target: TargetGrid, library: Library, limit: float) -> Mat
 
 
 @task(name="regrid", cache_policy=NO_CACHE)
-def to_lattice(cube: Cube, target: TargetGrid, found: Match) -> Cube:
+def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
     """Regrid conservatively onto the coarse lattice of the matched factor."""
     from datetime import timedelta
 
-    in_time = regrid_time(cube, timedelta(hours=target.fine_step_h) * found.factor.time)
-    return regrid(in_time, coarse_grid(target, found.factor))
+    step = timedelta(hours=target.fine_step_h) * found.factor.time
+    grid = coarse_grid(target, found.factor)
+    get_run_logger().info(
+        "Regridding to %d x %d cells of %g km and to steps of %s (from %s).",
+        *grid.shape, grid.x.step / 1000, step, cube.times.step,
+    )  # fmt: skip
+    return regrid_time(regrid(cube, grid), step)
 
 
 @task(name="plan", cache_policy=NO_CACHE)
@@ -170,7 +181,7 @@ def publish_version(
 
 
 def _source_options(job: Job) -> Mapping[str, object]:
-    return job.options if located(job.source.url, job.base).startswith("s3://") else {}
+    return job.source_options if located(job.source.url, job.base).startswith("s3://") else {}
 
 
 def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Library) -> Provenance:

@@ -89,7 +89,10 @@ def demo(
 @app.command()
 def downscale(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="NetCDF or Zarr, path or URL (s3://, https://), with (time, y, x).")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="NetCDF, GRIB or Zarr, path, glob or URL (s3://, https://), with (time, y, x)."
+        ),
     ],
     output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
@@ -107,8 +110,8 @@ def downscale(
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
     time_label: Annotated[
-        TimeLabelName | None, typer.Option(help="What a time stamp names, where there are no time bounds [end].")
-    ] = None,
+        TimeLabelName, typer.Option(help="What a time stamp names, where there are no time bounds.")
+    ] = TimeLabelName.end,
 ) -> None:
     """Downscale a file without a catalogue.
 
@@ -119,13 +122,14 @@ def downscale(
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import read_cube
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     with open_dataset(source, storage_options=_options(source, settings)) as dataset:
-        label: Any = None if time_label is None else time_label.value
-        cube = read_cube(dataset, variable, units=units, time_label=label)
+        label: Any = time_label.value
+        cube = read_cube(dataset, variable, Declared(units=units, time_label=label))
     plan, downscaler = prepared(
         cube,
         space=space,
@@ -152,6 +156,35 @@ def downscale(
         )
     _, nt, ny, nx = plan.fine_shape
     say(f"{output}: precipitation of {members} members, {nt} steps, {ny} x {nx} cells. Open it with xarray.open_zarr.")
+
+
+@app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="NetCDF, GRIB, Zarr or kerchunk references: path, glob or URL.")],
+    variable: Annotated[str | None, typer.Option(help="The precipitation; several that add up as 'cp + lsp'.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source of catalog.yaml whose declarations hold.")] = None,
+    product: Annotated[str | None, typer.Option(help="Product whose factor is shown; without it all of them.")] = None,
+    catalog_file: Annotated[
+        Path | None, typer.Option(help="catalog.yaml; else ./catalog.yaml or the shipped one.")
+    ] = None,
+) -> None:
+    """Say what a file is, how it would be read, and what catalog.yaml must declare before it can be."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.inspection import inspect as look
+    from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
+    from stsr_core.sources.open import open_dataset
+
+    settings = Settings()
+    configuration = Configuration.load(choose_catalog(catalog_file or settings.catalog_file))
+    declared = configuration.source(source).declared if source else Declared()
+    with open_dataset(url, storage_options=_options(url, settings)) as dataset:
+        found = look(
+            dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
+            Library.open(settings.checkpoints).family, product=product, match_limit=settings.match_limit,
+        )  # fmt: skip
+    say(found.text())
 
 
 def _options(url: str, settings: Any) -> dict[str, object]:

@@ -18,6 +18,7 @@ def imported_by(module: str) -> set[str]:
         "stsr_core.sources.harmonise",
         "stsr_core.sources.open",
         "stsr_core.regrid",
+        "stsr_core.inspection",
         "stsr_core.ensemble.plan",
         "stsr_core.checkpoint",
     ],

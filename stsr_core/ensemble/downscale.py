@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,10 +135,14 @@ def downscale(
     """
     import xarray as xr
 
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import cube_of
 
+    cube = cube_of(da, Declared(time_label=time_label or "end"))
+    if time_label is None:
+        cube = replace(cube, attributes={**cube.attributes, "time_label_assumed": "end"})
     plan, downscaler = prepared(
-        cube_of(da, time_label=time_label),
+        cube,
         space=space,
         time=time,
         members=members,
