@@ -182,7 +182,7 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
         StoreError: the place cannot be written.
     """
     attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM, "coordinates": "time_bnds"}, layout.grid)
-    realization = {"standard_name": "realization"}
+    realization = {"standard_name": "realization", "units": "1"}
     try:
         write_coordinates(url, layout.times, layout.grid, options)
         write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)

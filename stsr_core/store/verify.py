@@ -124,7 +124,7 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
         if digest != receipts[e.key].bytes_digest:
             damaged.append(e.key)
             continue
-        closure, wrong = _closure(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
+        closure, wrong = closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
         if closure > worst:
             worst, worst_key = closure, e.key
         if wrong:
@@ -151,8 +151,8 @@ def _coarse_part(stored: Stored, region: Region) -> NDArray[np.float32]:
     return stored.coarse[tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], parts, strict=True))]
 
 
-def _closure(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
-    """Largest closure [quanta] over the coarse cells, and whether missing cells differ from the input's."""
+def closure_of(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
+    """Largest closure [quanta] over the coarse cells, and whether missing cells differ from those of the input."""
     s, t = factor.space, factor.time
     m, nt, ny, nx = quanta.shape
     blocks = quanta.reshape(m, nt // t, t, ny // s, s, nx // s, s)
