@@ -67,6 +67,7 @@ class Documents:
             skip_signature=bool(o.get("anon", False)),
             region="us-east-1",
             client_options=client,
+            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
         )
 
     @cached_property

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from stsr_core.catalog.documents import Document, Documents
-    from stsr_core.catalog.index import Query
+    from stsr_core.catalog.index import Hit, Query
 
 READERS = 8  # items that are read at once
 
@@ -141,15 +141,27 @@ def search(
         ConfigurationError: the query is not understood.
         StoreError: no catalogue, or a damaged one.
     """
-    from stsr_core.catalog.index import look_up
-
     documents = _documents(catalog, storage_options)
     found = []
     for name in [product] if product else _products(documents):
-        hits, _ = look_up(documents, name, _collection(documents, name), query)
-        found += [(name, hit) for hit in hits]
+        found += [(name, hit) for hit in _hits(documents, name, query)]
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda p: _version(documents, p[0], p[1].version, p[1].href), found))
+
+
+def _hits(documents: Documents, product: str, query: Query) -> list[Hit]:
+    """Search one product; again where a publisher replaced the index meanwhile and a reconcile removed the old one."""
+    from stsr_core.catalog.index import look_up
+
+    collection = _collection(documents, product)
+    while True:
+        try:
+            return look_up(documents, product, collection, query)[0]
+        except StoreError:
+            newer = _collection(documents, product)
+            if newer.get("assets") == collection.get("assets"):
+                raise
+            collection = newer
 
 
 def open_version(

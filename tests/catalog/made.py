@@ -35,6 +35,9 @@ PROVENANCE = Provenance(
     scores={"crps": 0.5},
 )  # fmt: skip
 GOOD = GateReport(gates=(Gate(name="closure", passed=True, found="0 quanta", needed="0 quanta"),))
+SIDE_FILES = {
+    "quality": "quality.json", "map": "map.tif", "thumbnail": "thumbnail.png", "quicklook": "quicklook.png",
+}  # fmt: skip
 CHECKPOINT = "checkpoints/cccccccccccccccc/checkpoint.json"
 
 
