@@ -36,19 +36,26 @@ def _row(item: Mapping[str, Any], href: str) -> dict[str, Any]:
     """One row: an item with its properties at the top, times as times, the footprint as WKB."""
     import shapely
 
-    own = {k: v for k, v in item.items() if k not in ("properties", "geometry", "bbox", "links")}
+    own = {k: _filled(v) for k, v in item.items() if k not in ("properties", "geometry", "bbox", "links")}
     times = {t: datetime.fromisoformat(v) if (v := item["properties"].get(t)) else None for t in TIMES}
     west, south, east, north = item["bbox"]
     link = {"rel": "self", "href": f"../{href.removeprefix('./')}", "type": "application/geo+json"}
     return {
         **own,
-        **item["properties"],
+        **_filled(item["properties"]),
         **times,
         "geometry": shapely.to_wkb(shapely.from_geojson(json.dumps(item["geometry"]))),
         "bbox": {"xmin": west, "ymin": south, "xmax": east, "ymax": north},
         "links": [link],
         "href": href,
     }
+
+
+def _filled(value: Any) -> Any:
+    """Value without empty objects, which parquet cannot hold."""
+    if not isinstance(value, dict):
+        return value
+    return {k: None if v == {} else _filled(v) for k, v in value.items()}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -72,9 +72,10 @@ def verify_version(url: str, options: Options | None = None) -> Verdict:
     flaws = [] if item["assets"]["manifest"].get("file:checksum") == f"1220{digest}" else [
         f"{NAME} is not the one that the item names"
     ]  # fmt: skip
-    flaws += compare(documents, "", manifest)
+    damaged = compare(documents, "", manifest)
+    flaws += damaged
     worst = 0
-    if not flaws:
+    if not damaged:
         worst, more = _closure(url, options, bool(item["properties"].get("stsr:conserved", True)))
         flaws += more
     return Verdict(

@@ -96,11 +96,11 @@ def digest(documents: Documents, path: str) -> tuple[int, str]:
 
 
 def compare(documents: Documents, prefix: str, manifest: Manifest) -> list[str]:
-    """Re-compute every digest; returns what is wrong, object by object."""
+    """Re-compute every digest below a prefix, "" for all; returns what is wrong, object by object."""
 
     def flaw(path: str) -> str | None:
         try:
-            found = digest(documents, f"{prefix}/{path}")
+            found = digest(documents, f"{prefix}/{path}".removeprefix("/"))
         except StoreError:
             return f"{path} is missing"
         entry = manifest.objects[path]

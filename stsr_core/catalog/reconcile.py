@@ -52,21 +52,42 @@ def reconcile(
     found = documents.read(path)
     if found is None:
         return []  # without a collection nothing can be announced; the first publication makes one
-    current, tag = found
+    current = found[0]
     dead = _dead(documents, product, current, datetime.now(UTC) - grace)
     if dry_run:
         return [f"{product}/{d}" for d in dead]
-    if dead or current.get(REMOVING):
-        announced = sorted({*current.get(REMOVING, []), *(d.rsplit("/", 1)[-1] for d in dead)})
+    dead = _announce(documents, path, dead)
+    for name in dead:
+        documents.remove(f"{product}/{name}")
+    _withdraw(documents, path, {_name(d) for d in dead})
+    _mend(documents, product, current)
+    return [f"{product}/{d}" for d in dead]
+
+
+def _name(place: str) -> str:
+    return place.rsplit("/", 1)[-1]
+
+
+def _named(current: dict[str, Any]) -> set[str]:
+    """Attempts and index files that a collection names."""
+    return {href.split("/")[1] for href in listed(current).values()} | named(current)
+
+
+def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
+    """Say in the collection what is about to be removed; returns what of it nobody published meanwhile."""
+    while dead:
+        found = documents.read(path)
+        if found is None:
+            return []
+        current, tag = found
+        dead = [d for d in dead if _name(d) not in _named(current)]
+        announced = sorted({*current.get(REMOVING, []), *map(_name, dead)})
         try:
             documents.replace(path, {**current, REMOVING: announced, ROUND: current.get(ROUND, 0) + 1}, tag)
         except ConflictError:
-            return []  # a publisher is at work; the next reconcile cleans
-        for name in dead:
-            documents.remove(f"{product}/{name}")
-        _withdraw_announcement(documents, path, set(announced))
-    _mend(documents, product, current)
-    return [f"{product}/{d}" for d in dead]
+            continue
+        break
+    return dead
 
 
 def _dead(documents: Documents, product: str, current: dict[str, Any], before: datetime) -> list[str]:
@@ -74,7 +95,7 @@ def _dead(documents: Documents, product: str, current: dict[str, Any], before: d
 
     Those that an interrupted reconcile announced are among them.
     """
-    kept = {href.split("/")[1] for href in listed(current).values()} | named(current)
+    kept = _named(current)
     announced = set(current.get(REMOVING, []))
     candidates = [
         f"{folder}/{name}" for folder in ("data", "index") for name in documents.names(f"{product}/{folder}")
@@ -83,14 +104,14 @@ def _dead(documents: Documents, product: str, current: dict[str, Any], before: d
     dead = []
     for place in candidates:
         times = [written for _, written in documents.files(f"{product}/{place}").values()]
-        if place.rsplit("/", 1)[-1] in announced or (times and max(times) <= before):
+        if _name(place) in announced or (times and max(times) <= before):
             dead.append(place)
     return dead
 
 
-def _withdraw_announcement(documents: Documents, path: str, gone: set[str]) -> None:
+def _withdraw(documents: Documents, path: str, gone: set[str]) -> None:
     """Forget what is removed; a publisher of it finds its store not whole."""
-    while True:
+    while gone:
         found = documents.read(path)
         if found is None:
             return
