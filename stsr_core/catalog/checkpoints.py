@@ -21,6 +21,8 @@ TASKS = ["downscaling", "super-resolution", "generative"]
 def publish_checkpoint(documents: Documents, checkpoint: Checkpoint) -> str:
     """Publish card, weights and item of a checkpoint unless they are there.
 
+    The root links it as related, so that whoever walks the catalogue for items meets versions only.
+
     Returns:
         Path of the item below the destination.
 
@@ -37,7 +39,7 @@ def publish_checkpoint(documents: Documents, checkpoint: Checkpoint) -> str:
         with suppress(ConflictError):  # another publisher wrote the same
             documents.create(path, checkpoint_item(checkpoint, card, weights))
     title = f"Checkpoint {checkpoint.card.name}"
-    add_to_root(documents, {"rel": "item", "href": f"./{path}", "type": "application/geo+json", "title": title})
+    add_to_root(documents, {"rel": "related", "href": f"./{path}", "type": "application/geo+json", "title": title})
     return path
 
 

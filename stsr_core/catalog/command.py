@@ -107,10 +107,10 @@ def catalog_verify(
     from stsr_core.catalog.integrity import verify_version
     from stsr_core.catalog.search import find
 
-    url = where
+    url, name = where, None
     if catalog is not None:
-        url = find(where, version, catalog, storage_options=_options(catalog)).folder
-    verdict = verify_version(url, _options(url))
+        url, _, name = find(where, version, catalog, storage_options=_options(catalog)).url.rpartition("/")
+    verdict = verify_version(url, _options(url), item_name=name)
     if not verdict.sound:
         raise StoreError(f"{verdict.item} at {url} is not as published: {'; '.join(verdict.flaws[:5])}.")
     typer.echo(f"{verdict.item} is as published: {verdict.objects} objects agree with manifest {verdict.digest};")

@@ -52,18 +52,19 @@ class Verdict(BaseModel):
         return not self.flaws
 
 
-def verify_version(url: str, options: Options | None = None) -> Verdict:
+def verify_version(url: str, options: Options | None = None, *, item_name: str | None = None) -> Verdict:
     """Re-compute digests and closure of the version at a folder or URL.
 
     Args:
         url: folder of the version, that of its item; published or a copy.
         options: options of the filesystem.
+        item_name: name of the item in it; without it the folder is listed, which plain http cannot do.
 
     Raises:
         StoreError: there is no version at `url`, or its manifest is damaged.
     """
     documents = Documents(url.rstrip("/"), dict(options or {}))
-    item = _item(documents)
+    item = _item(documents, item_name)
     found = documents.fetch(NAME)
     if found is None:
         raise StoreError(f"{url} has no {NAME}. Copy the whole version, or fetch it again.")
@@ -84,8 +85,8 @@ def verify_version(url: str, options: Options | None = None) -> Verdict:
     )  # fmt: skip
 
 
-def _item(documents: Documents) -> Document:
-    names = [n for n in documents.names("") if is_item(n)]
+def _item(documents: Documents, name: str | None) -> Document:
+    names = [name] if name else [n for n in documents.names("") if is_item(n)]
     found = documents.read(names[-1]) if names else None
     if found is None:
         raise StoreError(f"{documents.destination} holds no item v1.json, v2.json ... Name the folder of one version.")

@@ -59,7 +59,7 @@ def reconcile(
     dead = _announce(documents, path, dead)
     for name in dead:
         documents.remove(f"{product}/{name}")
-    _withdraw(documents, path, {_name(d) for d in dead})
+    _withdraw(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
     _mend(documents, product, current)
     return [f"{product}/{d}" for d in dead]
 

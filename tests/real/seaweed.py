@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-         "s3.port", "s3.port.grpc")  # fmt: skip
+         "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance")  # fmt: skip
 START_SECONDS = 90.0
+PUBLIC = "public"  # a bucket that anybody may read over plain http
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ def start(folder: Path) -> Iterator[S3Server]:
 
 
 def _identities(server: S3Server) -> dict[str, object]:
+    """The owner of the keys, and everybody, who may read the bucket PUBLIC without any."""
     credentials = [{"accessKey": server.key, "secretKey": server.secret}]
     return {
         "identities": [
-            {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+            {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
+            {"name": "anonymous", "actions": [f"Read:{PUBLIC}"]},
         ]
     }
 
