@@ -62,7 +62,7 @@ def write_overview(
     for name, (points, long_name, units) in axes.items():
         write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
-    over_members = {**PRECIPITATION, "cell_methods": "time: sum area: mean realization: mean"}
+    over_members = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
     targets = {
         "mean": _create(f"{url}/mean", layout, None, over_members, options),
         "quantile": _create(f"{url}/quantile_amount", layout, "quantile", PRECIPITATION, options),
@@ -95,5 +95,5 @@ def _create(
         open_store(url, options), shape=(*extra, *layout.shape[1:]), dtype="float32",
         chunks=(*extra, 1, *plane), shards=(*extra, layout.time_block, *plane), compressors=ZstdCodec(level=3),
         fill_value=np.nan, dimension_names=((leading,) if leading else ()) + ("time", "y", "x"),
-        attributes=mapped({**attributes, "coordinates": "time_bnds"}, layout.grid), overwrite=True,
+        attributes=mapped(attributes, layout.grid), overwrite=True,
     )  # fmt: skip

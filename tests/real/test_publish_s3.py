@@ -43,6 +43,7 @@ from tests.catalog.made import (
 
 REPEATS = int(os.environ.get("STSR_FAULT_REPEATS", "0"))
 PUBLISHERS, VERSIONS = (8, 25) if REPEATS else (4, 3)
+GRACE = timedelta(seconds=60 if REPEATS else 20)  # longer than a publisher waits for its turn on this machine
 KILL_SECONDS = (0.0, 3.0) if REPEATS else (0.0, 1.5)  # a version takes about one second beside the others
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.catalog.made", "stsr_core.store.layout", "pystac", "pyarrow.parquet", "s3fs"])
@@ -142,7 +143,7 @@ def race(url, options, template, folder, seed):
     def clean():
         removed = 0
         while not ended.wait(1.0):
-            removed += len(reconcile(url, "rain", options, grace=timedelta(seconds=10)))
+            removed += len(reconcile(url, "rain", options, grace=GRACE))
         return removed
 
     with ThreadPoolExecutor(PUBLISHERS + 3) as pool:
