@@ -77,7 +77,7 @@ def nightly(
     cube = read(job)
     found = match(cube, job.target, library, settings.match_limit)
     plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted)
-    attempt = Attempt.begin(job.destination, product, job.options)
+    attempt = Attempt.begin(job.destination, product, job.options, sole_publisher=settings.sole_publisher)
     generate_ensemble(plan, library, attempt, Cluster(settings.scheduler_address, settings.device, settings.workers))
     report = check(plan, attempt, wanted)
     published, picture = publish_version(job, plan, found, digest, library, attempt, report)

@@ -11,8 +11,10 @@ import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from stsr_core.catalog.items import Description, Provenance
+from stsr_core.catalog.checkpoints import publish_checkpoint
+from stsr_core.catalog.items import Description, Provenance, SideFile
 from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
+from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.search import latest
 from stsr_core.checkpoint import Library
 from stsr_core.configuration import Product, Source, TargetGrid
@@ -27,10 +29,13 @@ from stsr_core.regrid import coarse_grid, native_factor, reach, regrid, regrid_t
 from stsr_core.sources.cube import Coarse, Cube
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, located, open_dataset
-from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish
+from stsr_core.store.coarse import write_coarse
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, shard_path
 from stsr_core.store.overview import write_overview
+from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step
 from stsr_core.store.receipts import read_receipts
+from stsr_core.store.series import write_series
 from stsr_core.store.verify import Expected, GateReport, Stored, verify
 
 
@@ -118,7 +123,7 @@ def make_plan(cube: Cube, found: Match, library: Library, product: Product) -> P
 
 @task(name="generate", cache_policy=NO_CACHE)
 def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: Cluster) -> None:
-    """Generate all shards on the cluster, then the overview."""
+    """Generate all shards on the cluster, then what readers get beside them: series, overview and coarse totals."""
     factor = plan.recipe.served.configuration.factor
     device = choose_device("cpu" if cluster.device == "cpu" else "auto")
     downscaler = Downscaler.load(library.serving(factor), factor, device)
@@ -129,7 +134,10 @@ def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: C
     with cluster.client() as client, progress_bar("network evaluations", total) as advance:
         generate(plan, remaining(plan, target), downscaler, target, client, progress=advance)
     finish(attempt.ensemble_url, layout.attributes, options)
+    write_series(attempt.ensemble_url, ARRAY, attempt.group_url("series"), layout, options)
     write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
+    cube = plan.cube
+    write_coarse(attempt.group_url("coarse"), cube.amount, cube.times, cube.grid, layout.attributes, options)
 
 
 @task(name="verify", cache_policy=NO_CACHE)
@@ -145,6 +153,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         product.members,
         product.conserve,
         options,
+        plan.recipe.served.scores,
     )
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
@@ -158,14 +167,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
 def publish_version(
     job: Job, plan: Plan, found: Match, digest: str, library: Library, attempt: Attempt, report: GateReport
 ) -> tuple[Published, str]:
-    """Draw the quick look and publish the attempt; returns the version and the address of its picture."""
-    picture = _picture(job, plan, attempt)
-    side_files = {
-        "quality": attempt.write_side_file(
-            "quality.json", quality_json(report), "application/json", "Quality report", "metadata"
-        ),
-        "quicklook": attempt.write_side_file("quicklook.png", picture, "image/png", "Quick look", "overview", "visual"),
-    }
+    """Draw the pictures, publish the attempt and clean what crashes left; returns the version and its quick look."""
     description = Description(
         job.name,
         job.product.title,
@@ -175,9 +177,47 @@ def publish_version(
         job.product.keywords,
     )
     provenance = _provenance(job, plan, found, digest, library)
-    published = publish(attempt, Publication(description, layout_of(plan), provenance, report, side_files))
+    publication = Publication(
+        description,
+        layout_of(plan),
+        provenance,
+        report,
+        _side_files(job, plan, attempt, report),
+        publish_checkpoint(attempt.documents, library.serving(found.factor)),
+        _shard_digests(plan, attempt),
+    )
+    published = publish(attempt, publication)
     get_run_logger().info("Published %s %s: %s", published.product, published.version, published.item_url)
+    documents = attempt.documents
+    removed = reconcile(documents.destination, job.name, documents.options, sole_publisher=documents.sole_publisher)
+    if removed:
+        get_run_logger().info("Removed what crashes left: %s", ", ".join(removed))
     return published, f"{attempt.url}/quicklook.png"
+
+
+def _side_files(job: Job, plan: Plan, attempt: Attempt, report: GateReport) -> dict[str, SideFile]:
+    bands = summary(attempt.overview_url, attempt.documents.options)
+    tiff = "image/tiff; application=geotiff; profile=cloud-optimized"
+    picture, small = _picture(job, plan, attempt), thumbnail(bands[0], plan.fine_grid)
+    write = attempt.write_side_file
+    return {
+        "quality": write("quality.json", quality_json(report), "application/json", "Quality report", "metadata"),
+        "map": write("map.tif", cog(bands, plan.fine_grid), tiff, "Maps of the ensemble mean", "overview", "data"),
+        "thumbnail": write("thumbnail.png", small, "image/png", "Total of the period", "thumbnail"),
+        "quicklook": write("quicklook.png", picture, "image/png", "Quick look", "overview", "visual"),
+    }
+
+
+def _shard_digests(plan: Plan, attempt: Attempt) -> dict[str, str]:
+    """Digests of the shards by their receipts, by path below the attempt."""
+    receipts = read_receipts(attempt.ensemble_url, ARRAY, attempt.documents.options)
+    shape = layout_of(plan).shard
+    return {
+        shard_path("data.zarr/ensemble", ARRAY, shape, shard.region(plan.space, plan.time)): receipts[
+            shard.key
+        ].bytes_digest
+        for shard in plan.shards
+    }
 
 
 def _source_options(job: Job) -> Mapping[str, object]:
@@ -205,6 +245,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         code_version=version("stsr"),
         seed=plan.recipe.seed,
         members=plan.recipe.members,
+        scores=plan.recipe.served.scores,
     )
 
 

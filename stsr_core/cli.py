@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
 
 app = typer.Typer(
@@ -18,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-catalog_app = typer.Typer(help="Look into a published catalogue.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
 
 
@@ -316,38 +316,6 @@ def bench(
     if json_file is not None:
         json_file.write_text(text + "\n")
     say(text)
-
-
-CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
-
-
-@catalog_app.command("ls")
-def catalog_ls(catalog: CatalogOption) -> None:
-    """List products and their versions."""
-    from stsr_core.catalog import ls
-
-    for product, versions in ls(catalog, storage_options=_catalog_options(catalog)).items():
-        say(f"{product}: {', '.join(versions)}")
-
-
-@catalog_app.command("show")
-def catalog_show(product: str, catalog: CatalogOption, version: str = "latest") -> None:
-    """Show what a version is, and open it."""
-    from stsr_core.catalog.search import find, open_version
-
-    found = find(product, version, catalog, storage_options=_catalog_options(catalog))
-    properties = found.item["properties"]
-    say(f"{properties['title']} ({properties['start_datetime']} to {properties['end_datetime']})")
-    say(f"made from {properties['stsr:source_url']} ({properties['stsr:source_attribution']})")
-    for gate in properties["stsr:gates"]:
-        say(f"gate {gate['name']}: {gate['found']} (needed {gate['needed']})")
-    say(str(open_version(product, version, catalog=catalog, storage_options=_catalog_options(catalog))))
-
-
-def _catalog_options(catalog: str) -> dict[str, object]:
-    from stsr_core.settings import Settings
-
-    return _options(catalog, Settings())
 
 
 def main() -> None:

@@ -87,6 +87,15 @@ class Gates(_Frozen):
     min_relative_spread: float = Field(
         default=0.05, ge=0, description="Smallest standard deviation over mean, where it rains."
     )
+    min_wet_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="Smallest share of wet fine cells, where coarse cells are wet."
+    )
+    spread_skill: tuple[float, float] = Field(
+        default=(0.5, 1.5), strict=False, description="Bounds of spread over skill on the checkpoint's card."
+    )
+    wet_fraction_ratio: tuple[float, float] = Field(
+        default=(0.5, 2.0), strict=False, description="Bounds of wet fraction over that of truth on the card."
+    )
 
 
 class Product(_Frozen):

@@ -20,6 +20,9 @@ class Settings(BaseSettings):
     destination: str = Field(
         default="stsr-output", description="Folder or s3://bucket/prefix that holds the published catalogue."
     )
+    sole_publisher: bool = Field(
+        default=False, description="Nobody else publishes there: accept a store without conditional writes."
+    )
     checkpoints: str | None = Field(
         default=None, description="Folder of checkpoints; without it the ones shipped with stsr."
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
          "s3.port", "s3.port.grpc")  # fmt: skip
 START_SECONDS = 90.0
+PUBLIC = "public"  # a bucket that anybody may read over plain http
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ def start(folder: Path) -> Iterator[S3Server]:
 
 
 def _identities(server: S3Server) -> dict[str, object]:
+    """The owner of the keys, and everybody, who may read the bucket PUBLIC without any."""
     credentials = [{"accessKey": server.key, "secretKey": server.secret}]
     return {
         "identities": [
-            {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+            {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
+            {"name": "anonymous", "actions": [f"Read:{PUBLIC}"]},
         ]
     }
 
