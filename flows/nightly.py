@@ -76,7 +76,7 @@ def nightly(
         return None
     cube = read(job)
     found = match(cube, job.target, library, settings.match_limit)
-    plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted)
+    plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted, settings)
     attempt = Attempt.begin(job.destination, product, job.options, sole_publisher=settings.sole_publisher)
     generate_ensemble(plan, library, attempt, Cluster(settings.scheduler_address, settings.device, settings.workers))
     report = check(plan, attempt, wanted)

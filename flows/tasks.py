@@ -19,13 +19,15 @@ from stsr_core.catalog.search import latest
 from stsr_core.checkpoint import Library
 from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble import product
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
-from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.ensemble.plan import Plan
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
-from stsr_core.regrid import coarse_grid, native_factor, reach, regrid, regrid_time
+from stsr_core.regrid import coarse_grid, native_factor, reach
+from stsr_core.settings import Settings
 from stsr_core.sources.cube import Coarse, Cube
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, located, open_dataset
@@ -93,31 +95,23 @@ def match(cube: Coarse, target: TargetGrid, library: Library, limit: float) -> M
 @task(name="regrid", cache_policy=NO_CACHE)
 def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
     """Regrid conservatively onto the coarse lattice of the matched factor."""
-    from datetime import timedelta
-
-    step = timedelta(hours=target.fine_step_h) * found.factor.time
     grid = coarse_grid(target, found.factor)
+    lattice = product.to_lattice(cube, target, found.factor)
     get_run_logger().info(
-        "Regridding to %d x %d cells of %g km and to steps of %s (from %s).",
-        *grid.shape, grid.x.step / 1000, step, cube.times.step,
+        "Regridded to %d x %d cells of %g km and to steps of %s (from %s).",
+        *grid.shape, grid.x.step / 1000, lattice.times.step, cube.times.step,
     )  # fmt: skip
-    return regrid_time(regrid(cube, grid), step)
+    return lattice
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def make_plan(cube: Cube, found: Match, library: Library, product: Product) -> Plan:
-    """Plan the shards."""
-    checkpoint = library.serving(found.factor)
-    recipe = Recipe.of(
-        checkpoint,
-        checkpoint.card.serving(found.factor),
-        seed=product.seed,
-        members=product.members,
-        conserve=product.conserve,
-    )
-    plan = Plan(cube, recipe)
-    dry = sum(plan.is_dry(shard) for shard in plan.shards)
-    get_run_logger().info("%d shards, %d of them dry; fine shape %s.", len(plan.shards), dry, plan.fine_shape)
+def make_plan(cube: Cube, found: Match, library: Library, wanted: Product, settings: Settings) -> Plan:
+    """Plan the shards; a plan above the limit of device hours is refused."""
+    plan = product.plan_product(cube, found, library, wanted)
+    cost = product.Cost.of(plan, settings.device_rate)
+    rows = ", ".join(f"{name} {value}" for name, value in cost.rows(settings.price_per_device_hour))
+    get_run_logger().info("Fine shape %s; %s.", plan.fine_shape, rows)
+    cost.check(settings.max_device_hours)
     return plan
 
 

@@ -87,6 +87,42 @@ def demo(
 
 
 @app.command()
+def plan(
+    product: Annotated[str, typer.Argument(help="Product of catalog.yaml.")],
+    members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
+) -> None:
+    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.ensemble.product import Cost, plan_product, to_lattice
+    from stsr_core.regrid import native_factor, reach
+    from stsr_core.settings import Settings
+    from stsr_core.sources.harmonise import read_coarse
+    from stsr_core.sources.open import open_dataset
+
+    settings = Settings()
+    path = choose_catalog(settings.catalog_file)
+    configuration = Configuration.load(path)
+    wanted = configuration.product(product)
+    if members is not None:
+        wanted = wanted.model_copy(update={"members": members})
+    source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
+    with open_dataset(source.url, base=path.parent, storage_options=_options(source.url, settings)) as dataset:
+        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(target))
+    library = Library.open(settings.checkpoints)
+    found = library.family.nearest(*native_factor(coarse, target), limit=settings.match_limit)
+    planned = plan_product(to_lattice(coarse, target, found.factor), found, library, wanted)
+    cost = Cost.of(planned, settings.device_rate)
+    say(
+        f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
+        f"nearest (log distance {found.distance:.3f})"
+    )
+    for name, value in [("fine shape", str(planned.fine_shape)), *cost.rows(settings.price_per_device_hour)]:
+        say(f"{name:>24}  {value}")
+    cost.check(settings.max_device_hours)
+
+
+@app.command()
 def downscale(
     source: Annotated[
         str,
