@@ -68,6 +68,7 @@ def nightly(
         base=path.parent,
         destination=destination or settings.destination,
         options=settings.s3_options if (destination or settings.destination).startswith("s3://") else {},
+        source_options=settings.s3_options,
     )
     library = Library.open(settings.checkpoints)
     digest = resolve(job, force=force)
@@ -75,8 +76,8 @@ def nightly(
         return None
     cube = read(job)
     found = match(cube, job.target, library, settings.match_limit)
-    plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted)
-    attempt = Attempt.begin(job.destination, product, job.options)
+    plan = make_plan(to_lattice(cube, job.target, found), found, library, wanted, settings)
+    attempt = Attempt.begin(job.destination, product, job.options, sole_publisher=settings.sole_publisher)
     generate_ensemble(plan, library, attempt, Cluster(settings.scheduler_address, settings.device, settings.workers))
     report = check(plan, attempt, wanted)
     published, picture = publish_version(job, plan, found, digest, library, attempt, report)

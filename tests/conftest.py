@@ -1,5 +1,6 @@
 """Small networks with random weights: what the engine's tests need is speed, not skill."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from stsr_core.checkpoint import Library, write_checkpoint
+from stsr_core.ensemble.cluster import Cluster
 from stsr_core.factors import Factor, recipe
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
@@ -55,3 +57,10 @@ def rain() -> np.ndarray:
     amount[:, :, 6:] = 0.0
     amount[3] = 0.0
     return amount
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running Dask cluster that tests share, as a scheduler to connect to."""
+    with Cluster(device="cpu", workers=2).client() as client:
+        yield Cluster(scheduler_address=client.scheduler.address, device="cpu")

@@ -72,14 +72,14 @@ class Cluster:
             from dask_cuda import LocalCUDACluster
 
             count = min(self.workers or gpus, gpus)
-            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=ONE, dashboard_address=None)
+            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=ONE, dashboard_address=":0")
         from distributed import LocalCluster
 
         return LocalCluster(
             n_workers=self.workers or os.cpu_count() or 1,
             threads_per_worker=1,
             resources=ONE,
-            dashboard_address=None,
+            dashboard_address=":0",
             silence_logs=logging.ERROR,
         )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
-from stsr_core.ensemble.shard import make_shard
+from stsr_core.ensemble.shard import Progress, make_shard
 from stsr_core.errors import StoreError
 from stsr_core.factors import Factor
 from stsr_core.regrid import regrid_to_factor
@@ -29,6 +30,8 @@ from stsr_core.store.layout import (
     finish,
     is_whole,
     remove_store,
+    reopen,
+    shape_of,
 )
 
 if TYPE_CHECKING:
@@ -132,10 +135,14 @@ def downscale(
     """
     import xarray as xr
 
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import cube_of
 
+    cube = cube_of(da, Declared(time_label=time_label or "end"))
+    if time_label is None:
+        cube = replace(cube, attributes={**cube.attributes, "time_label_assumed": "end"})
     plan, downscaler = prepared(
-        cube_of(da, time_label=time_label),
+        cube,
         space=space,
         time=time,
         members=members,
@@ -188,12 +195,23 @@ def downscale_to_store(
     *,
     cluster: Cluster,
     overwrite: bool = False,
+    extend: bool = False,
     storage_options: Mapping[str, object] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _, __: None,
 ) -> None:
     """Write a plan's ensemble to a Zarr store on a cluster; the same call again finishes what was interrupted.
 
-    The store opens as a group only when it is whole.
+    The store opens as a group only when it is whole. Damaged shards of a whole store are made again.
+
+    Args:
+        plan: what to make.
+        downscaler: the plan's networks.
+        output: folder or URL of the store.
+        cluster: where to make it.
+        overwrite: replace what is there.
+        extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
+        storage_options: of the output's filesystem.
+        progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
         StoreError: `output` is whole already, holds another ensemble, or cannot be written.
@@ -201,12 +219,26 @@ def downscale_to_store(
     options = storage_options or {}
     if overwrite:
         remove_store(output, options)
+    target, layout = Target(output, ARRAY, options), layout_of(plan)
+    shards = remaining(plan, target, extend=extend)
     if is_whole(output, options):
-        raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
-    target = Target(output, ARRAY, options)
-    remaining(plan, target)
-    layout = layout_of(plan)
+        _check_whole(output, shape_of(output, ARRAY, options), layout.shape, damage=bool(shards), extend=extend)
+        reopen(output, options)
     create_ensemble(output, layout, array=ARRAY, options=options)
     with cluster.client() as client:
-        generate(plan, downscaler, target, client, progress=progress)
+        generate(plan, shards, downscaler, target, client, progress=progress)
     finish(output, layout.attributes, options)
+
+
+def _check_whole(output: str, found: tuple[int, ...], wanted: tuple[int, ...], *, damage: bool, extend: bool) -> None:
+    """Refuse to touch a whole store unless it is damaged, or may grow and does."""
+    if found == wanted:
+        if not damage:
+            raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
+        return
+    grows = found[2:] == wanted[2:] and all(a <= b for a, b in zip(found, wanted, strict=True))
+    if not (extend and grows):
+        raise StoreError(
+            f"{output} is there and whole, of shape {found}; {wanted} is asked for. Name another output, or pass "
+            f"{'--extend to let it grow, or ' if grows else ''}--overwrite to replace it."
+        )

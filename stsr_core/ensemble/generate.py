@@ -6,7 +6,7 @@ worker are in flight, so memory does not grow with the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,21 +16,20 @@ from distributed import Client, Future, WorkerPlugin, as_completed, get_worker
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import ONE
-from stsr_core.ensemble.shard import make_shard
+from stsr_core.ensemble.shard import Progress, make_shard
 from stsr_core.errors import StoreError, StsrError
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+from stsr_core.store.verify import StoredShard, damaged
 
 if TYPE_CHECKING:
     from distributed import Worker
 
-    from stsr_core.ensemble.plan import Plan, ShardTask
+    from stsr_core.ensemble.plan import Plan, Shard, ShardTask
 
 IN_FLIGHT = 2  # shards per worker that are submitted at a time
 RETRIES = 2  # times that a shard is tried on another worker
 TOPIC = "stsr-progress"
-
-Progress = Callable[[int], None]
 
 
 class ShardError(StsrError):
@@ -69,7 +68,7 @@ def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
     downscaler = plugin.downscaler
     torch.set_num_threads(1)
     try:
-        result = make_shard(task, downscaler, lambda n: worker.log_event(TOPIC, n))
+        result = make_shard(task, downscaler, lambda *done: worker.log_event(TOPIC, done))
         region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
         digest = write_shard(target.url, target.array, region, result.quanta, target.options)
         receipt = Receipt(
@@ -88,43 +87,67 @@ def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
     return receipt
 
 
-def remaining(plan: Plan, target: Target) -> list[ShardTask]:
-    """Tasks of the plan without a valid receipt.
+def done(plan: Plan, target: Target) -> tuple[set[str], list[str]]:
+    """Sort the receipts of a store, after reading the bytes that they vouch for.
 
-    Raises:
-        StoreError: receipts are there that belong to other input, arguments or code.
+    Returns:
+        Keys of shards that are whole, and keys of shards made from other input, arguments or code. Damaged
+        shards are in neither.
     """
     receipts = read_receipts(target.url, target.array, target.options)
-    tasks, foreign = [], []
-    for task in plan.tasks():
-        receipt = receipts.get(task.shard.key)
+    if not receipts:
+        return set(), []
+    whole, foreign = {}, []
+    for shard in plan.shards:
+        receipt = receipts.get(shard.key)
         if receipt is None:
-            tasks.append(task)
-        elif receipt.plan_digest != task.digest:
-            foreign.append(task.shard.key)
-    if foreign:
-        raise StoreError(
-            f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code. "
-            "Name another output, or start over with --overwrite."
-        )
-    return tasks
+            continue
+        if receipt.plan_digest == plan.task(shard).digest:
+            whole[shard.key] = StoredShard(shard.key, shard.region(plan.space, plan.time), receipt.bytes_digest)
+        else:
+            foreign.append(shard.key)
+    harmed = set(damaged(target.url, target.array, list(whole.values()), target.options))
+    return whole.keys() - harmed, foreign
 
 
-def generate(plan: Plan, downscaler: Downscaler, target: Target, client: Client, *, progress: Progress) -> None:
-    """Make all shards of a plan that have no receipt yet.
+def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard]:
+    """Shards of the plan without a valid receipt or with damaged bytes.
 
     Args:
-        plan: what to make.
+        plan: what is to be there.
+        target: what is there.
+        extend: the store may hold a smaller or shorter ensemble; shards that differ are made again.
+
+    Raises:
+        StoreError: shards are there that belong to other input, arguments or code.
+    """
+    kept, foreign = done(plan, target)
+    if foreign and not (extend and kept):
+        raise StoreError(
+            f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code"
+            f"{' and none of this ensemble' if extend else ''}. Name another output, or start over with --overwrite."
+        )
+    return [shard for shard in plan.shards if shard.key not in kept]
+
+
+def generate(
+    plan: Plan, shards: Sequence[Shard], downscaler: Downscaler, target: Target, client: Client, *, progress: Progress
+) -> None:
+    """Make shards of a plan.
+
+    Args:
+        plan: what they belong to.
+        shards: which to make, see `remaining`.
         downscaler: the plan's networks, on the CPU; workers move their copy to their device.
         target: where shards and receipts go; its metadata is written already.
         client: the cluster.
-        progress: called with the number of network evaluations just done, from another thread.
+        progress: called with the number of network evaluations just done and the seconds they took, from another
+            thread.
 
     Raises:
         ShardError: a shard failed on every try; shards that were finished stay.
-        StoreError: the store holds shards of another ensemble.
     """
-    todo = iter(remaining(plan, target))
+    todo = (plan.task(shard) for shard in shards)
     plugin = Networks(plan.recipe.checkpoint_digest, downscaler, "auto" if downscaler.device.type == "cuda" else "cpu")
     client.register_plugin(plugin)
     with _reported(client, progress):
@@ -161,8 +184,8 @@ def _key(task: ShardTask) -> str:
 def _reported(client: Client, progress: Progress) -> Iterator[None]:
     """Pass on what workers log about their network evaluations."""
 
-    def handler(event: tuple[float, int]) -> None:
-        progress(event[1])
+    def handler(event: tuple[float, tuple[int, float]]) -> None:
+        progress(*event[1])
 
     client.subscribe_topic(TOPIC, handler)
     try:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import product
 from typing import TYPE_CHECKING
@@ -166,10 +166,10 @@ class Plan:
 
     @property
     def block(self) -> tuple[int, int, int]:
-        """Coarse steps, rows and columns of a shard."""
+        """Coarse steps, rows and columns of a shard; steps do not depend on the period, so that it can grow."""
         tile = max(1, round(SHARD_CELLS / self.space))
-        nt, ny, nx = self.cube.amount.shape
-        return min(nt, max(1, round(SHARD_STEPS / self.time))), min(ny, tile), min(nx, tile)
+        _, ny, nx = self.cube.amount.shape
+        return max(1, round(SHARD_STEPS / self.time)), min(ny, tile), min(nx, tile)
 
     @cached_property
     def lattice(self) -> WindowLattice:
@@ -193,7 +193,7 @@ class Plan:
             Shard((m[0], t[0], y[0], x[0]), m[1], (t[1], y[1], x[1])) for t, y, x, m in product(*axes[1:], axes[0])
         )
 
-    def windows(self, shard: Shard) -> list[Box]:
+    def windows(self, shard: Shard) -> tuple[Box, ...]:
         """Windows of a shard in absolute coarse indices."""
         return shard_windows(self.lattice, shard.box, self.origin, self.cube.amount.shape)
 
@@ -201,25 +201,37 @@ class Plan:
         """Whether no coarse cell of the shard holds any rain, so that it needs no network."""
         return self.recipe.conserve and not bool((self.cube.amount[_slices(shard.box)] > 0).any())
 
+    def wet_windows(self, shard: Shard) -> list[Box]:
+        """Windows of a shard that need the networks, in absolute coarse indices."""
+        if self.is_dry(shard):
+            return []
+        amount, always = self.cube.amount, not self.recipe.conserve
+        return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
+
+    @cached_property
+    def _counts(self) -> dict[Box, int]:
+        """Numbers of wet windows by box, filled as they are asked for; all member blocks share them."""
+        return {}
+
     def evaluations(self, shard: Shard) -> int:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
-        if self.is_dry(shard):
-            return 0
-        wet = sum(bool((self.cube.amount[_slices(shifted(w, self.origin))] > 0).any()) for w in self.windows(shard))
-        return wet * (1 + (shard.members[1] - shard.members[0]) * self.recipe.served.evaluations)
+        if shard.box not in self._counts:
+            self._counts[shard.box] = len(self.wet_windows(shard))
+        members = shard.members[1] - shard.members[0]
+        return self._counts[shard.box] * (1 + members * self.recipe.served.evaluations)
 
     def task(self, shard: Shard) -> ShardTask:
         """Cut out what a worker needs to make a shard."""
-        windows = [shifted(w, self.origin) for w in self.windows(shard)]
-        read = _hull(windows, HALO)
+        windows = self.windows(shard)
+        read = _hull([shifted(w, self.origin) for w in windows], HALO)
         coarse = _padded(self.cube.amount, read)
+        # Absolute places only: a longer period or a larger box changes no shard whose windows stay as they are.
+        t, y, x = self.origin
         identity = {
             **self.recipe.identity(),
-            "box": shard.box,
             "members": shard.members,
-            "origin": self.origin,
-            "shape": self.cube.amount.shape,
-            "read": read,
+            "box": shifted(shard.box, (-t, -y, -x)),
+            "windows": windows,
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
@@ -236,11 +248,14 @@ def shifted(box: Box, by: tuple[int, int, int]) -> Box:
     return (t0 - by[0], t1 - by[0]), (y0 - by[1], y1 - by[1]), (x0 - by[2], x1 - by[2])
 
 
-def shard_windows(lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]) -> list[Box]:
+@lru_cache(maxsize=1 << 16)  # members share their windows
+def shard_windows(
+    lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]
+) -> tuple[Box, ...]:
     """Windows that a box of the cube needs, in absolute coarse indices."""
     absolute = [(a + o, b + o) for (a, b), o in zip(box, origin, strict=True)]
     domain = [(o, o + n) for o, n in zip(origin, shape, strict=True)]
-    return lattice.covering(tuple(absolute), tuple(domain))  # type: ignore[return-value]
+    return tuple(lattice.covering(tuple(absolute), tuple(domain)))  # type: ignore[arg-type]
 
 
 def _slices(box: Box) -> tuple[slice, slice, slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from stsr_core.downscaler import Downscaler
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, float], None]  # network evaluations just done, and the seconds they took
 WET_MM = 0.1  # amount per fine step above which a cell counts as wet
 
 
@@ -104,9 +105,13 @@ class _Block:
         """Evaluate every wet window, (1, T, 1, H, W) each, and blend them; 0 where all windows are dry."""
         total = torch.zeros(self.shape, device=self.downscaler.device)
         for window in self.windows:
-            total[window.place] += window.taper * evaluate(window)[0, :, 0]
+            started = time.perf_counter()
+            found = evaluate(window)
+            if found.is_cuda:
+                torch.cuda.synchronize()
+            progress(1, time.perf_counter() - started)
+            total[window.place] += window.taper * found[0, :, 0]
             self.evaluations += 1
-            progress(1)
         return total / self.weight
 
     def window_conditions(self, window: _Window) -> Tensor:
@@ -157,7 +162,7 @@ def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return filled
 
 
-def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _: None) -> ShardResult:
+def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> ShardResult:
     """Make one shard.
 
     Deterministic: the same task gives the same bytes on one kind of device, whatever ran before.
@@ -165,7 +170,7 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
     Args:
         task: what to make.
         downscaler: networks for the task's checkpoint and factor.
-        progress: called with the number of network evaluations just done.
+        progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
         StoreError: an amount beyond what 16 bits hold at the storage quantum.

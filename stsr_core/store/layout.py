@@ -158,10 +158,13 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
     """Write time, its bounds, y, x and the CRS of a group."""
     units, calendar = time_units(times)
     y, x = axis_attributes(grid)
-    stamp = {"standard_name": "time", "axis": "T", "units": units, "calendar": calendar, "bounds": "time_bnds"}
+    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": units, "calendar": calendar}
+    stamp["bounds"] = "time_bnds"
+    if calendar == "proleptic_gregorian":
+        stamp["units_metadata"] = "leap_seconds: none"
     write_array(f"{url}/time", encoded_times(times.labels, calendar), ("time",), stamp, options)
     bounds = encoded_times(times.bounds.ravel(), calendar).reshape(-1, 2)
-    write_array(f"{url}/time_bnds", bounds, ("time", "nv"), {}, options)
+    write_array(f"{url}/time_bnds", bounds, ("time", "nv"), {"long_name": "time"}, options)
     write_array(f"{url}/y", grid.y.centres, ("y",), y, options)
     write_array(f"{url}/x", grid.x.centres, ("x",), x, options)
     if grid.crs_wkt is not None:
@@ -181,12 +184,14 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     Raises:
         StoreError: the place cannot be written.
     """
-    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM, "coordinates": "time_bnds"}, layout.grid)
-    realization = {"standard_name": "realization"}
+    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM}, layout.grid)
+    realization = {"standard_name": "realization", "units": "1"}
     try:
         write_coordinates(url, layout.times, layout.grid, options)
         write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)
-        if not _exists(url, f"{array}/zarr.json", options):
+        if _exists(url, f"{array}/zarr.json", options):
+            zarr.open_array(open_store(f"{url}/{array}", options), mode="r+").resize(layout.shape)
+        else:
             zarr.create_array(
                 open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
                 chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
@@ -209,6 +214,17 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.create_group(store, attributes={"Conventions": "CF-1.11", **attributes}, overwrite=False)
         zarr.consolidate_metadata(store)
+
+
+def reopen(url: str, options: Options | None = None) -> None:
+    """Take the group's metadata away: the store no longer counts as whole, until `finish`."""
+    fs, path = filesystem(url, options)
+    fs.rm(f"{path}/zarr.json")
+
+
+def shape_of(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
+    """Shape of an array that is there."""
+    return zarr.open_array(open_store(f"{url}/{array}", options), mode="r").shape
 
 
 def is_whole(url: str, options: Options | None = None) -> bool:

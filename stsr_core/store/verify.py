@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from stsr_core.store.receipts import Receipt
 
 SAMPLE = 64  # shards that are read back
+READERS = 8  # objects read at a time
+WET_MM = 0.1  # amount per fine step, as in the receipts
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,33 @@ class Expected:
     key: str
     region: Region
     plan_digest: str
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard that a receipt vouches for: its key, the region it fills, and the sha256 of its bytes."""
+
+    key: str
+    region: Region
+    bytes_digest: str
+
+
+def damaged(url: str, array: str, shards: Sequence[StoredShard], options: Options | None = None) -> list[str]:
+    """Keys of shards whose stored bytes are not those of their receipts: changed, truncated or missing."""
+    if not shards:
+        return []
+    opened = zarr.open_array(open_store(f"{url}/{array}", options), mode="r")
+    shape = opened.shards or opened.chunks
+
+    def digest(shard: StoredShard) -> str:
+        try:
+            return hashlib.sha256(read_object(shard_path(url, array, shape, shard.region), options)).hexdigest()
+        except StoreError:
+            return "missing"
+
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(digest, shards)
+        return [shard.key for shard, found in zip(shards, digests, strict=True) if found != shard.bytes_digest]
 
 
 class Gate(BaseModel):
@@ -80,6 +110,8 @@ class Stored:
         coarse: amount [mm per coarse step], (T, Y, X), NaN where missing.
         members: number of members.
         conserved: whether closure was enforced.
+        options: options of the filesystem.
+        scores: what the checkpoint's card says of its validation, by name.
     """
 
     url: str
@@ -89,6 +121,7 @@ class Stored:
     members: int
     conserved: bool
     options: Options | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> GateReport:
@@ -105,24 +138,27 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
         ),
         *_read_back(stored, valid, receipts, gates),
     ]
-    return GateReport(gates=(*results, _plausible(valid, receipts, gates), _spread(stored, valid, receipts, gates)))
+    results += [
+        _plausible(valid, receipts, gates),
+        _spread(stored, valid, receipts, gates),
+        _wet_fraction(stored, valid, receipts, gates),
+        _card("spread_skill", "spread over skill", stored, gates.spread_skill),
+        _card("wet_fraction_ratio", "wet fraction over truth", stored, gates.wet_fraction_ratio),
+    ]
+    return GateReport(gates=tuple(results))
 
 
 def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
     """Gates over the stored bytes of a sample of shards: digest, closure, missing cells."""
     step = max(1, len(valid) // SAMPLE)
     sample = valid[::step]
-    damaged, masks, worst, worst_key = [], [], 0, ""
+    shards = [StoredShard(e.key, e.region, receipts[e.key].bytes_digest) for e in sample]
+    harmed = damaged(stored.url, stored.array, shards, stored.options)
+    masks, worst, worst_key = [], 0, ""
     if valid:
         array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
     for e in sample:
-        address = shard_path(stored.url, stored.array, array.shards or array.chunks, e.region)
-        try:
-            digest = hashlib.sha256(read_object(address, stored.options)).hexdigest()
-        except StoreError:
-            digest = "missing"
-        if digest != receipts[e.key].bytes_digest:
-            damaged.append(e.key)
+        if e.key in harmed:
             continue
         closure, wrong = closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
         if closure > worst:
@@ -132,8 +168,8 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
     bound = gates.max_closure_quanta
     return [
         Gate(
-            name="stored bytes", passed=not damaged, found=f"{len(damaged)} damaged of {len(sample)} read back",
-            needed="0", where=", ".join(damaged[:5]),
+            name="stored bytes", passed=not harmed, found=f"{len(harmed)} damaged of {len(sample)} read back",
+            needed="0", where=", ".join(harmed[:5]),
         ),
         Gate(
             name="closure", passed=worst <= bound or not stored.conserved, found=f"{worst} quanta",
@@ -182,4 +218,25 @@ def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Re
         name="spread", passed=relative >= gates.min_relative_spread or not judged,
         found=f"{relative:.2f} of the mean" if judged else "one member, or no rain",
         needed=f"{gates.min_relative_spread:g}",
+    )  # fmt: skip
+
+
+def _wet_fraction(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
+    """Wet fine cells over the fine cells of coarse cells that are wet on average."""
+    wet = sum(receipts[e.key].wet for e in valid)
+    s, t = stored.factor.space, stored.factor.time
+    under = int((stored.coarse > WET_MM * t).sum()) * s * s * t * stored.members
+    share = wet / under if under else 1.0
+    return Gate(
+        name="wet fraction", passed=share >= gates.min_wet_fraction,
+        found=f"{share:.2f} of the cells where it rains" if under else "no rain", needed=f"{gates.min_wet_fraction:g}",
+    )  # fmt: skip
+
+
+def _card(score: str, name: str, stored: Stored, bounds: tuple[float, float]) -> Gate:
+    """Gate over a score of the checkpoint's card; a card without scores says so."""
+    found = stored.scores.get(score)
+    return Gate(
+        name=f"card: {name}", passed=found is None or bounds[0] <= found <= bounds[1],
+        found="not on the card" if found is None else f"{found:.2f}", needed=f"{bounds[0]:g} to {bounds[1]:g}",
     )  # fmt: skip

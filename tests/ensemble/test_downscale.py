@@ -151,13 +151,11 @@ def test_an_unsupported_factor_names_the_nearest_and_nearest_regrids_to_it(array
     assert float(out["x"][1] - out["x"][0]) == pytest.approx(4000.0 / 5)
 
 
-def to_store(cube, checkpoints, output: Path, workers: int, members: int = 2, **changes):
-    overwrite = changes.pop("overwrite", False)
+def to_store(cube, checkpoints, output: Path, cluster: Cluster, members: int = 2, **changes):
+    overwrite, extend = changes.pop("overwrite", False), changes.pop("extend", False)
     arguments = {"space": 4, "time": 1, "seed": 1, "nearest": False, "conserve": True, "device": "cpu", **changes}
     plan, downscaler = prepared(cube, members=members, checkpoints=str(checkpoints), **arguments)
-    downscale_to_store(
-        plan, downscaler, str(output), cluster=Cluster(device="cpu", workers=workers), overwrite=overwrite
-    )
+    downscale_to_store(plan, downscaler, str(output), cluster=cluster, overwrite=overwrite, extend=extend)
     return plan
 
 
@@ -165,10 +163,10 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_a_store_has_the_same_bytes_for_any_number_of_workers_and_resumes(rain, checkpoints, tmp_path):
+def test_a_store_has_the_same_bytes_for_any_number_of_workers_and_resumes(rain, checkpoints, cluster, tmp_path):
     cube = cube_of(rain)
-    plan = to_store(cube, checkpoints, tmp_path / "one", workers=1, members=6)
-    to_store(cube, checkpoints, tmp_path / "two", workers=2, members=6)
+    plan = to_store(cube, checkpoints, tmp_path / "one", Cluster(device="cpu", workers=1), members=6)
+    to_store(cube, checkpoints, tmp_path / "two", cluster, members=6)
     whole = files_of(tmp_path / "one")
     assert files_of(tmp_path / "two") == whole
 
@@ -178,7 +176,7 @@ def test_a_store_has_the_same_bytes_for_any_number_of_workers_and_resumes(rain, 
     (tmp_path / "two" / "precipitation" / "c" / "1" / "0" / "0" / "0").write_bytes(b"half")
     with pytest.raises(Exception, match="."):
         xr.open_zarr(tmp_path / "two")
-    to_store(cube, checkpoints, tmp_path / "two", workers=1, members=6)
+    to_store(cube, checkpoints, tmp_path / "two", cluster, members=6)
     assert files_of(tmp_path / "two") == whole
 
     dataset = xr.open_zarr(tmp_path / "one")
@@ -188,7 +186,42 @@ def test_a_store_has_the_same_bytes_for_any_number_of_workers_and_resumes(rain, 
     np.testing.assert_allclose(dataset["precipitation"].values, quanta * QUANTUM_MM, atol=1e-4)
 
     with pytest.raises(StoreError, match="there and whole.*--overwrite"):
-        to_store(cube, checkpoints, tmp_path / "two", workers=1, members=6)
+        to_store(cube, checkpoints, tmp_path / "two", cluster, members=6)
+
+
+def test_a_damaged_shard_of_a_whole_store_is_made_again_alone(rain, checkpoints, cluster, tmp_path):
+    cube, out = cube_of(rain), tmp_path / "out"
+    to_store(cube, checkpoints, out, cluster, members=6)
+    whole = files_of(out)
+    shard = out / "precipitation" / "c" / "0" / "0" / "0" / "0"
+    other = out / "precipitation" / "c" / "1" / "0" / "0" / "0"
+    stamp = other.stat().st_mtime_ns
+    for harm in (lambda: shard.write_bytes(shard.read_bytes()[:-9]), shard.unlink):
+        harm()
+        to_store(cube, checkpoints, out, cluster, members=6)
+        assert files_of(out) == whole
+    assert other.stat().st_mtime_ns == stamp
+
+
+def test_a_store_grows_to_more_members_and_a_longer_period(rain, checkpoints, cluster, tmp_path):
+    long = np.tile(rain, (7, 1, 1))  # 56 h: shards of 24, 24 and 8 steps
+    grown, fresh = tmp_path / "grown", tmp_path / "fresh"
+    to_store(cube_of(long), checkpoints, grown, cluster, members=4)
+    before = {p: p.stat().st_mtime_ns for p in (grown / "precipitation" / "c").rglob("*") if p.is_file()}
+    with pytest.raises(StoreError, match="--extend to let it grow"):
+        to_store(cube_of(long), checkpoints, grown, cluster, members=9)
+    to_store(cube_of(long), checkpoints, grown, cluster, members=9, extend=True)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
+    longer = np.concatenate([long, rain[::-1]])  # 64 h
+    to_store(cube_of(longer), checkpoints, grown, cluster, members=9, extend=True)
+    first = [p for p in before if "/c/0/0/" in str(p)]
+    assert first
+    assert all(p.stat().st_mtime_ns == before[p] for p in first)
+    to_store(cube_of(longer), checkpoints, fresh, cluster, members=9)
+    assert files_of(grown) == files_of(fresh)
+    with pytest.raises(StoreError, match="pass --overwrite"):  # it never shrinks
+        to_store(cube_of(long), checkpoints, grown, cluster, members=9, extend=True)
+    assert files_of(grown) == files_of(fresh)
 
 
 def _serving(checkpoints):
@@ -198,17 +231,19 @@ def _serving(checkpoints):
     return Library.open(checkpoints).serving(factor), factor, CPU
 
 
-def test_a_store_begun_with_other_arguments_is_refused(rain, checkpoints, tmp_path):
-    to_store(cube_of(rain), checkpoints, tmp_path / "out", workers=1)
+def test_a_store_begun_with_other_arguments_is_refused(rain, checkpoints, cluster, tmp_path):
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster)
     (tmp_path / "out" / "zarr.json").unlink()
     with pytest.raises(StoreError, match="made from other input, arguments or code.*--overwrite"):
-        to_store(cube_of(rain), checkpoints, tmp_path / "out", workers=1, seed=9)
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, seed=9)
 
 
-def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_overwritten(rain, checkpoints, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_overwritten(
+    rain, checkpoints, cluster, tmp_path
+):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="cannot be written"):
-        to_store(cube_of(rain), checkpoints, tmp_path / "file" / "out", workers=1)
+        to_store(cube_of(rain), checkpoints, tmp_path / "file" / "out", cluster)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("keep me")
     plan, downscaler = prepared(
@@ -216,5 +251,5 @@ def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_o
         checkpoints=str(checkpoints),
     )  # fmt: skip
     with pytest.raises(StoreError, match="no Zarr store, so it is not overwritten"):
-        downscale_to_store(plan, downscaler, str(tmp_path / "folder"), cluster=Cluster(workers=1), overwrite=True)
+        downscale_to_store(plan, downscaler, str(tmp_path / "folder"), cluster=cluster, overwrite=True)
     assert (tmp_path / "folder" / "letter.txt").read_text() == "keep me"
