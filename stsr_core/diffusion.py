@@ -20,6 +20,7 @@ from torch import Tensor
 
 BETA_START = 1e-4  # first value of the linear schedule; last one is beta (arXiv 2604.21903)
 SCHEDULE_STEPS = 1000  # steps that beta refers to
+SAMPLING_POWER = 2.0
 SMALLEST_SINE = 0.1  # bounds the weight of the loss; the sampler's smallest noise level is larger
 
 
@@ -58,10 +59,12 @@ def largest_angle(beta: float) -> float:
 def sampling_angles(beta: float, evaluations: int) -> list[float]:
     """Noise levels of the sampler, from the end of the schedule down to 0, `evaluations` + 1 of them.
 
-    Equal steps in angle: each rotates the sample by the same amount, whatever beta.
+    Steps grow from the end of the schedule on: angle = end * (1 - (i / evaluations)^SAMPLING_POWER). What a member
+    looks like at large is decided where there is almost only noise; with equal steps, 8 evaluations lose half of
+    the spread there. The power was chosen on MRMS validation windows at (8,3) and (25,6).
     """
     top = largest_angle(beta)
-    return [top * (1 - i / evaluations) for i in range(evaluations)] + [0.0]
+    return [top * (1 - (i / evaluations) ** SAMPLING_POWER) for i in range(evaluations)] + [0.0]
 
 
 def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: list[float]) -> Tensor:

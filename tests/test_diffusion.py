@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stsr_core.diffusion import add_noise, loss_weight, noise_angle, sample, sampling_angles
+from stsr_core.diffusion import add_noise, largest_angle, loss_weight, noise_angle, sample, sampling_angles
 
 
 def test_noise_grows_along_the_schedule_and_with_beta():
@@ -69,8 +69,10 @@ def test_smaller_noise_amplitude_gives_less_spread():
     assert spread[0] != pytest.approx(spread[1], rel=0.05)
 
 
-def test_sampling_angles_fall_to_zero_in_equal_steps():
+def test_sampling_angles_fall_from_the_end_of_the_schedule_to_zero_in_growing_steps():
     angles = sampling_angles(0.02, 8)
     assert len(angles) == 9
+    assert angles[0] == pytest.approx(largest_angle(0.02))
     assert angles[-1] == 0.0
-    np.testing.assert_allclose(np.diff(angles), np.diff(angles)[0], rtol=1e-9)
+    steps = -np.diff(angles)
+    assert (np.diff(steps) > 0).all()
