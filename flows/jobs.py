@@ -38,5 +38,6 @@ def jobs(
         if members is not None:
             wanted = wanted.model_copy(update={"members": members})
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
-        found.append(Job(name, wanted, source, target, path.parent, where, options_of(where, settings)))
+        options = options_of(where, settings)
+        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.s3_options))
     return found

@@ -9,6 +9,7 @@ from prefect.events import emit_event
 
 from flows import artifacts
 from stsr_core.ensemble.generate import ShardError
+from stsr_core.ensemble.product import Cost
 from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
 from stsr_core.store.layout import filesystem
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stsr_core.catalog.publish import Published
     from stsr_core.ensemble.plan import Plan
     from stsr_core.factors import Match
+    from stsr_core.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,26 +61,20 @@ def stage(task: Task[P, R], product: str) -> Callable[P, R]:
     )
 
 
-def show_plan(product: str, plan: Plan, found: Match, todo: int | None = None) -> None:
+def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: int | None = None) -> None:
     """Table of what is about to be made."""
-    shards = len(plan.shards)
-    remaining = shards if todo is None else todo
-    artifacts.facts(
-        artifacts.key_of("plan", product),
-        {
-            "factor needed (space, time)": f"{found.requested_space:.2f}, {found.requested_time:.2f}",
-            "factor matched (space, time)": str(found.factor),
-            "log distance": round(found.distance, 4),
-            "members": plan.recipe.members,
-            "fine shape (member, time, y, x)": " x ".join(map(str, plan.fine_shape)),
-            "shards": shards,
-            "shards that are dry": sum(plan.is_dry(s) for s in plan.shards),
-            "shards done before": shards - remaining,
-            "shards to make": remaining,
-            "network evaluations": sum(plan.evaluations(s) for s in plan.shards),
-        },
-        f"Plan of {product}",
-    )
+    remaining = len(plan.shards) if todo is None else todo
+    values: dict[str, str | int | float] = {
+        "factor needed (space, time)": f"{found.requested_space:.2f}, {found.requested_time:.2f}",
+        "factor matched (space, time)": str(found.factor),
+        "log distance": round(found.distance, 4),
+        "members": plan.recipe.members,
+        "fine shape (member, time, y, x)": " x ".join(map(str, plan.fine_shape)),
+        **dict(Cost.of(plan, settings.device_rate).rows(settings.price_per_device_hour)),
+        "shards done before": len(plan.shards) - remaining,
+        "shards to make": remaining,
+    }
+    artifacts.facts(artifacts.key_of("plan", product), values, f"Plan of {product}")
 
 
 def show_published(job: Job, published: Published, picture_url: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,26 +12,33 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts
-from stsr_core.catalog.items import Description, Provenance
+from stsr_core.catalog.checkpoints import publish_checkpoint
+from stsr_core.catalog.items import Description, Provenance, SideFile
 from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
+from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.search import latest
 from stsr_core.checkpoint import Library
 from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble import product
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
-from stsr_core.ensemble.plan import Plan, Recipe, Shard
+from stsr_core.ensemble.plan import Plan, Shard
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
-from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time
-from stsr_core.sources.cube import Cube
-from stsr_core.sources.harmonise import read_cube
+from stsr_core.regrid import coarse_grid, native_factor, reach
+from stsr_core.settings import Settings
+from stsr_core.sources.cube import Coarse, Cube
+from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, located, open_dataset
-from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store
+from stsr_core.store.coarse import write_coarse
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store, shard_path
 from stsr_core.store.overview import write_overview
+from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step
 from stsr_core.store.receipts import read_receipts
+from stsr_core.store.series import write_series
 from stsr_core.store.verify import Expected, GateReport, Stored, verify
 
 
@@ -46,6 +53,7 @@ class Job:
     base: Path
     destination: str
     options: Mapping[str, object]
+    source_options: Mapping[str, object] = field(default_factory=dict)
 
 
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -62,15 +70,20 @@ def resolve(job: Job, *, force: bool) -> str | None:
 
 
 @task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def read(job: Job) -> Cube:
-    """Read the source as a coarse cube."""
+def read(job: Job) -> Coarse:
+    """Read the source near the target."""
     source = job.source
     with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
-        return read_cube(dataset, source.variable, units=source.units, crs=source.crs, time_label=source.time_label)
+        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(job.target))
+    set_to_zero = coarse.attributes.get("negatives_set_to_zero", "0")
+    get_run_logger().info(
+        "%d steps of %s; %s small negatives set to 0.", coarse.times.size, coarse.times.step, set_to_zero
+    )
+    return coarse
 
 
 @task(name="match", cache_policy=NO_CACHE)
-def match(cube: Cube, target: TargetGrid, library: Library, limit: float) -> Match:
+def match(cube: Coarse, target: TargetGrid, library: Library, limit: float) -> Match:
     """Match the factor that the source would need to the nearest one that is served."""
     space, time = native_factor(cube, target)
     found = library.family.nearest(space, time, limit=limit)
@@ -81,34 +94,31 @@ def match(cube: Cube, target: TargetGrid, library: Library, limit: float) -> Mat
 
 
 @task(name="regrid", cache_policy=NO_CACHE)
-def to_lattice(cube: Cube, target: TargetGrid, found: Match) -> Cube:
+def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
     """Regrid conservatively onto the coarse lattice of the matched factor."""
-    from datetime import timedelta
-
-    in_time = regrid_time(cube, timedelta(hours=target.fine_step_h) * found.factor.time)
-    return regrid(in_time, coarse_grid(target, found.factor))
+    grid = coarse_grid(target, found.factor)
+    lattice = product.to_lattice(cube, target, found.factor)
+    get_run_logger().info(
+        "Regridded to %d x %d cells of %g km and to steps of %s (from %s).",
+        *grid.shape, grid.x.step / 1000, lattice.times.step, cube.times.step,
+    )  # fmt: skip
+    return lattice
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def make_plan(cube: Cube, found: Match, library: Library, product: Product) -> Plan:
-    """Plan the shards."""
-    checkpoint = library.serving(found.factor)
-    recipe = Recipe.of(
-        checkpoint,
-        checkpoint.card.serving(found.factor),
-        seed=product.seed,
-        members=product.members,
-        conserve=product.conserve,
-    )
-    plan = Plan(cube, recipe)
-    dry = sum(plan.is_dry(shard) for shard in plan.shards)
-    get_run_logger().info("%d shards, %d of them dry; fine shape %s.", len(plan.shards), dry, plan.fine_shape)
+def make_plan(cube: Cube, found: Match, library: Library, wanted: Product, settings: Settings) -> Plan:
+    """Plan the shards; a plan above the limit of device hours is refused."""
+    plan = product.plan_product(cube, found, library, wanted)
+    cost = product.Cost.of(plan, settings.device_rate)
+    rows = ", ".join(f"{name} {value}" for name, value in cost.rows(settings.price_per_device_hour))
+    get_run_logger().info("Fine shape %s; %s.", plan.fine_shape, rows)
+    cost.check(settings.max_device_hours)
     return plan
 
 
 @task(name="generate", cache_policy=NO_CACHE)
 def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: Cluster) -> None:
-    """Generate all shards on the cluster, then the overview."""
+    """Generate all shards on the cluster, then what readers get beside them: series, overview and coarse totals."""
     layout, options = layout_of(plan), attempt.documents.options
     create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
     make_shards(plan, remaining(plan, Target(attempt.ensemble_url, ARRAY, options)), library, attempt, cluster)
@@ -127,16 +137,25 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
         progress_bar("network evaluations", total) as advance,
         artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
     ):
-        generate(plan, shards, downscaler, target, client, progress=lambda n: (advance(n), show(n))[0])
+
+        def progress(steps: int) -> None:
+            advance(steps)
+            show(steps)
+
+        generate(plan, shards, downscaler, target, client, progress=progress)
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:
-    """Close the ensemble and write its overview; a retry may find either of them done."""
+    """Close the ensemble and write what readers get beside it; a retry may find some of it done."""
     layout, options = layout_of(plan), attempt.documents.options
     if not is_whole(attempt.ensemble_url, options):
         finish(attempt.ensemble_url, layout.attributes, options)
-    remove_store(attempt.overview_url, options)
+    for group in ("series", "overview", "coarse"):
+        remove_store(attempt.group_url(group), options)
+    write_series(attempt.ensemble_url, ARRAY, attempt.group_url("series"), layout, options)
     write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
+    cube = plan.cube
+    write_coarse(attempt.group_url("coarse"), cube.amount, cube.times, cube.grid, layout.attributes, options)
 
 
 @task(name="verify", cache_policy=NO_CACHE)
@@ -152,6 +171,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         product.members,
         product.conserve,
         options,
+        plan.recipe.served.scores,
     )
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
@@ -167,14 +187,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
 def publish_version(
     job: Job, plan: Plan, found: Match, digest: str, library: Library, attempt: Attempt, report: GateReport
 ) -> tuple[Published, str]:
-    """Draw the quick look and publish the attempt; returns the version and the address of its picture."""
-    picture = _picture(job, plan, attempt)
-    side_files = {
-        "quality": attempt.write_side_file(
-            "quality.json", quality_json(report), "application/json", "Quality report", "metadata"
-        ),
-        "quicklook": attempt.write_side_file("quicklook.png", picture, "image/png", "Quick look", "overview", "visual"),
-    }
+    """Draw the pictures, publish the attempt and clean what crashes left; returns the version and its quick look."""
     description = Description(
         job.name,
         job.product.title,
@@ -184,13 +197,51 @@ def publish_version(
         job.product.keywords,
     )
     provenance = _provenance(job, plan, found, digest, library)
-    published = publish(attempt, Publication(description, layout_of(plan), provenance, report, side_files))
+    publication = Publication(
+        description,
+        layout_of(plan),
+        provenance,
+        report,
+        _side_files(job, plan, attempt, report),
+        publish_checkpoint(attempt.documents, library.serving(found.factor)),
+        _shard_digests(plan, attempt),
+    )
+    published = publish(attempt, publication)
     get_run_logger().info("Published %s %s: %s", published.product, published.version, published.item_url)
+    documents = attempt.documents
+    removed = reconcile(documents.destination, job.name, documents.options, sole_publisher=documents.sole_publisher)
+    if removed:
+        get_run_logger().info("Removed what crashes left: %s", ", ".join(removed))
     return published, f"{attempt.url}/quicklook.png"
 
 
+def _side_files(job: Job, plan: Plan, attempt: Attempt, report: GateReport) -> dict[str, SideFile]:
+    bands = summary(attempt.overview_url, attempt.documents.options)
+    tiff = "image/tiff; application=geotiff; profile=cloud-optimized"
+    picture, small = _picture(job, plan, attempt), thumbnail(bands[0], plan.fine_grid)
+    write = attempt.write_side_file
+    return {
+        "quality": write("quality.json", quality_json(report), "application/json", "Quality report", "metadata"),
+        "map": write("map.tif", cog(bands, plan.fine_grid), tiff, "Maps of the ensemble mean", "overview", "data"),
+        "thumbnail": write("thumbnail.png", small, "image/png", "Total of the period", "thumbnail"),
+        "quicklook": write("quicklook.png", picture, "image/png", "Quick look", "overview", "visual"),
+    }
+
+
+def _shard_digests(plan: Plan, attempt: Attempt) -> dict[str, str]:
+    """Digests of the shards by their receipts, by path below the attempt."""
+    receipts = read_receipts(attempt.ensemble_url, ARRAY, attempt.documents.options)
+    shape = layout_of(plan).shard
+    return {
+        shard_path("data.zarr/ensemble", ARRAY, shape, shard.region(plan.space, plan.time)): receipts[
+            shard.key
+        ].bytes_digest
+        for shard in plan.shards
+    }
+
+
 def _source_options(job: Job) -> Mapping[str, object]:
-    return job.options if located(job.source.url, job.base).startswith("s3://") else {}
+    return job.source_options if located(job.source.url, job.base).startswith("s3://") else {}
 
 
 def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Library) -> Provenance:
@@ -214,6 +265,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         code_version=version("stsr"),
         seed=plan.recipe.seed,
         members=plan.recipe.members,
+        scores=plan.recipe.served.scores,
     )
 
 

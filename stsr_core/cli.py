@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
 
 app = typer.Typer(
@@ -18,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-catalog_app = typer.Typer(help="Look into a published catalogue.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
 
 
@@ -87,9 +87,48 @@ def demo(
 
 
 @app.command()
+def plan(
+    product: Annotated[str, typer.Argument(help="Product of catalog.yaml.")],
+    members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
+) -> None:
+    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.ensemble.product import Cost, plan_product, to_lattice
+    from stsr_core.regrid import native_factor, reach
+    from stsr_core.settings import Settings
+    from stsr_core.sources.harmonise import read_coarse
+    from stsr_core.sources.open import open_dataset
+
+    settings = Settings()
+    path = choose_catalog(settings.catalog_file)
+    configuration = Configuration.load(path)
+    wanted = configuration.product(product)
+    if members is not None:
+        wanted = wanted.model_copy(update={"members": members})
+    source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
+    with open_dataset(source.url, base=path.parent, storage_options=_options(source.url, settings)) as dataset:
+        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(target))
+    library = Library.open(settings.checkpoints)
+    found = library.family.nearest(*native_factor(coarse, target), limit=settings.match_limit)
+    planned = plan_product(to_lattice(coarse, target, found.factor), found, library, wanted)
+    cost = Cost.of(planned, settings.device_rate)
+    say(
+        f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
+        f"nearest (log distance {found.distance:.3f})"
+    )
+    for name, value in [("fine shape", str(planned.fine_shape)), *cost.rows(settings.price_per_device_hour)]:
+        say(f"{name:>24}  {value}")
+    cost.check(settings.max_device_hours)
+
+
+@app.command()
 def downscale(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="NetCDF or Zarr, path or URL (s3://, https://), with (time, y, x).")
+        str,
+        typer.Argument(
+            metavar="INPUT", help="NetCDF, GRIB or Zarr, path, glob or URL (s3://, https://), with (time, y, x)."
+        ),
     ],
     output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
@@ -107,8 +146,8 @@ def downscale(
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
     time_label: Annotated[
-        TimeLabelName | None, typer.Option(help="What a time stamp names, where there are no time bounds [end].")
-    ] = None,
+        TimeLabelName, typer.Option(help="What a time stamp names, where there are no time bounds.")
+    ] = TimeLabelName.end,
 ) -> None:
     """Downscale a file without a catalogue.
 
@@ -119,13 +158,14 @@ def downscale(
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import read_cube
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     with open_dataset(source, storage_options=_options(source, settings)) as dataset:
-        label: Any = None if time_label is None else time_label.value
-        cube = read_cube(dataset, variable, units=units, time_label=label)
+        label: Any = time_label.value
+        cube = read_cube(dataset, variable, Declared(units=units, time_label=label))
     plan, downscaler = prepared(
         cube,
         space=space,
@@ -152,6 +192,35 @@ def downscale(
         )
     _, nt, ny, nx = plan.fine_shape
     say(f"{output}: precipitation of {members} members, {nt} steps, {ny} x {nx} cells. Open it with xarray.open_zarr.")
+
+
+@app.command()
+def inspect(
+    url: Annotated[str, typer.Argument(help="NetCDF, GRIB, Zarr or kerchunk references: path, glob or URL.")],
+    variable: Annotated[str | None, typer.Option(help="The precipitation; several that add up as 'cp + lsp'.")] = None,
+    source: Annotated[str | None, typer.Option(help="Source of catalog.yaml whose declarations hold.")] = None,
+    product: Annotated[str | None, typer.Option(help="Product whose factor is shown; without it all of them.")] = None,
+    catalog_file: Annotated[
+        Path | None, typer.Option(help="catalog.yaml; else ./catalog.yaml or the shipped one.")
+    ] = None,
+) -> None:
+    """Say what a file is, how it would be read, and what catalog.yaml must declare before it can be."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.inspection import inspect as look
+    from stsr_core.settings import Settings
+    from stsr_core.sources.declared import Declared
+    from stsr_core.sources.open import open_dataset
+
+    settings = Settings()
+    configuration = Configuration.load(choose_catalog(catalog_file or settings.catalog_file))
+    declared = configuration.source(source).declared if source else Declared()
+    with open_dataset(url, storage_options=_options(url, settings)) as dataset:
+        found = look(
+            dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
+            Library.open(settings.checkpoints).family, product=product, match_limit=settings.match_limit,
+        )  # fmt: skip
+    say(found.text())
 
 
 def _options(url: str, settings: Any) -> dict[str, object]:
@@ -246,36 +315,43 @@ def evaluate(
         say(f"CRPS over {name}: 95 % interval {low:.3f} to {high:.3f}")
 
 
-CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
+@app.command()
+def bench(
+    factor: Annotated[str, typer.Option("--factor", help="Factor SPACExTIME.")] = "10x1",
+    cells: Annotated[int, typer.Option(help="Fine cells along the square.")] = 200,
+    steps: Annotated[int, typer.Option(help="Fine steps.")] = 24,
+    members: Annotated[int, typer.Option(help="Members.")] = 8,
+    workers: Annotated[list[int] | None, typer.Option(help="Local workers; several for several runs.")] = None,
+    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of one shard goes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks."""
+    import json
 
-
-@catalog_app.command("ls")
-def catalog_ls(catalog: CatalogOption) -> None:
-    """List products and their versions."""
-    from stsr_core.catalog import ls
-
-    for product, versions in ls(catalog, storage_options=_catalog_options(catalog)).items():
-        say(f"{product}: {', '.join(versions)}")
-
-
-@catalog_app.command("show")
-def catalog_show(product: str, catalog: CatalogOption, version: str = "latest") -> None:
-    """Show what a version is, and open it."""
-    from stsr_core.catalog.search import find, open_version
-
-    found = find(product, version, catalog, storage_options=_catalog_options(catalog))
-    properties = found.item["properties"]
-    say(f"{properties['title']} ({properties['start_datetime']} to {properties['end_datetime']})")
-    say(f"made from {properties['stsr:source_url']} ({properties['stsr:source_attribution']})")
-    for gate in properties["stsr:gates"]:
-        say(f"gate {gate['name']}: {gate['found']} (needed {gate['needed']})")
-    say(str(open_version(product, version, catalog=catalog, storage_options=_catalog_options(catalog))))
-
-
-def _catalog_options(catalog: str) -> dict[str, object]:
+    from stsr_core import bench as benchmark
+    from stsr_core.factors import Factor
     from stsr_core.settings import Settings
 
-    return _options(catalog, Settings())
+    settings = Settings()
+    space, time = _factor(factor)
+    options = benchmark.Options(
+        factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
+        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value, output=output,
+        storage_options=_options(output or "", settings),
+    )  # fmt: skip
+    if profile:
+        say(benchmark.profile_shard(options, checkpoints=settings.checkpoints))
+        return
+    figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
+    if training:
+        figures |= benchmark.bench_training(options.factor, preset="small", device=device.value)
+    text = json.dumps(figures, indent=1)
+    if json_file is not None:
+        json_file.write_text(text + "\n")
+    say(text)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.grids import TimeLabel
+from stsr_core.sources.declared import Accumulation, Declared
 
 
 class _Frozen(BaseModel):
@@ -25,9 +27,36 @@ class Source(_Frozen):
     description: str
     license: str = Field(description="SPDX identifier or name of the licence.")
     attribution: str
-    units: str | None = None
-    crs: str | None = None
-    time_label: TimeLabel | None = None
+    units: str | None = Field(default=None, description="Units by the CF rules, where the file is silent or wrong.")
+    crs: str | None = Field(
+        default=None, description="EPSG code, PROJ string or WKT, where the file is silent or wrong."
+    )
+    time_label: TimeLabel | None = Field(
+        default=None, description="Which point of its interval a time stamp names, where there are no time bounds."
+    )
+    step_h: float | None = Field(
+        default=None, gt=0, description="Hours of a step; with time_label it replaces missing or broken time bounds."
+    )
+    accumulated: Accumulation | None = Field(
+        default=None, description="run or day: amounts since the start of the run or since 00 h; none: per step."
+    )
+    missing_values: tuple[float, ...] = Field(
+        default=(), strict=False, description="Values that mark missing cells and that the file does not name."
+    )
+    max_negative_mm: float | None = Field(
+        default=None, ge=0, description="Negative amounts per step down to this become 0."
+    )
+    select: dict[str, int | float | str] = Field(
+        default={}, description="Label (or number) along every dimension that is neither time nor space."
+    )
+    period: tuple[str, str] | None = Field(
+        default=None, strict=False, description="First and last ISO date; only whole steps between them are read."
+    )
+
+    @property
+    def declared(self) -> Declared:
+        """What the files do not say themselves."""
+        return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)})
 
 
 class TargetGrid(_Frozen):
@@ -57,6 +86,15 @@ class Gates(_Frozen):
     max_mm: float = Field(default=300.0, gt=0, description="Largest plausible amount per fine step.")
     min_relative_spread: float = Field(
         default=0.05, ge=0, description="Smallest standard deviation over mean, where it rains."
+    )
+    min_wet_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="Smallest share of wet fine cells, where coarse cells are wet."
+    )
+    spread_skill: tuple[float, float] = Field(
+        default=(0.5, 1.5), strict=False, description="Bounds of spread over skill on the checkpoint's card."
+    )
+    wet_fraction_ratio: tuple[float, float] = Field(
+        default=(0.5, 2.0), strict=False, description="Bounds of wet fraction over that of truth on the card."
     )
 
 
@@ -108,6 +146,17 @@ class Configuration(_Frozen):
         except ValidationError as e:
             problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in e.errors())
             raise ConfigurationError(f"{path} is not understood: {problems}. Mend these entries.") from e
+
+    def source(self, name: str) -> Source:
+        """Return a source.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if name not in self.sources:
+            have = ", ".join(self.sources) or "none"
+            raise ConfigurationError(f"No source {name!r} in catalog.yaml; there are {have}. Name one of these.")
+        return self.sources[name]
 
     def product(self, name: str) -> Product:
         """Return a product.

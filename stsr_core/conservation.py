@@ -1,11 +1,13 @@
-"""Mass conservation: the function f, the scaling of blocks to their coarse totals, and exact quantisation."""
+"""Mass conservation: the function f, the scaling to coarse totals, and exact quantisation."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stsr_core.errors import ClosureError, ShapeError
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.factors import ConservationFunction, Factor
+
+SMOOTH_PASSES = 10  # passes of the smooth gain; more change less than the members differ
+LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass
 
 
 def _blocks(fine: Tensor, factor: Factor) -> Tensor:
@@ -29,13 +34,60 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
         raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
 
 
-def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
-    """Apply f and scale every block of fine amounts so that it returns its coarse amount.
+def _refined(coarse: Tensor, factor: Factor) -> Tensor:
+    """Interpolate (N, T, Y, X) linearly to (N, T*t, Y*s, X*s); the edges are repeated."""
+    s, t = factor.space, factor.time
+    padded = F.pad(coarse[:, None], (1, 1, 1, 1, 1, 1), mode="replicate")
+    zoom = (float(t), float(s), float(s))
+    return F.interpolate(padded, scale_factor=zoom, mode="trilinear", align_corners=False)[:, 0, t:-t, s:-s, s:-s]
 
-    f sets amounts below its threshold to zero. A block that f leaves dry but whose coarse cell is wet
-    keeps its amounts uncut; one that was dry before too is filled evenly. Then one gain per block keeps
-    zeros and ratios; where the gain exceeds f's limit (tapered f), cells are amplified by the limit only
-    and the remainder is spread evenly over the block.
+
+def _filled(values: Tensor, known: Tensor) -> Tensor:
+    """Replace unknown values of (N, T, Y, X) by the mean of known ones around them, by 0 where there are none."""
+    weight = known.to(values.dtype)
+
+    def around(x: Tensor) -> Tensor:
+        return F.avg_pool3d(F.pad(x[:, None], (1, 1, 1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
+
+    mean = around(values * weight) / around(weight).clamp(min=1e-6)
+    return torch.where(known, values, mean)
+
+
+def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor, limit: float) -> Tensor:
+    """Gain, smooth from cell to cell, that brings blocks close to their coarse amounts.
+
+    Ratios of wanted to found block amounts are interpolated, applied, and taken again, SMOOTH_PASSES times.
+
+    Args:
+        shape: amount before, (N, T*t, Y*s, X*s), >= 0.
+        wanted: coarse amount, (N, T, Y, X), >= 0, no NaN.
+        factor: (s, t).
+        limit: largest gain.
+
+    Returns:
+        Gain, shaped like `shape`.
+    """
+    log_gain = torch.zeros_like(shape)
+    for _ in range(SMOOTH_PASSES):
+        found = _blocks(shape * log_gain.exp(), factor).sum(dim=(-5, -3, -1)) / factor.space**2
+        known = (found > 0) & (wanted > 0)
+        ratio = (
+            torch.where(known, wanted / found.clamp(min=torch.finfo(found.dtype).tiny), 1.0)
+            .log()
+            .clamp(-LARGEST_PASS, LARGEST_PASS)
+        )
+        log_gain = (log_gain + _refined(_filled(ratio, known), factor)).clamp(max=math.log(limit))
+    return log_gain.exp()
+
+
+def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
+    """Apply f and scale fine amounts so that every block returns its coarse amount.
+
+    f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet keeps its
+    amounts; one that was dry before too is filled evenly. A gain that is smooth across the borders of coarse
+    cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells
+    do not show as squares. With a limit (tapered f), cells are amplified by the limit only and the remainder is
+    spread evenly over the block.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32, >= 0.
@@ -52,28 +104,29 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
         ShapeError: `fine` is not `coarse` refined by `factor`.
         ClosureError: `fine` is negative or not finite.
 
-    Source: f of arXiv 2604.21903; the gain is the multiplicative constraint of Harder et al., arXiv 2208.05424.
+    Source: f of arXiv 2604.21903; the gain per block is the multiplicative constraint of Harder et al.,
+    arXiv 2208.05424; smoothing it between blocks is ours.
     """
     _check(tuple(fine.shape), tuple(coarse.shape), factor)
     if not bool(torch.isfinite(fine).all()) or bool((fine < 0).any()):
         raise ClosureError("Fine amounts to conserve are negative or not finite; the network's output is damaged.")
-    raw = _blocks(fine, factor)
-    wanted = coarse[..., :, None, :, None, :, None]
-    share = 1.0 / (factor.space**2)
-    cut = torch.where(raw < function.threshold_mm, 0.0, raw)
+    whole = fine.reshape(-1, *fine.shape[-3:])
+    amount = coarse.expand(*fine.shape[:-3], *coarse.shape[-3:]).reshape(-1, *coarse.shape[-3:])
+    raw, wanted = _blocks(whole, factor), amount[:, :, None, :, None, :, None]
 
     def total(blocks: Tensor) -> Tensor:
-        return blocks.sum(dim=(-5, -3, -1), keepdim=True) * share
+        return blocks.sum(dim=(-5, -3, -1), keepdim=True) / factor.space**2
 
-    cut_total, raw_total = total(cut), total(raw)
-    shape = torch.where(cut_total > 0, cut, torch.where(raw_total > 0, raw, torch.ones_like(raw)))
-    gain = wanted / total(shape)
-    if function.limit is None:
-        result = shape * gain
-    else:
+    cut = (raw - function.threshold_mm).clamp(min=0.0)
+    raw_total = total(raw)
+    shape = torch.where(total(cut) > 0, cut, torch.where(raw_total > 0, raw, torch.ones_like(raw)))
+    limit = math.inf if function.limit is None else function.limit
+    gain = _smooth_gain(shape.reshape(whole.shape), amount.nan_to_num(), factor, limit)
+    smooth = torch.where(raw_total > 0, shape * _blocks(gain, factor), shape)
+    result = smooth * (wanted / total(smooth))
+    if function.limit is not None:
         # A gain above the limit is taken only where there is something to amplify.
-        limit = torch.where(raw_total > 0, function.limit, torch.inf)
-        held = shape * torch.minimum(gain, limit)
+        held = torch.where(raw_total > 0, torch.minimum(result, limit * shape), result)
         result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
     result = result * torch.nan_to_num(wanted / total(result), nan=0.0)  # second pass removes float32 residue
     result = torch.where(torch.isnan(wanted), torch.nan, result)

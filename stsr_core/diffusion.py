@@ -1,12 +1,12 @@
-"""Residual diffusion: noise schedule, velocity parametrisation and few-step sampler.
+"""Residual diffusion: noise schedule and few-step sampler.
 
 The residual has unit variance. At noise level `angle` in [0, pi/2]
 
-    x = cos(angle) * residual + sin(angle) * noise,      v = cos(angle) * noise - sin(angle) * residual,
+    noised = cos(angle) * residual + sin(angle) * noise,
 
-so residual = cos(angle) * x - sin(angle) * v. This is EDM preconditioning (Karras et al., arXiv 2206.00364)
-written on the circle (Lu and Song, arXiv 2410.11081), and the v-prediction of Salimans and Ho (arXiv 2202.00512).
-All functions are pure.
+the variance-preserving process on the circle (Lu and Song, arXiv 2410.11081). The denoiser returns the expected
+residual; its squared error is weighted by 1 / sin(angle)^2, which makes it the loss of v-prediction (Salimans and
+Ho, arXiv 2202.00512; Karras et al., arXiv 2206.00364). All functions are pure.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor
 
 BETA_START = 1e-4  # first value of the linear schedule; last one is beta (arXiv 2604.21903)
 SCHEDULE_STEPS = 1000  # steps that beta refers to
+SAMPLING_POWER = 2.0
+SMALLEST_SINE = 0.1  # bounds the weight of the loss; the sampler's smallest noise level is larger
 
 
 def noise_angle(u: Tensor, beta: float) -> Tensor:
@@ -39,15 +41,14 @@ def noise_angle(u: Tensor, beta: float) -> Tensor:
     return torch.arccos(torch.exp(-0.5 * exponent).clamp(max=1.0))
 
 
-def add_noise(residual: Tensor, noise: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the noised residual and its velocity at `angle` (broadcast against `residual`)."""
-    cos, sin = angle.cos(), angle.sin()
-    return cos * residual + sin * noise, cos * noise - sin * residual
+def add_noise(residual: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
+    """Return the residual noised at `angle` (broadcast against `residual`)."""
+    return angle.cos() * residual + angle.sin() * noise
 
 
-def residual_of(noisy: Tensor, velocity: Tensor, angle: float) -> Tensor:
-    """Residual that a noised residual and its velocity belong to."""
-    return math.cos(angle) * noisy - math.sin(angle) * velocity
+def loss_weight(angle: Tensor) -> Tensor:
+    """Weight of the residual's squared error at a noise level: that of v-prediction, bounded where noise vanishes."""
+    return 1.0 / (angle.sin().square() + SMALLEST_SINE**2)
 
 
 def largest_angle(beta: float) -> float:
@@ -58,10 +59,12 @@ def largest_angle(beta: float) -> float:
 def sampling_angles(beta: float, evaluations: int) -> list[float]:
     """Noise levels of the sampler, from the end of the schedule down to 0, `evaluations` + 1 of them.
 
-    Equal steps in angle: each rotates the sample by the same amount, whatever beta.
+    Steps grow from the end of the schedule on: angle = end * (1 - (i / evaluations)^SAMPLING_POWER). What a member
+    looks like at large is decided where there is almost only noise; with equal steps, 8 evaluations lose half of
+    the spread there. The power was chosen on MRMS validation windows at (8,3) and (25,6).
     """
     top = largest_angle(beta)
-    return [top * (1 - i / evaluations) for i in range(evaluations)] + [0.0]
+    return [top * (1 - (i / evaluations) ** SAMPLING_POWER) for i in range(evaluations)] + [0.0]
 
 
 def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: list[float]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stsr_core.checkpoint import Checkpoint, Served
 from stsr_core.conservation import conserve
-from stsr_core.diffusion import residual_of, sampling_angles
+from stsr_core.diffusion import sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
@@ -102,8 +102,7 @@ class Downscaler:
         """Residual that the denoiser expects in windows at one noise level, unit variance, (B, T, 1, H, W)."""
         with self._precision():
             angles = torch.full((len(noisy),), angle, device=self.device)
-            velocity = self.denoiser(noisy, angles, mean, conditions, self.factor).float()
-            return residual_of(noisy, velocity, angle)
+            return self.denoiser(noisy, angles, mean, conditions, self.factor).float()
 
     def amounts(self, mean: Tensor, residual: Tensor) -> Tensor:
         """Amounts [mm per fine step] of a transformed mean and a residual of unit variance, >= 0."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import cftime
@@ -81,6 +83,29 @@ class Grid:
     def refine(self, parts: int) -> Grid:
         """Split every cell into `parts` x `parts` equal cells."""
         return Grid(self.y.refine(parts), self.x.refine(parts), self.crs_wkt)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Any cells: curvilinear grids, meshes, and axes that are not regular.
+
+    Attributes:
+        corners: corners of every cell as (x, y), (N, V, 2), float64; short cells repeat NaN at the end.
+        crs_wkt: the CRS that gives them meaning.
+    """
+
+    corners: NDArray[np.float64]
+    crs_wkt: str
+
+    @property
+    def size(self) -> int:
+        """Number of cells, N."""
+        return int(self.corners.shape[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of corners and CRS: equal cells have the same."""
+        return hashlib.sha256(np.ascontiguousarray(self.corners).tobytes() + self.crs_wkt.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+Advance = Callable[[int, float], None]  # steps just done, and the seconds of work in them
 LINE_EVERY_S = 10.0  # seconds between plain lines
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr while the context lasts; yields what is called with the steps just done."""
+def progress_bar(description: str, total: int) -> Iterator[Advance]:
+    """Show progress on stderr while the context lasts; yields what is called with the steps just done
+    and the seconds they took."""
     if sys.stderr.isatty():
         with _terminal(description, total) as advance:
             yield advance
@@ -22,7 +24,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
 
 
 @contextmanager
-def _terminal(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _terminal(description: str, total: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -37,7 +39,7 @@ def _terminal(description: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, rate="")
 
-        def advance(steps: int) -> None:
+        def advance(steps: int, _seconds: float = 0.0) -> None:
             bar.advance(task, steps)
             speed = bar.tasks[0].speed
             bar.update(task, rate=f"{speed:.1f}/s" if speed else "")
@@ -46,11 +48,11 @@ def _terminal(description: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _lines(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _lines(description: str, total: int) -> Iterator[Advance]:
     started = said = time.monotonic()
     done = 0
 
-    def advance(steps: int) -> None:
+    def advance(steps: int, _seconds: float = 0.0) -> None:
         nonlocal done, said
         done += steps
         now = time.monotonic()

@@ -7,9 +7,10 @@ cells on it, a target step the overlap-weighted sum of the source steps in it.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import shapely
@@ -17,18 +18,24 @@ from pyproj import CRS, Geod, Transformer
 from scipy import sparse
 
 from stsr_core.errors import GridError
-from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.sources.cube import Cube
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis
+from stsr_core.sources.box import Box, crs_of, part_of
+from stsr_core.sources.cube import Coarse, Cube
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.configuration import TargetGrid
     from stsr_core.factors import Factor
+    from stsr_core.sources.cube import CellCube
 
+AnyCube = TypeVar("AnyCube", "Cube", "CellCube")
 COVERED = 1 - 1e-6  # share of a target cell that source cells must cover
 MISSING_SHARE = 1e-6  # share of missing source area above which a target cell is missing
-MARGIN_CELLS = 2  # source cells kept around the target box
+OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
+LARGEST_FACTOR = 25
+KEPT_WEIGHTS = 8  # pairs of grids whose weights a process keeps
+BLOCK_VALUES = 1 << 24  # values that are regridded at a time
 
 
 def coarse_grid(target: TargetGrid, factor: Factor) -> Grid:
@@ -51,39 +58,80 @@ def coarse_grid(target: TargetGrid, factor: Factor) -> Grid:
     )
 
 
-def native_factor(cube: Cube, target: TargetGrid) -> tuple[float, float]:
-    """Factor (space, time) that a cube would need as it is: its cell size and cadence over those of the target.
+def reach(target: TargetGrid) -> Box:
+    """Return the box that the coarse lattices of all factors need: the target grown by the largest coarse cell."""
+    grow = target.spacing_m * LARGEST_FACTOR
+    return Box(
+        target.x_min - grow, target.y_min - grow, target.x_max + grow, target.y_max + grow,
+        CRS.from_user_input(target.crs).to_wkt(),
+    )  # fmt: skip
 
-    The cell size is the root of the area of the source cell at the middle of the target box.
+
+def native_factor(coarse: Coarse, target: TargetGrid) -> tuple[float, float]:
+    """Factor (space, time) that a source would need as it is: its cell size and cadence over those of the target.
+
+    The cell size is the root of the area of the source cell that holds the middle of the target box, else the nearest.
+
+    Raises:
+        GridError: the source has no CRS.
     """
-    crs = _crs_of(cube)
-    to_source = Transformer.from_crs(CRS.from_user_input(target.crs), crs, always_xy=True)
-    x, y = to_source.transform((target.x_min + target.x_max) / 2, (target.y_min + target.y_max) / 2)
-    dx, dy = abs(cube.grid.x.step), abs(cube.grid.y.step)
+    x, y = (target.x_min + target.x_max) / 2, (target.y_min + target.y_max) / 2
+    crs = CRS.from_user_input(target.crs)
+    middle = Box(x - 1, y - 1, x + 1, y + 1, crs.to_wkt())
+    place = place_of(coarse)
+    nearby = part_of(place, _shape(place), Box.around(_box_grid(target, crs)))
+    corners = cells_of(nearby.grid).corners
+    source = CRS.from_wkt(crs_of(place))
+    west, south, _, _ = middle.bounds_in(source)
+    inside = shapely.distance(_rings(corners), shapely.Point(west, south))
+    return (
+        math.sqrt(_area_m2(corners[int(np.argmin(inside))], source)) / target.spacing_m,
+        coarse.times.step / timedelta(hours=target.fine_step_h),
+    )
+
+
+def _box_grid(target: TargetGrid, crs: CRS) -> Grid:
+    width, height = target.x_max - target.x_min, target.y_max - target.y_min
+    return Grid(Axis(target.y_min + height / 2, height, 1), Axis(target.x_min + width / 2, width, 1), crs.to_wkt())
+
+
+def _area_m2(ring: NDArray[np.float64], crs: CRS) -> float:
+    ring = ring[np.isfinite(ring).all(axis=1)]
     if crs.is_geographic:
         geod = crs.get_geod() or Geod(ellps="WGS84")
-        width = geod.inv(x - dx / 2, y, x + dx / 2, y)[2]
-        height = geod.inv(x, y - dy / 2, x, y + dy / 2)[2]
-    else:
-        metres = crs.axis_info[0].unit_conversion_factor
-        width, height = dx * metres, dy * metres
-    return math.sqrt(width * height) / target.spacing_m, cube.times.step / timedelta(hours=target.fine_step_h)
+        return float(abs(geod.polygon_area_perimeter(ring[:, 0], ring[:, 1])[0]))
+    metres = float(crs.axis_info[0].unit_conversion_factor)
+    return float(shapely.Polygon(ring).area) * metres**2
 
 
-def _crs_of(cube: Cube) -> CRS:
-    if cube.grid.crs_wkt is None:
-        raise GridError(
-            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in "
-            "catalog.yaml."
-        )
-    return CRS.from_wkt(cube.grid.crs_wkt)
+def place_of(coarse: Coarse) -> Grid | Cells:
+    """Return the grid, or the cells, of a source."""
+    return coarse.grid if isinstance(coarse, Cube) else coarse.cells
 
 
-def regrid(cube: Cube, grid: Grid) -> Cube:
-    """Regrid conservatively onto another regular grid, by exact overlap of cell polygons in its CRS.
+def _shape(place: Grid | Cells) -> tuple[int, ...]:
+    return (place.size,) if isinstance(place, Cells) else place.shape
+
+
+def cells_of(grid: Grid | Cells) -> Cells:
+    """Cells of a grid, row by row.
+
+    Raises:
+        GridError: it has no CRS.
+    """
+    if isinstance(grid, Cells):
+        return grid
+    x, y = np.meshgrid(grid.x.edges, grid.y.edges)
+    corner = np.stack((x, y), axis=-1)
+    rings = np.stack((corner[:-1, :-1], corner[:-1, 1:], corner[1:, 1:], corner[1:, :-1]), axis=2)
+    return Cells(rings.reshape(-1, 4, 2), crs_of(grid))
+
+
+def regrid(coarse: Coarse, grid: Grid) -> Cube:
+    """Regrid conservatively onto a regular grid, by exact overlap of cell polygons in its CRS.
 
     Args:
-        cube: coarse amounts with a CRS.
+        coarse: amounts on cells with a CRS.
         grid: target with a CRS.
 
     Returns:
@@ -91,22 +139,60 @@ def regrid(cube: Cube, grid: Grid) -> Cube:
         of it lies on missing source cells. Edges of source cells are straight in the target's CRS.
 
     Raises:
-        GridError: a CRS is unknown, or source cells do not cover the target.
+        GridError: a CRS is unknown, or source cells do not cover the target, or overlap each other.
     """
-    if cube.grid == grid:
-        return cube
-    source, rows, columns = _nearby(cube, grid)
-    polygons = _polygons(source, CRS.from_wkt(grid.crs_wkt or ""))
-    cells = _polygons(grid, None)
-    target_index, source_index = shapely.STRtree(polygons).query(cells, predicate="intersects")
-    area = shapely.area(shapely.intersection(cells[target_index], polygons[source_index]))
+    if isinstance(coarse, Cube) and coarse.grid == grid:
+        return coarse
+    part, weights, covered = _weights(_Pair(place_of(coarse), grid))
+    flat = coarse.amount.reshape(coarse.times.size, -1)
+    out = np.empty((coarse.times.size, *grid.shape), np.float32)
+    block = max(1, BLOCK_VALUES // max(1, weights.shape[0] + weights.shape[1]))
+    for first in range(0, len(flat), block):
+        some = flat[first : first + block, part].T.astype(np.float64)
+        out[first : first + block] = _weighted(weights, some, covered).T.reshape(-1, *grid.shape)
+    return Cube(out, coarse.times, grid, coarse.attributes)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A source and a target; equal pairs have equal weights, which are kept."""
+
+    source: Grid | Cells
+    target: Grid
+
+    def __hash__(self) -> int:
+        return hash((self._key, self.target))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Pair) and (self._key, self.target) == (other._key, other.target)
+
+    @property
+    def _key(self) -> Grid | str:
+        return self.source.digest if isinstance(self.source, Cells) else self.source
+
+
+@lru_cache(maxsize=KEPT_WEIGHTS)
+def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix, NDArray[np.float64]]:
+    """Source cells that matter, their shares of every target cell (target, source), and how far each is covered."""
+    grid = pair.target
+    shape = _shape(pair.source)
+    nearby = part_of(pair.source, shape, Box.around(grid))
+    index = nearby.index(shape)
+    polygons = _polygons(cells_of(nearby.grid), CRS.from_wkt(grid.crs_wkt or ""))
+    targets = _rings(cells_of(grid).corners)
+    target_index, source_index = shapely.STRtree(polygons).query(targets, predicate="intersects")
+    area = shapely.area(shapely.intersection(targets[target_index], polygons[source_index]))
     share = area / abs(grid.x.step * grid.y.step)
-    weights = sparse.csr_matrix((share, (target_index, source_index)), shape=(len(cells), len(polygons)))
+    weights = sparse.csr_matrix((share, (target_index, source_index)), shape=(len(targets), len(polygons)))
     covered = np.asarray(weights.sum(axis=1)).ravel()
     if covered.min() < COVERED:
         raise GridError(_uncovered(grid, covered))
-    amount = cube.amount[:, rows, columns].reshape(cube.times.size, -1).T.astype(np.float64)
-    return replace(cube, amount=_weighted(weights, amount, covered).T.reshape(-1, *grid.shape), grid=grid)
+    if covered.max() > OVERLAPPED:
+        raise GridError(
+            f"Source cells overlap each other: a target cell is covered {covered.max():.3f} times. Are the bounds of "
+            "its cells right?"
+        )
+    return index, weights, covered
 
 
 def _weighted(
@@ -119,46 +205,39 @@ def _weighted(
     return result.astype(np.float32)
 
 
-def _nearby(cube: Cube, grid: Grid) -> tuple[Grid, slice, slice]:
-    """Part of the source grid around the target, and where it lies in the cube."""
-    crs = _crs_of(cube)
-    to_source = Transformer.from_crs(CRS.from_wkt(grid.crs_wkt or ""), crs, always_xy=True)
-    x, y = grid.x.edges, grid.y.edges
-    west, south, east, north = to_source.transform_bounds(x.min(), y.min(), x.max(), y.max(), densify_pts=51)
-
-    def part(axis: Axis, low: float, high: float, name: str) -> slice:
-        position = sorted(((low - axis.edges[0]) / axis.step, (high - axis.edges[0]) / axis.step))
-        if position[0] < -1e-9 or position[1] > axis.size + 1e-9:
-            raise GridError(
-                f"The source covers {name} {min(axis.edges[0], axis.edges[-1]):.4f} to "
-                f"{max(axis.edges[0], axis.edges[-1]):.4f}; the target needs {low:.4f} to {high:.4f}. "
-                "Choose a smaller target grid in catalog.yaml, or a larger source."
-            )
-        first, last = math.floor(position[0]) - MARGIN_CELLS, math.ceil(position[1]) + MARGIN_CELLS
-        return slice(max(0, first), min(axis.size, last))
-
-    rows = part(cube.grid.y, south, north, "y")
-    columns = part(cube.grid.x, west, east, "x")
-    y_axis, x_axis = cube.grid.y.isel(rows.start, rows.stop), cube.grid.x.isel(columns.start, columns.stop)
-    return Grid(y_axis, x_axis, crs.to_wkt()), rows, columns
+def _polygons(cells: Cells, crs: CRS) -> NDArray[np.object_]:
+    """Cell polygons in another CRS; cells without a place there are empty."""
+    x, y = Transformer.from_crs(CRS.from_wkt(cells.crs_wkt), crs, always_xy=True).transform(
+        cells.corners[..., 0], cells.corners[..., 1]
+    )
+    corners = np.stack((np.asarray(x), np.asarray(y)), axis=-1)
+    corners[~np.isfinite(corners)] = np.nan
+    polygons = _rings(corners)
+    bent = ~shapely.is_valid(polygons)
+    if bent.any():
+        raise GridError(
+            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
+            "its cells in order?"
+        )
+    return polygons
 
 
-def _polygons(grid: Grid, crs: CRS | None) -> NDArray[np.object_]:
-    """Cell polygons, row by row, in another CRS if one is given."""
-    x, y = np.meshgrid(grid.x.edges, grid.y.edges)
-    if crs is not None:
-        x, y = Transformer.from_crs(CRS.from_wkt(grid.crs_wkt or ""), crs, always_xy=True).transform(x, y)
-    corner = np.stack((x, y), axis=-1)
-    rings = np.stack((corner[:-1, :-1], corner[:-1, 1:], corner[1:, 1:], corner[1:, :-1]), axis=2)
-    return shapely.polygons(rings.reshape(-1, 4, 2))
+def _rings(corners: NDArray[np.float64]) -> NDArray[np.object_]:
+    """Polygons of corners (N, V, 2); corners that are NaN repeat the one before."""
+    filled = corners.copy()
+    for v in range(1, filled.shape[1]):
+        absent = ~np.isfinite(filled[:, v]).all(axis=1)
+        filled[absent, v] = filled[absent, v - 1]
+    return np.asarray(shapely.polygons(np.where(np.isfinite(filled), filled, 0.0)))
 
 
 def _uncovered(grid: Grid, covered: NDArray[np.float64]) -> str:
-    worst = np.unravel_index(int(covered.argmin()), grid.shape)
-    x, y = grid.x.centres[worst[1]], grid.y.centres[worst[0]]
+    rows, columns = np.nonzero((covered < COVERED).reshape(grid.shape))
+    y, x = ((axis.edges[[index.min(), index.max() + 1]]) for axis, index in ((grid.y, rows), (grid.x, columns)))
     return (
-        f"{int((covered < COVERED).sum())} of {covered.size} target cells are not covered by source cells; the worst, "
-        f"at x = {x:.0f}, y = {y:.0f}, is covered to {covered.min():.0%}. Choose a smaller target grid in catalog.yaml."
+        f"{rows.size} of {covered.size} target cells are not covered by source cells: they lie in x {x.min():.0f} to "
+        f"{x.max():.0f}, y {y.min():.0f} to {y.max():.0f}; the worst is covered to {covered.min():.0%}. Choose a "
+        "smaller target grid in catalog.yaml, or a larger source."
     )
 
 
@@ -179,7 +258,7 @@ def _along(amount: NDArray[np.float32], axis: int, weights: NDArray[np.float64])
     return np.moveaxis(result, -1, axis).astype(np.float32)
 
 
-def regrid_time(cube: Cube, step: timedelta) -> Cube:
+def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
     """Change the cadence conservatively; new steps lie on absolute multiples of `step` inside the cube's period.
 
     Raises:

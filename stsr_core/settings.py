@@ -20,6 +20,9 @@ class Settings(BaseSettings):
     destination: str = Field(
         default="stsr-output", description="Folder or s3://bucket/prefix that holds the published catalogue."
     )
+    sole_publisher: bool = Field(
+        default=False, description="Nobody else publishes there: accept a store without conditional writes."
+    )
     checkpoints: str | None = Field(
         default=None, description="Folder of checkpoints; without it the ones shipped with stsr."
     )
@@ -28,6 +31,16 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the networks run.")
     workers: int = Field(default=0, ge=0, description="Local workers; 0 means one per core or per GPU.")
+    device_rate: float = Field(
+        default=6e5,
+        gt=0,
+        description="Fine cell-evaluations per second and device, for estimates: "
+        "cell_evaluations_per_s_in_networks of `stsr bench`.",
+    )
+    max_device_hours: float | None = Field(
+        default=None, gt=0, description="A run whose plan is estimated above this is refused."
+    )
+    price_per_device_hour: float = Field(default=0.0, ge=0, description="For the cost that plans show.")
     match_limit: float = Field(
         default=1.5, gt=1.0, description="Largest ratio on an axis between the factor asked for and the one used."
     )

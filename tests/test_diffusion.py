@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stsr_core.diffusion import add_noise, noise_angle, residual_of, sample, sampling_angles
+from stsr_core.diffusion import add_noise, largest_angle, loss_weight, noise_angle, sample, sampling_angles
 
 
 def test_noise_grows_along_the_schedule_and_with_beta():
@@ -25,10 +25,17 @@ def test_schedule_is_the_limit_of_the_discrete_one(beta):
     np.testing.assert_allclose(noise_angle(u, beta), discrete, rtol=0.01)
 
 
-def test_residual_is_recovered_from_noised_residual_and_velocity():
-    residual, noise = torch.randn(2, 3, 4)
-    noisy, velocity = add_noise(residual, noise, torch.tensor(0.7))
-    torch.testing.assert_close(residual_of(noisy, velocity, 0.7), residual)
+def test_noising_keeps_the_variance_and_the_loss_weight_is_that_of_v_prediction():
+    residual, noise = torch.randn(2, 100_000)
+    angle = torch.tensor(0.7)
+    noisy = add_noise(residual, noise, angle)
+    assert float(noisy.var()) == pytest.approx(1.0, rel=0.02)
+    # An error e of the residual is an error e / sin(angle) of the velocity (cos * noisy - residual) / sin.
+    guess = residual + 0.3
+    velocity, guessed = ((angle.cos() * noisy - r) / angle.sin() for r in (residual, guess))
+    error = (guessed - velocity).square().mean()
+    assert float(loss_weight(angle) * 0.09) == pytest.approx(float(error), rel=0.03)
+    assert float(loss_weight(torch.tensor(0.0))) == pytest.approx(100.0)
 
 
 def gaussian_denoiser(covariance: torch.Tensor):
@@ -62,8 +69,10 @@ def test_smaller_noise_amplitude_gives_less_spread():
     assert spread[0] != pytest.approx(spread[1], rel=0.05)
 
 
-def test_sampling_angles_fall_to_zero_in_equal_steps():
+def test_sampling_angles_fall_from_the_end_of_the_schedule_to_zero_in_growing_steps():
     angles = sampling_angles(0.02, 8)
     assert len(angles) == 9
+    assert angles[0] == pytest.approx(largest_angle(0.02))
     assert angles[-1] == 0.0
-    np.testing.assert_allclose(np.diff(angles), np.diff(angles)[0], rtol=1e-9)
+    steps = -np.diff(angles)
+    assert (np.diff(steps) > 0).all()

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,6 +17,7 @@ def imported_by(module: str) -> set[str]:
         "stsr_core.sources.harmonise",
         "stsr_core.sources.open",
         "stsr_core.regrid",
+        "stsr_core.inspection",
         "stsr_core.ensemble.plan",
         "stsr_core.checkpoint",
     ],
@@ -32,7 +32,12 @@ def test_nothing_in_the_core_needs_prefect(module):
 
 
 def test_importing_the_catalogue_is_cheap():
-    assert not {"xarray", "zarr", "pystac", "dask"} & imported_by("stsr_core.catalog")
-    started = time.perf_counter()
-    imported_by("stsr_core.catalog")
-    assert time.perf_counter() - started < 5  # a generous bound for a busy machine; measured: well under one second
+    assert not {"xarray", "zarr", "pystac", "dask", "pyarrow", "obstore"} & imported_by("stsr_core.catalog")
+    assert processor_seconds("import stsr_core.catalog") - processor_seconds("pass") < 1
+
+
+def processor_seconds(code: str) -> float:
+    """Time of the processor, which others on the machine do not lengthen as they do the clock's; best of three."""
+    script = f"import time; {code}; print(time.process_time())"
+    runs = [subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True) for _ in "123"]
+    return min(float(run.stdout) for run in runs)

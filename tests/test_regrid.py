@@ -62,9 +62,10 @@ def test_missing_source_cells_stay_missing_and_touch_only_what_they_cover():
     np.testing.assert_allclose(out.amount[1][~np.isnan(out.amount[1])], 1.0, rtol=1e-6)
 
 
-def test_a_target_outside_the_source_names_what_is_covered():
-    with pytest.raises(GridError, match=r"The source covers y .* the target needs"):
-        regrid(cube_of(np.ones((1, 10, 40))), coarse_grid(TARGET, Factor(space=10, time=1)))
+def test_a_target_outside_the_source_names_what_is_not_covered():
+    # Rows end at 46.05 - 10 * 0.1 = 45.05 N, which is y = 6.42e6 m or more everywhere in the box: nothing is covered.
+    with pytest.raises(GridError, match=r"The source covers .* the target needs .* all of it uncovered"):
+        regrid(cube_of(np.ones((1, 5, 40))), coarse_grid(TARGET, Factor(space=10, time=1)))
 
 
 def test_a_source_without_crs_is_refused():

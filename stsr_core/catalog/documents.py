@@ -1,4 +1,4 @@
-"""Small JSON documents in a folder or bucket, with the two writes that publishing rests on.
+"""Small files in a folder or bucket, with the two writes that publishing rests on.
 
 `create` never overwrites, and `replace` succeeds only if nobody else replaced the document meanwhile. In
 buckets both are conditional writes of the server; on local disks a lock file stands in for the second.
@@ -10,17 +10,24 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stsr_core.errors import PublicationError
 
 Options = Mapping[str, object]
 S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
 Document = dict[str, Any]
+RACERS = 4  # writers that race in the probe for conditional writes
+_probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
 
 
 class ConflictError(PublicationError):
@@ -28,32 +35,62 @@ class ConflictError(PublicationError):
 
 
 def encode(document: Document) -> bytes:
-    """Encode a document as it is stored."""
-    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+    """Encode a document as it is stored; on one line, because collections grow to ten thousand links."""
+    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents below a destination, a local folder or s3://bucket/prefix; paths are relative to it."""
+    """Files below a destination: a local folder, s3://bucket/prefix, or for reading http(s)://; paths are relative.
+
+    Attributes:
+        destination: where.
+        options: options of the fsspec filesystem, for s3.
+        sole_publisher: the operator's word that nobody else publishes here; then a store may lack conditional writes.
+    """
 
     destination: str
     options: Options = field(default_factory=dict, repr=False)
+    sole_publisher: bool = False
 
+    @cached_property
     def _bucket(self) -> Any:
-        from obstore.store import S3Store
+        from obstore.store import HTTPStore, S3Store
 
+        client: Any = {"allow_http": True, "timeout": timedelta(seconds=60)}
+        if self.destination.startswith(("http://", "https://")):
+            return HTTPStore.from_url(self.destination, client_options=client)
         o: dict[str, Any] = dict(self.options)
         return S3Store.from_url(
             self.destination,
             **{name: o[key] for key, name in S3_NAMES.items() if key in o},
             skip_signature=bool(o.get("anon", False)),
             region="us-east-1",
-            client_options={"allow_http": True},
+            client_options=client,
+            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
         )
 
-    @property
+    @cached_property
     def _local(self) -> Path | None:
         return None if "://" in self.destination else Path(self.destination)
+
+    def fetch(self, path: str) -> tuple[bytes, str] | None:
+        """Return the bytes of a file and the tag of their state, None where there is none.
+
+        Raises:
+            PublicationError: the store cannot be reached.
+        """
+        if self._local is not None:
+            return self._fetch_local(path)
+        import obstore
+
+        try:
+            result = obstore.get(self._bucket, path)
+            return bytes(result.bytes()), str(result.meta["e_tag"])
+        except FileNotFoundError:
+            return None
+        except obstore.exceptions.BaseError as e:
+            raise self._unreachable(e) from e
 
     def read(self, path: str) -> tuple[Document, str] | None:
         """Return a document and the tag of its state, None where there is none.
@@ -61,19 +98,24 @@ class Documents:
         Raises:
             PublicationError: the document is no JSON object, or the store cannot be reached.
         """
-        found = self._read_local(path) if self._local is not None else self._read_bucket(path)
+        found = self.fetch(path)
         if found is None:
             return None
         raw, tag = found
         try:
             document = json.loads(raw)
         except ValueError as e:
-            raise PublicationError(
-                f"{self.destination}/{path} is damaged ({e}). Restore it from a backup before you publish."
-            ) from e
+            raise self._damaged(path, str(e)) from e
+        if not isinstance(document, dict):
+            raise self._damaged(path, f"a {type(document).__name__} instead of an object")
         return document, tag
 
-    def _read_local(self, path: str) -> tuple[bytes, str] | None:
+    def _damaged(self, path: str, reason: str) -> PublicationError:
+        return PublicationError(
+            f"{self.destination}/{path} is damaged ({reason}). Restore it from a backup before you publish."
+        )
+
+    def _fetch_local(self, path: str) -> tuple[bytes, str] | None:
         assert self._local is not None
         try:
             raw = (self._local / path).read_bytes()
@@ -81,16 +123,18 @@ class Documents:
             return None
         return raw, hashlib.sha256(raw).hexdigest()
 
-    def _read_bucket(self, path: str) -> tuple[bytes, str] | None:
-        import obstore
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file under a prefix that is this process's own.
 
-        try:
-            result = obstore.get(self._bucket(), path)
-            return bytes(result.bytes()), str(result.meta["e_tag"])
-        except FileNotFoundError:
-            return None
-        except obstore.exceptions.BaseError as e:
-            raise self._unreachable(e) from e
+        Raises:
+            PublicationError: the destination cannot be written.
+        """
+        if self._local is None:
+            self._put(path, data, "overwrite", lambda: None)
+            return
+        target = self._local / path
+        with self._writing(target):
+            _write_atomically(target, data)
 
     def create(self, path: str, document: Document) -> None:
         """Write a document that is not there yet.
@@ -99,21 +143,20 @@ class Documents:
             ConflictError: it is there.
             PublicationError: the destination cannot be written.
         """
+
+        def refuse() -> NoReturn:
+            raise ConflictError(f"{self.destination}/{path} exists already; it is never overwritten.")
+
         if self._local is not None:
             target = self._local / path
             with self._locked(target):
                 if target.exists():
-                    raise ConflictError(f"{target} exists already; it is never overwritten.")
+                    refuse()
                 _write_atomically(target, encode(document))
             return
-        import obstore
-
-        try:
-            obstore.put(self._bucket(), path, encode(document), mode="create")
-        except obstore.exceptions.AlreadyExistsError as e:
-            raise ConflictError(f"{self.destination}/{path} exists already; it is never overwritten.") from e
-        except obstore.exceptions.BaseError as e:
-            raise self._unreachable(e) from e
+        if self.sole_publisher and self.fetch(path) is not None:
+            refuse()
+        self._put(path, encode(document), "overwrite" if self.sole_publisher else "create", refuse)
 
     def replace(self, path: str, document: Document, tag: str) -> None:
         """Replace a document that is still in the state `tag`.
@@ -122,58 +165,165 @@ class Documents:
             ConflictError: somebody else replaced it.
             PublicationError: the destination cannot be written.
         """
+
+        def refuse() -> NoReturn:
+            raise ConflictError(f"{self.destination}/{path} was changed by another publisher.")
+
         if self._local is not None:
             target = self._local / path
             with self._locked(target):
-                now = self._read_local(path)
+                now = self._fetch_local(path)
                 if now is None or now[1] != tag:
-                    raise ConflictError(f"{target} was changed by another publisher.")
+                    refuse()
                 _write_atomically(target, encode(document))
+            return
+        if self.sole_publisher and (now := self.fetch(path)) is not None and now[1] != tag:
+            refuse()
+        self._put(path, encode(document), "overwrite" if self.sole_publisher else {"e_tag": tag}, refuse)
+
+    def _put(self, path: str, data: bytes, mode: Any, refuse: Callable[[], None]) -> None:
+        """Put an object under a condition; `refuse` raises if the server says that it does not hold."""
+        import obstore
+
+        known = (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError)
+        try:
+            obstore.put(self._bucket, path, data, mode=mode)
+        except known:
+            refuse()
+        except obstore.exceptions.BaseError as e:
+            raise self._unreachable(e) from e
+
+    def require_conditional_writes(self) -> None:
+        """Probe the store, once a process: publishers that race are safe only where conditional writes hold.
+
+        Raises:
+            PublicationError: they do not hold, and this is not the sole publisher.
+        """
+        if self.sole_publisher or self.destination in _probed:
+            return
+        path = f".probe-{uuid.uuid4().hex}.json"
+        try:
+            flaw = self._flaw(path)
+        finally:
+            self.remove(path)
+        if flaw is not None:
+            raise PublicationError(
+                f"{self.destination} does not keep its conditional writes ({flaw}), so two publishers could destroy "
+                "each other's versions. Use a store that honours If-Match and If-None-Match, or, if nobody else ever "
+                "publishes there, say so with STSR_SOLE_PUBLISHER=true."
+            )
+        _probed.add(self.destination)
+
+    def _flaw(self, path: str) -> str | None:
+        """Say what is wrong with the conditional writes of the store, None where nothing is."""
+        self.create(path, {"n": 0})
+        if self._succeeds(lambda: self.create(path, {"n": 1})):
+            return "an object was created twice"
+        found = self.read(path)
+        if found is None:
+            return "an object vanished"
+        with ThreadPoolExecutor(RACERS) as pool:
+            won = list(
+                pool.map(lambda n: self._succeeds(lambda: self.replace(path, {"n": n}, found[1])), range(1, RACERS + 1))
+            )
+        if sum(won) != 1:
+            return f"{sum(won)} of {RACERS} replacements of one state succeeded"
+        return None
+
+    @staticmethod
+    def _succeeds(write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except ConflictError:
+            return False
+        return True
+
+    def remove(self, path: str) -> None:
+        """Remove a file or everything below a prefix; nothing happens where there is none."""
+        if self._local is not None:
+            target = self._local / path
+            if target.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                target.unlink(missing_ok=True)
             return
         import obstore
 
         try:
-            obstore.put(self._bucket(), path, encode(document), mode={"e_tag": tag})
-        except (obstore.exceptions.PreconditionError, FileNotFoundError) as e:
-            raise ConflictError(f"{self.destination}/{path} was changed by another publisher.") from e
+            paths = [meta["path"] for batch in obstore.list(self._bucket, path) for meta in batch]
+            for name in paths or [path]:
+                obstore.delete(self._bucket, name)
+        except FileNotFoundError:
+            return
         except obstore.exceptions.BaseError as e:
             raise self._unreachable(e) from e
 
-    def remove(self, path: str) -> None:
-        """Remove a document or everything below a prefix."""
-        from stsr_core.store.layout import filesystem
-
-        fs, root = filesystem(self.destination, self.options)
-        if fs.exists(f"{root}/{path}"):
-            fs.rm(f"{root}/{path}", recursive=True)
-
     def names(self, prefix: str) -> list[str]:
-        """Names directly below a prefix."""
-        from stsr_core.store.layout import filesystem
+        """Names directly below a prefix; those that begin with a dot are not counted."""
+        if self._local is not None:
+            folder = self._local / prefix
+            return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+        import obstore
 
-        fs, root = filesystem(self.destination, self.options)
-        if not fs.isdir(f"{root}/{prefix}"):
-            return []
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(f"{root}/{prefix}", detail=False))
+        try:
+            found = obstore.list_with_delimiter(self._bucket, prefix)
+        except obstore.exceptions.BaseError as e:
+            raise self._unreachable(e) from e
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
+
+    def files(self, prefix: str) -> dict[str, tuple[int, datetime]]:
+        """Size and time of writing of every file below a prefix (or of that file), by path below the destination."""
+        if self._local is not None:
+            return _local_files(self._local, prefix)
+        import obstore
+
+        try:
+            listed = [meta for batch in obstore.list(self._bucket, prefix) for meta in batch]
+            if not listed:
+                listed = [obstore.head(self._bucket, prefix)]
+        except FileNotFoundError:
+            return {}
+        except obstore.exceptions.BaseError as e:
+            raise self._unreachable(e) from e
+        return {str(m["path"]): (m["size"], m["last_modified"]) for m in listed}
 
     def _unreachable(self, error: Exception) -> PublicationError:
         first = str(error).strip().split("\n")[0][:200]
         return PublicationError(f"{self.destination} cannot be used ({first}). Check address, credentials and rights.")
 
     @contextmanager
-    def _locked(self, target: Path) -> Iterator[None]:
+    def _writing(self, target: Path) -> Iterator[None]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(target.parent / ".lock", os.O_RDWR | os.O_CREAT)
+            yield
         except OSError as e:
             raise PublicationError(
                 f"{target.parent} cannot be written ({e.strerror}). Check the path and its permissions."
             ) from e
+
+    @contextmanager
+    def _locked(self, target: Path) -> Iterator[None]:
+        with self._writing(target):
+            handle = os.open(target.parent / ".lock", os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(handle)
+
+
+def _local_files(root: Path, prefix: str) -> dict[str, tuple[int, datetime]]:
+    target = root / prefix
+    found: dict[str, tuple[int, datetime]] = {}
+    for path in sorted(target.rglob("*")) if target.is_dir() else [target]:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+            state = path.stat()
+        except FileNotFoundError:  # somebody else is cleaning
+            continue
+        if path.is_file() and path.name[0] != ".":
+            found[path.relative_to(root).as_posix()] = (state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
+    return found
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

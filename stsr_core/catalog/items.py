@@ -11,6 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stsr_core.grids import Grid
     from stsr_core.store.layout import StoreLayout
 
@@ -23,8 +25,12 @@ EXTENSIONS = [
     f"{_BASE}/projection/v2.0.0/schema.json",
     f"{_BASE}/file/v2.1.0/schema.json",
     f"{_BASE}/zarr/v1.1.0/schema.json",
+    f"{_BASE}/render/v2.0.0/schema.json",
 ]
-COLLECTION_EXTENSIONS = EXTENSIONS[:1]
+MLM = f"{_BASE}/mlm/v1.5.2/schema.json"
+COLLECTION_EXTENSIONS = [EXTENSIONS[0], EXTENSIONS[4]]  # version, file
+ROOT = "../../../catalog.json"  # from an item
+COLLECTION = "../../collection.json"
 EDGE_POINTS = 21  # points along an edge of the footprint
 
 
@@ -50,6 +56,7 @@ class Provenance(BaseModel):
     code_version: str
     seed: int
     members: int
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Description:
 
 @dataclass(frozen=True)
 class SideFile:
-    """A small file beside the data: address relative to the product, media type, sha256, size."""
+    """A small file beside the data: address relative to the item, media type, sha256, size."""
 
     href: str
     media_type: str
@@ -148,90 +155,129 @@ def _projection(grid: Grid) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """Where an item stands among others; addresses relative to it, None where there is none."""
+
+    version: str
+    predecessor: str | None
+    checkpoint: str
+
+
+def zarr_asset(group: str, title: str, role: str, media_type: str = ZARR) -> dict[str, Any]:
+    """Asset of a group of the version's store."""
+    return {
+        "href": f"./data.zarr/{group}", "type": media_type, "title": title, "roles": [role],
+        "zarr:consolidated": True, "zarr:node_type": "group", "zarr:zarr_format": 3,
+    }  # fmt: skip
+
+
+def _assets(side_files: Mapping[str, SideFile]) -> dict[str, Any]:
+    stores = {
+        "ensemble": zarr_asset("ensemble", "All members", "data"),
+        "series": zarr_asset("series", "All members, laid out for time series at a point", "data"),
+        "overview": zarr_asset(
+            "overview", "Mean, quantiles and exceedance probabilities over members", "overview", f"{ZARR}; version=3"
+        ),
+        "coarse": zarr_asset("coarse", "Coarse totals that every member conserves", "source"),
+    }
+    small = {
+        key: {
+            "href": side.href, "type": side.media_type, "title": side.title, "roles": list(side.roles),
+            "file:checksum": f"1220{side.sha256}", "file:size": side.size,
+        }
+        for key, side in side_files.items()
+    }  # fmt: skip
+    return {**stores, **small}
+
+
+def _links(provenance: Provenance, lineage: Lineage) -> list[dict[str, str]]:
+    links = [
+        {"rel": "root", "href": ROOT, "type": "application/json"},
+        {"rel": "parent", "href": COLLECTION, "type": "application/json"},
+        {"rel": "collection", "href": COLLECTION, "type": "application/json"},
+        {"rel": "derived_from", "href": provenance.source_url, "title": provenance.source_attribution},
+        {"rel": "derived_from", "href": lineage.checkpoint, "type": "application/geo+json",
+         "title": f"Checkpoint {provenance.checkpoint}"},
+    ]  # fmt: skip
+    if lineage.predecessor is not None:
+        links.append({"rel": "predecessor-version", "href": lineage.predecessor, "type": "application/geo+json"})
+    return links
+
+
 def item(
     description: Description,
-    version: str,
+    lineage: Lineage,
     layout: StoreLayout,
     provenance: Provenance,
-    data_prefix: str,
-    side_files: dict[str, SideFile],
+    side_files: Mapping[str, SideFile],
     gates: list[dict[str, Any]],
-    predecessor: str | None,
     published: datetime,
 ) -> dict[str, Any]:
     """Make the STAC item of a version.
 
     Args:
         description: the product.
-        version: v1, v2, ...
+        lineage: v1, v2, ... and what it follows.
         layout: axes of the ensemble.
         provenance: what it was made from.
-        data_prefix: address of the stores relative to the item.
-        side_files: other assets by key.
+        side_files: assets besides the stores, by key.
         gates: gate results.
-        predecessor: version before this one.
         published: now.
     """
     bbox, geometry = footprint(layout.grid)
-    bounds = layout.times.bounds
-    start, end = instant(bounds[0, 0]), instant(bounds[-1, 1])
-    group = {"zarr:consolidated": True, "zarr:node_type": "group", "zarr:zarr_format": 3, "roles": ["data"]}
-    assets: dict[str, Any] = {
-        "ensemble": {"href": f"{data_prefix}/data.zarr/ensemble", "type": ZARR, "title": "All members", **group},
-        "overview": {
-            "href": f"{data_prefix}/data.zarr/overview",
-            "type": f"{ZARR}; version=3",
-            "title": "Mean, quantiles and exceedance probabilities over members",
-            **{**group, "roles": ["overview"]},
-        },
-    }
-    for key, side in side_files.items():
-        assets[key] = {
-            "href": side.href, "type": side.media_type, "title": side.title, "roles": list(side.roles),
-            "file:checksum": f"1220{side.sha256}", "file:size": side.size,
-        }  # fmt: skip
-    links = [
-        {"rel": "root", "href": "../catalog.json", "type": "application/json"},
-        {"rel": "parent", "href": "./collection.json", "type": "application/json"},
-        {"rel": "collection", "href": "./collection.json", "type": "application/json"},
-        {"rel": "derived_from", "href": provenance.source_url, "title": provenance.source_attribution},
-    ]
-    if predecessor is not None:
-        links.append({"rel": "predecessor-version", "href": f"./{predecessor}.json", "type": "application/geo+json"})
-    now = published.isoformat(timespec="seconds").replace("+00:00", "Z")
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
         "stac_extensions": EXTENSIONS,
-        "id": f"{description.product}-{version}",
+        "id": f"{description.product}-{lineage.version}",
         "collection": description.product,
         "bbox": bbox,
         "geometry": geometry,
-        "properties": {
-            "title": f"{description.title}, {version}",
-            "description": description.description,
-            "datetime": None,
-            "start_datetime": start,
-            "end_datetime": end,
-            "created": now,
-            "updated": now,
-            "license": description.license,
-            "providers": [{"name": provenance.source_attribution, "roles": ["producer", "licensor"]}],
-            "version": version,
-            "processing:level": "L4",
-            "processing:software": {"stsr": provenance.code_version},
-            "processing:lineage": (
-                f"Downscaled by factor ({provenance.factor[0]},{provenance.factor[1]}): conditional mean and residual "
-                f"diffusion, checkpoint {provenance.checkpoint}, seed {provenance.seed}."
-            ),
-            **_cube(layout),
-            **_projection(layout.grid),
-            **{f"stsr:{k}": v for k, v in provenance.model_dump(mode="json").items()},
-            "stsr:gates": gates,
-        },
-        "links": links,
-        "assets": assets,
+        "properties": _properties(description, lineage.version, layout, provenance, gates, published),
+        "links": _links(provenance, lineage),
+        "assets": _assets(side_files),
     }
+
+
+def _properties(
+    description: Description,
+    version: str,
+    layout: StoreLayout,
+    provenance: Provenance,
+    gates: list[dict[str, Any]],
+    published: datetime,
+) -> dict[str, Any]:
+    bounds = layout.times.bounds
+    now = published.isoformat(timespec="seconds").replace("+00:00", "Z")
+    return {
+        "title": f"{description.title}, {version}",
+        "description": description.description,
+        "datetime": None,
+        "start_datetime": instant(bounds[0, 0]),
+        "end_datetime": instant(bounds[-1, 1]),
+        "created": now,
+        "updated": now,
+        "license": description.license,
+        "providers": [{"name": provenance.source_attribution, "roles": ["producer", "licensor"]}],
+        "version": version,
+        "processing:level": "L4",
+        "processing:software": {"stsr": provenance.code_version},
+        "processing:lineage": (
+            f"Downscaled by factor ({provenance.factor[0]},{provenance.factor[1]}): conditional mean and residual "
+            f"diffusion, checkpoint {provenance.checkpoint}, seed {provenance.seed}."
+        ),
+        "renders": {
+            "total": {
+                "title": "Ensemble mean, total of the period", "assets": ["map"], "bidx": [1],
+                "rescale": [[0.0, 100.0]], "colormap_name": "turbo",
+            },
+        },
+        **_cube(layout),
+        **_projection(layout.grid),
+        **{f"stsr:{k}": v for k, v in provenance.model_dump(mode="json").items()},
+        "stsr:gates": gates,
+    }  # fmt: skip
 
 
 def collection(description: Description, bbox: list[float], interval: list[str]) -> dict[str, Any]:

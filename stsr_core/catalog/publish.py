@@ -1,15 +1,21 @@
 """Publication: an attempt is written aside, and becomes a version in one replacement of the collection.
 
 <destination>/catalog.json
-<destination>/<product>/collection.json            names the versions: what it does not list is not published
-<destination>/<product>/v1.json                    item of version 1, written once
-<destination>/<product>/data/<attempt>/            stores, pictures, quality report of one attempt
+<destination>/<product>/collection.json            names items and index: what it does not name is not published
+<destination>/<product>/index/*.parquet            stac-geoparquet
+<destination>/<product>/data/<attempt>/            stores, pictures, manifest, quality report and item of one attempt
+<destination>/checkpoints/<digest>/                card, weights and item of a checkpoint
+
+Publishers share no name but the collection's: whatever one of them does or leaves, it cannot harm another's version.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +23,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import (
     Description,
+    Lineage,
     Provenance,
     SideFile,
     collection,
@@ -27,15 +35,21 @@ from stsr_core.catalog.items import (
     item,
     root_catalog,
 )
+from stsr_core.catalog.manifest import NAME as MANIFEST
+from stsr_core.catalog.manifest import make_manifest
+from stsr_core.catalog.schema import validate
 from stsr_core.errors import PublicationError
-from stsr_core.store.layout import filesystem, is_whole
+from stsr_core.store.layout import is_whole
 
 if TYPE_CHECKING:
-    from stsr_core.catalog.documents import Options
+    from stsr_core.catalog.documents import Document, Options
     from stsr_core.store.layout import StoreLayout
     from stsr_core.store.verify import GateReport
 
-TRIES = 20  # publishers of one product that may race each other
+PATIENCE_SECONDS = 120.0  # how long a publisher goes on racing others
+GROUPS = ("ensemble", "series", "overview", "coarse")
+ITEM = re.compile(r"^\./data/([0-9a-f]+)/(v[1-9][0-9]*)\.json$")
+REMOVING = "stsr:removing"  # attempts and index files that a reconcile is about to remove
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,17 @@ class Attempt:
     name: str
 
     @classmethod
-    def begin(cls, destination: str, product: str, options: Options | None = None) -> Attempt:
-        """Choose a fresh place; nothing is written yet."""
-        return cls(Documents(destination, dict(options or {})), product, uuid.uuid4().hex[:12])
+    def begin(
+        cls, destination: str, product: str, options: Options | None = None, *, sole_publisher: bool = False
+    ) -> Attempt:
+        """Choose a fresh place; nothing is written yet but a probe of the store's conditional writes.
+
+        Raises:
+            PublicationError: the store has none, and others may publish there too.
+        """
+        documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+        documents.require_conditional_writes()
+        return cls(documents, product, uuid.uuid4().hex[:12])
 
     @property
     def prefix(self) -> str:
@@ -61,34 +83,47 @@ class Attempt:
         """Address of the attempt."""
         return f"{self.documents.destination}/{self.prefix}"
 
+    def group_url(self, group: str) -> str:
+        """Address of a group of the store: ensemble, series, overview or coarse."""
+        return f"{self.url}/data.zarr/{group}"
+
     @property
     def ensemble_url(self) -> str:
         """Address of the ensemble's group."""
-        return f"{self.url}/data.zarr/ensemble"
+        return self.group_url("ensemble")
 
     @property
     def overview_url(self) -> str:
         """Address of the overview's group."""
-        return f"{self.url}/data.zarr/overview"
+        return self.group_url("overview")
 
     def write_side_file(self, name: str, data: bytes, media_type: str, title: str, *roles: str) -> SideFile:
         """Write a small file beside the stores and describe it."""
-        fs, path = filesystem(self.url, self.documents.options)
-        fs.makedirs(path, exist_ok=True)
-        fs.pipe_file(f"{path}/{name}", data)
-        href = f"./data/{self.name}/{name}"
-        return SideFile(href, media_type, hashlib.sha256(data).hexdigest(), len(data), title, roles)
+        self.documents.write(f"{self.prefix}/{name}", data)
+        return SideFile(f"./{name}", media_type, hashlib.sha256(data).hexdigest(), len(data), title, roles)
 
 
 @dataclass(frozen=True)
 class Publication:
-    """All that a version consists of besides its stores."""
+    """All that a version consists of besides its stores.
+
+    Attributes:
+        description: the product.
+        layout: axes of the ensemble.
+        provenance: what it was made from.
+        report: gate results.
+        side_files: assets besides the stores and the manifest, by key.
+        checkpoint: path of the checkpoint's item below the destination.
+        known_digests: sha256 of objects that were hashed when they were written, by path below the attempt.
+    """
 
     description: Description
     layout: StoreLayout
     provenance: Provenance
     report: GateReport
     side_files: Mapping[str, SideFile]
+    checkpoint: str
+    known_digests: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -100,11 +135,28 @@ class Published:
     item_url: str
 
 
+def listed(document: Mapping[str, Any]) -> dict[str, str]:
+    """Versions that a collection lists, oldest first, with the addresses of their items relative to it.
+
+    Raises:
+        PublicationError: a link that no publisher of this catalogue writes.
+    """
+    found = {}
+    for link in document.get("links", []):
+        if link.get("rel") == "item":
+            match = ITEM.match(str(link.get("href")))
+            if match is None:
+                raise PublicationError(
+                    f"Collection {document.get('id')} lists {link.get('href')!r}, which is no item of it. It is "
+                    "damaged or foreign; restore it from a backup."
+                )
+            found[match[2]] = match[0].removeprefix("./")
+    return dict(sorted(found.items(), key=lambda pair: int(pair[0][1:])))
+
+
 def versions(document: Mapping[str, Any]) -> list[str]:
-    """Versions that a collection lists, oldest first."""
-    items = [link["href"] for link in document.get("links", []) if link.get("rel") == "item"]
-    names = [href.removeprefix("./").removesuffix(".json") for href in items]
-    return sorted(names, key=lambda v: int(v.removeprefix("v")))
+    """Names of the versions that a collection lists, oldest first."""
+    return list(listed(document))
 
 
 def publish(attempt: Attempt, publication: Publication) -> Published:
@@ -114,81 +166,126 @@ def publish(attempt: Attempt, publication: Publication) -> Published:
 
     Raises:
         GateError: a gate is not passed.
-        PublicationError: the stores are not whole, or too many publishers race.
+        PublicationError: the stores are not whole, the item is not valid, or other publishers win for too long.
     """
     publication.report.raise_if_failed()
-    for url in (attempt.ensemble_url, attempt.overview_url):
-        if not is_whole(url, attempt.documents.options):
-            raise PublicationError(f"{url} is not whole, so it is not published. Finish it first.")
-    for _ in range(TRIES):
+    _require_whole(attempt)
+    manifest = make_manifest(attempt.documents, attempt.prefix, publication.known_digests).encode()
+    side = attempt.write_side_file(
+        MANIFEST, manifest, "application/json", "Size and sha256 of every object", "metadata"
+    )
+    side_files = {**publication.side_files, "manifest": side}
+    until = time.monotonic() + PATIENCE_SECONDS
+    pause = 0.01
+    while time.monotonic() < until:
         try:
-            return _try_publish(attempt, publication)
+            published = _try_publish(attempt, publication, side_files)
         except ConflictError:
+            time.sleep(random.uniform(0, pause))
+            pause = min(2 * pause, 1.0)
             continue
-    raise PublicationError(f"{TRIES} other publishers of {attempt.product} were faster each time. Run again later.")
+        link_product(attempt.documents, attempt.product, publication.description.title)
+        return published
+    raise PublicationError(
+        f"Other publishers of {attempt.product} were faster for {PATIENCE_SECONDS:.0f} s. Run again later."
+    )
 
 
-def _try_publish(attempt: Attempt, publication: Publication) -> Published:
+def _require_whole(attempt: Attempt) -> None:
+    for group in GROUPS:
+        if not is_whole(attempt.group_url(group), attempt.documents.options):
+            raise PublicationError(f"{attempt.group_url(group)} is not whole, so it is not published. Finish it first.")
+
+
+def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping[str, SideFile]) -> Published:
+    """Create the item under the next number, then swap the collection.
+
+    Raises:
+        ConflictError: another publisher was faster; nothing is visible.
+    """
     documents, product = attempt.documents, attempt.product
-    path = f"{product}/collection.json"
     bbox, _ = footprint(publication.layout.grid)
     bounds = publication.layout.times.bounds
     interval = [instant(bounds[0, 0]), instant(bounds[-1, 1])]
-    found = documents.read(path)
-    if found is None:
-        documents.create(path, collection(publication.description, bbox, interval))
-        found = documents.read(path)
-    if found is None:
-        raise PublicationError(f"{documents.destination}/{path} vanished while it was published. Run again.")
-    current, tag = found
-    listed = versions(current)
-    taken = {n.removesuffix(".json") for n in documents.names(product) if n.startswith("v") and n.endswith(".json")}
-    number = 1 + max((int(v[1:]) for v in {*listed, *taken} if v[1:].isdigit()), default=0)
-    version, predecessor = f"v{number}", listed[-1] if listed else None
+    path = f"{product}/collection.json"
+    current, tag = _collection(documents, path, collection(publication.description, bbox, interval))
+    there = listed(current)
+    mine = [v for v, href in there.items() if href.split("/")[1] == attempt.name]
+    if mine:  # the swap succeeded, though its answer was lost on the way
+        return Published(product, mine[0], f"{attempt.url}/{mine[0]}.json")
+    _require_not_removed(attempt, current)
+    number = 1 + max((int(v[1:]) for v in there), default=0)
+    predecessor = next(reversed(there), None)
+    lineage = Lineage(
+        f"v{number}",
+        f"../../{there[predecessor]}" if predecessor else None,
+        f"../../../{publication.checkpoint}",
+    )
     document = item(
         publication.description,
-        version,
+        lineage,
         publication.layout,
         publication.provenance,
-        f"./data/{attempt.name}",
-        dict(publication.side_files),
+        side_files,
         [gate.model_dump() for gate in publication.report.gates],
-        predecessor,
         datetime.now(UTC),
     )
     validate(document)
-    documents.create(f"{product}/{version}.json", document)
+    href = f"./data/{attempt.name}/{lineage.version}.json"
+    documents.write(f"{attempt.prefix}/{lineage.version}.json", (json.dumps(document, indent=1) + "\n").encode())
+    assets = with_row(documents, product, current, document, href)
+    changed = _with_version(current, lineage.version, href, bbox, interval)
     try:
-        documents.replace(path, _with_version(current, version, bbox, interval), tag)
+        documents.replace(path, {**changed, "assets": assets}, tag)
     except ConflictError:
-        documents.remove(f"{product}/{version}.json")
+        _discard(attempt, lineage.version, current, assets)
         raise
-    _link_successor(documents, product, predecessor, version)
-    _link_product(documents, publication.description)
-    return Published(product, version, f"{documents.destination}/{product}/{version}.json")
+    link_successor(documents, product, there.get(predecessor or ""), href)
+    return Published(product, lineage.version, f"{attempt.url}/{lineage.version}.json")
 
 
-def validate(document: dict[str, Any]) -> None:
-    """Validate an item against the STAC core schemas, offline.
+def _collection(documents: Documents, path: str, first: Document) -> tuple[Document, str]:
+    """Return the collection and its tag; where there is none it is created without versions."""
+    found = documents.read(path)
+    if found is None:
+        documents.create(path, first)
+        found = documents.read(path)
+    if found is None:
+        raise PublicationError(f"{documents.destination}/{path} vanished while it was published. Run again.")
+    return found
 
-    Raises:
-        PublicationError: the item is not valid.
+
+def _require_not_removed(attempt: Attempt, current: Mapping[str, Any]) -> None:
+    """Refuse an attempt that a reconcile took for dead.
+
+    It announces in the collection what it removes, so that of it and this publisher only one can swap.
     """
-    import pystac
-    from pystac.validation import validate_dict
-
-    core = {**document, "stac_extensions": []}
-    try:
-        validate_dict(core, stac_object_type=pystac.STACObjectType.ITEM)
-    except pystac.errors.STACValidationError as e:
-        raise PublicationError(f"Item {document['id']} is no valid STAC item: {e}. Nothing was published.") from e
+    if attempt.name in current.get(REMOVING, []):
+        raise PublicationError(
+            f"{attempt.url} stood still so long that it was removed as left by a crash. Run the flow again."
+        )
+    _require_whole(attempt)
 
 
-def _with_version(current: dict[str, Any], version: str, bbox: list[float], interval: list[str]) -> dict[str, Any]:
+def _discard(attempt: Attempt, version: str, before: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
+    """Remove the item and index files of a lost race, unless the swap succeeded and only its answer was lost."""
+    documents, product = attempt.documents, attempt.product
+    now = documents.read(f"{product}/collection.json")
+    if now is None or attempt.name in listed(now[0]).get(version, "").split("/"):
+        return
+    documents.remove(f"{attempt.prefix}/{version}.json")
+    for key, asset in assets.items():
+        if asset != before.get("assets", {}).get(key):
+            documents.remove(f"{product}/{asset['href'].removeprefix('./')}")
+
+
+def _with_version(
+    current: Mapping[str, Any], version: str, href: str, bbox: list[float], interval: list[str]
+) -> Document:
     """Collection with one more version, as its latest."""
     links = [link for link in current["links"] if link["rel"] != "latest-version"]
     links += [
-        {"rel": rel, "href": f"./{version}.json", "type": "application/geo+json", "title": version}
+        {"rel": rel, "href": href, "type": "application/geo+json", "title": version}
         for rel in ("item", "latest-version")
     ]
     box = current["extent"]["spatial"]["bbox"][0]
@@ -201,24 +298,38 @@ def _with_version(current: dict[str, Any], version: str, bbox: list[float], inte
     return {**current, "version": version, "links": links, "extent": extent}
 
 
-def _link_successor(documents: Documents, product: str, predecessor: str | None, version: str) -> None:
-    """Tell the version before that it has a successor; only its links change."""
-    found = documents.read(f"{product}/{predecessor}.json") if predecessor else None
-    if found is None:
+def link_successor(documents: Documents, product: str, predecessor: str | None, href: str) -> None:
+    """Tell a version that it has a successor; only its links change, and reconcile makes good what is lost here.
+
+    Args:
+        documents: the catalogue.
+        product: name of the product.
+        predecessor: address of the item that is told, relative to the collection.
+        href: address of its successor, relative to the collection.
+    """
+    link = {"rel": "successor-version", "href": f"../../{href.removeprefix('./')}", "type": "application/geo+json"}
+    found = documents.read(f"{product}/{predecessor}") if predecessor else None
+    if found is None or link in found[0]["links"]:
         return
     document, tag = found
-    link = {"rel": "successor-version", "href": f"./{version}.json", "type": "application/geo+json"}
-    document["links"] = [x for x in document["links"] if x["rel"] != "successor-version"] + [link]
-    documents.replace(f"{product}/{predecessor}.json", document, tag)
+    links = [x for x in document["links"] if x["rel"] != "successor-version"]
+    try:
+        documents.replace(f"{product}/{predecessor}", {**document, "links": [*links, link]}, tag)
+    except ConflictError:
+        return  # a reconcile wrote the same link
 
 
-def _link_product(documents: Documents, description: Description) -> None:
-    """List the product in the catalogue's root."""
-    link = {
-        "rel": "child", "href": f"./{description.product}/collection.json", "type": "application/json",
-        "title": description.title,
-    }  # fmt: skip
-    for _ in range(TRIES):
+def link_product(documents: Documents, product: str, title: str) -> None:
+    """List a product in the catalogue's root."""
+    add_to_root(
+        documents,
+        {"rel": "child", "href": f"./{product}/collection.json", "type": "application/json", "title": title},
+    )
+
+
+def add_to_root(documents: Documents, link: dict[str, str]) -> None:
+    """Add a link to the catalogue's root unless it is there."""
+    while True:
         try:
             found = documents.read("catalog.json")
             if found is None:
@@ -229,32 +340,9 @@ def _link_product(documents: Documents, description: Description) -> None:
                 return
             documents.replace("catalog.json", {**document, "links": [*document["links"], link]}, tag)
         except ConflictError:
+            time.sleep(random.uniform(0, 0.1))
             continue
         return
-
-
-def reconcile(destination: str, product: str, options: Options | None = None) -> list[str]:
-    """Remove what a crash left of a product: items that its collection does not list, attempts no item names.
-
-    Must not run while another publisher of the same product is at work.
-
-    Returns:
-        What was removed, relative to the destination.
-    """
-    documents = Documents(destination, dict(options or {}))
-    found = documents.read(f"{product}/collection.json")
-    listed = versions(found[0]) if found else []
-    removed, kept = [], set()
-    for version in listed:
-        stored = documents.read(f"{product}/{version}.json")
-        if stored is not None:
-            kept.add(stored[0]["assets"]["ensemble"]["href"].split("/")[2])
-    items = [n for n in documents.names(product) if n.startswith("v") and n.endswith(".json")]
-    removed += [f"{product}/{n}" for n in items if n.removesuffix(".json") not in listed]
-    removed += [f"{product}/data/{n}" for n in documents.names(f"{product}/data") if n not in kept]
-    for path in removed:
-        documents.remove(path)
-    return removed
 
 
 def quality_json(report: GateReport) -> bytes:

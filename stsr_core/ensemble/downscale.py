@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
-from stsr_core.ensemble.shard import make_shard
+from stsr_core.ensemble.shard import Progress, make_shard
 from stsr_core.errors import StoreError
 from stsr_core.factors import Factor
 from stsr_core.regrid import regrid_to_factor
@@ -134,10 +135,14 @@ def downscale(
     """
     import xarray as xr
 
+    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import cube_of
 
+    cube = cube_of(da, Declared(time_label=time_label or "end"))
+    if time_label is None:
+        cube = replace(cube, attributes={**cube.attributes, "time_label_assumed": "end"})
     plan, downscaler = prepared(
-        cube_of(da, time_label=time_label),
+        cube,
         space=space,
         time=time,
         members=members,
@@ -192,7 +197,7 @@ def downscale_to_store(
     overwrite: bool = False,
     extend: bool = False,
     storage_options: Mapping[str, object] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda _, __: None,
 ) -> None:
     """Write a plan's ensemble to a Zarr store on a cluster; the same call again finishes what was interrupted.
 
@@ -206,7 +211,7 @@ def downscale_to_store(
         overwrite: replace what is there.
         extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
         storage_options: of the output's filesystem.
-        progress: called with the number of network evaluations just done.
+        progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
         StoreError: `output` is whole already, holds another ensemble, or cannot be written.

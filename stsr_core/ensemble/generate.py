@@ -6,7 +6,7 @@ worker are in flight, so memory does not grow with the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from distributed import Client, Future, WorkerPlugin, as_completed, get_worker
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import ONE
-from stsr_core.ensemble.shard import make_shard
+from stsr_core.ensemble.shard import Progress, make_shard
 from stsr_core.errors import StoreError, StsrError
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 IN_FLIGHT = 2  # shards per worker that are submitted at a time
 RETRIES = 2  # times that a shard is tried on another worker
 TOPIC = "stsr-progress"
-
-Progress = Callable[[int], None]
 
 
 class ShardError(StsrError):
@@ -70,7 +68,7 @@ def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
     downscaler = plugin.downscaler
     torch.set_num_threads(1)
     try:
-        result = make_shard(task, downscaler, lambda n: worker.log_event(TOPIC, n))
+        result = make_shard(task, downscaler, lambda *done: worker.log_event(TOPIC, done))
         region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
         digest = write_shard(target.url, target.array, region, result.quanta, target.options)
         receipt = Receipt(
@@ -143,7 +141,8 @@ def generate(
         downscaler: the plan's networks, on the CPU; workers move their copy to their device.
         target: where shards and receipts go; its metadata is written already.
         client: the cluster.
-        progress: called with the number of network evaluations just done, from another thread.
+        progress: called with the number of network evaluations just done and the seconds they took, from another
+            thread.
 
     Raises:
         ShardError: a shard failed on every try; shards that were finished stay.
@@ -185,8 +184,8 @@ def _key(task: ShardTask) -> str:
 def _reported(client: Client, progress: Progress) -> Iterator[None]:
     """Pass on what workers log about their network evaluations."""
 
-    def handler(event: tuple[float, int]) -> None:
-        progress(event[1])
+    def handler(event: tuple[float, tuple[int, float]]) -> None:
+        progress(*event[1])
 
     client.subscribe_topic(TOPIC, handler)
     try:

@@ -201,18 +201,24 @@ class Plan:
         """Whether no coarse cell of the shard holds any rain, so that it needs no network."""
         return self.recipe.conserve and not bool((self.cube.amount[_slices(shard.box)] > 0).any())
 
+    def wet_windows(self, shard: Shard) -> list[Box]:
+        """Windows of a shard that need the networks, in absolute coarse indices."""
+        if self.is_dry(shard):
+            return []
+        amount, always = self.cube.amount, not self.recipe.conserve
+        return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
+
     @cached_property
-    def _wet_windows(self) -> dict[Box, int]:
-        """Wet windows by box, filled as they are asked for; all member blocks share them."""
+    def _counts(self) -> dict[Box, int]:
+        """Numbers of wet windows by box, filled as they are asked for; all member blocks share them."""
         return {}
 
     def evaluations(self, shard: Shard) -> int:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
-        if shard.box not in self._wet_windows:
-            places = [] if self.is_dry(shard) else [_slices(shifted(w, self.origin)) for w in self.windows(shard)]
-            self._wet_windows[shard.box] = sum(bool((self.cube.amount[p] > 0).any()) for p in places)
+        if shard.box not in self._counts:
+            self._counts[shard.box] = len(self.wet_windows(shard))
         members = shard.members[1] - shard.members[0]
-        return self._wet_windows[shard.box] * (1 + members * self.recipe.served.evaluations)
+        return self._counts[shard.box] * (1 + members * self.recipe.served.evaluations)
 
     def task(self, shard: Shard) -> ShardTask:
         """Cut out what a worker needs to make a shard."""

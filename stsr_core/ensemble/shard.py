@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from stsr_core.downscaler import Downscaler
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, float], None]  # network evaluations just done, and the seconds they took
 WET_MM = 0.1  # amount per fine step above which a cell counts as wet
 
 
@@ -104,9 +105,13 @@ class _Block:
         """Evaluate every wet window, (1, T, 1, H, W) each, and blend them; 0 where all windows are dry."""
         total = torch.zeros(self.shape, device=self.downscaler.device)
         for window in self.windows:
-            total[window.place] += window.taper * evaluate(window)[0, :, 0]
+            started = time.perf_counter()
+            found = evaluate(window)
+            if found.is_cuda:
+                torch.cuda.synchronize()
+            progress(1, time.perf_counter() - started)
+            total[window.place] += window.taper * found[0, :, 0]
             self.evaluations += 1
-            progress(1)
         return total / self.weight
 
     def window_conditions(self, window: _Window) -> Tensor:
@@ -135,12 +140,9 @@ class _Block:
         residual = sample(denoise, torch.from_numpy(noise).to(mean.device), self.downscaler.angles())
         return self.downscaler.amounts(mean, residual)
 
-    def core(self, fine: Tensor) -> Tensor:
-        """Cut the shard out of a fine field of the block."""
-        t, y, x = (
-            slice((a - s) * n, (b - s) * n)
-            for (a, b), s, n in zip(self.task.shard.box, self.start, self.parts, strict=True)
-        )
+    def cut(self, fine: Tensor, box: Box) -> Tensor:
+        """Cut a box (coarse indices of the cube) out of a fine field of the block."""
+        t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         return fine[t, y, x]
 
 
@@ -157,7 +159,7 @@ def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return filled
 
 
-def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _: None) -> ShardResult:
+def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> ShardResult:
     """Make one shard.
 
     Deterministic: the same task gives the same bytes on one kind of device, whatever ran before.
@@ -165,28 +167,31 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
     Args:
         task: what to make.
         downscaler: networks for the task's checkpoint and factor.
-        progress: called with the number of network evaluations just done.
+        progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
         StoreError: an amount beyond what 16 bits hold at the storage quantum.
     """
-    core_coarse = task.coarse[
-        tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(task.shard.box, task.read, strict=True))
-    ]
     first, last = task.shard.members
+    core = task.coarse[_inside(task.shard.box, task.read)]
     block = None
-    if not task.recipe.conserve or bool((core_coarse > 0).any()):
+    if not task.recipe.conserve or bool((core > 0).any()):
         block = _Block(task, downscaler)
         mean = block.mean(progress)
     members = []
     for member in range(first, last):
         if block is None:
-            fine = np.zeros([n * p for n, p in zip(core_coarse.shape, _parts(downscaler), strict=True)], np.float32)
+            fine = np.zeros([n * p for n, p in zip(core.shape, _parts(downscaler), strict=True)], np.float32)
         else:
-            fine = _finished(block.core(block.member(member, mean, progress)), core_coarse, task, downscaler)
-        members.append(_stored(fine, core_coarse, task, downscaler))
+            fine = _finished(block, block.member(member, mean, progress))
+        members.append(_stored(fine, core, task, downscaler))
     quanta = np.stack(members)
-    return ShardResult(quanta, _closure(quanta, core_coarse, downscaler), block.evaluations if block else 0)
+    return ShardResult(quanta, _closure(quanta, core, downscaler), block.evaluations if block else 0)
+
+
+def _inside(box: Box, read: Box) -> tuple[slice, ...]:
+    """Slices of a box in what was read."""
+    return tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, read, strict=True))
 
 
 def _parts(downscaler: Downscaler) -> tuple[int, int, int]:
@@ -194,12 +199,25 @@ def _parts(downscaler: Downscaler) -> tuple[int, int, int]:
     return factor.time, factor.space, factor.space
 
 
-def _finished(
-    fine: Tensor, coarse: NDArray[np.float32], task: ShardTask, downscaler: Downscaler
-) -> NDArray[np.float32]:
-    if task.recipe.conserve:
-        fine = downscaler.conserve(fine, torch.from_numpy(coarse).to(fine.device))
-    return fine.cpu().numpy()
+def _finished(block: _Block, fine: Tensor) -> NDArray[np.float32]:
+    """Conserve a member and cut the shard out of it.
+
+    Conservation sees the blend around the shard, so that its gain passes smoothly into the neighbour's.
+    """
+    task, downscaler = block.task, block.downscaler
+    box = task.shard.box
+    if not task.recipe.conserve:
+        return block.cut(fine, box).cpu().numpy()
+    lattice = WindowLattice.of(downscaler.served.configuration)
+    overlaps = (lattice.time.overlap, lattice.space.overlap, lattice.space.overlap)
+    t, y, x = ((max(0, a - o), min(n, b + o)) for (a, b), o, n in zip(box, overlaps, task.shape, strict=True))
+    around = (t, y, x)
+    coarse = torch.from_numpy(task.coarse[_inside(around, task.read)]).to(fine.device)
+    closed = downscaler.conserve(block.cut(fine, around), coarse)
+    inner = tuple(
+        slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in zip(box, around, block.parts, strict=True)
+    )
+    return closed[inner].cpu().numpy()
 
 
 def _stored(

@@ -17,14 +17,19 @@ NOISE_FREQUENCIES = 4
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity v = cos(angle) * noise - sin(angle) * residual, see `diffusion`."""
+    """Predicts the residual from the noised residual, see `diffusion`.
+
+    The U-Net returns an estimate and a gate for every cell: residual = estimate + (1 - gate) * cos(angle) * noised.
+    Noise differs from cell to cell, more than the U-Net can carry at half resolution; the gate lets it pass or
+    stops it at full resolution. Where no rain can be, the gate closes and cells come out exactly alike.
+    """
 
     def __init__(self, channels: tuple[int, ...], *, attention: bool = True) -> None:
         super().__init__()
-        self.unet = VideoUNet(CONDITION_CHANNELS + 2, 1, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention)
+        self.unet = VideoUNet(CONDITION_CHANNELS + 2, 2, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention)
 
     def forward(self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor) -> Tensor:
-        """Predict the velocity.
+        """Predict the residual.
 
         Args:
             noisy: noised residual of unit variance, (B, T, 1, H, W).
@@ -34,8 +39,9 @@ class Denoiser(nn.Module):
             factor: (s, t).
 
         Returns:
-            Velocity, (B, T, 1, H, W).
+            Expected residual, (B, T, 1, H, W).
         """
         octaves = angle[:, None] * 2.0 ** torch.arange(NOISE_FREQUENCIES, device=angle.device)
         context = torch.cat((octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1)
-        return self.unet(torch.cat((noisy, mean, condition), dim=2), context)
+        estimate, gate = self.unet(torch.cat((noisy, mean, condition), dim=2), context).chunk(2, dim=2)
+        return estimate + (1 - gate) * angle.cos()[:, None, None, None, None] * noisy

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from stsr_core.errors import ShapeError
-from stsr_core.grids import Grid, TimeAxis
+from stsr_core.grids import Cells, Grid, TimeAxis
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,3 +34,28 @@ class Cube:
         expected = (self.times.size, *self.grid.shape)
         if self.amount.shape != expected:
             raise ShapeError(f"Amounts of shape {self.amount.shape} do not belong to axes of sizes {expected}.")
+
+
+@dataclass(frozen=True)
+class CellCube:
+    """Coarse precipitation on cells that form no regular grid; regridding makes a `Cube` of it.
+
+    Attributes:
+        amount: mm per coarse step, (T, N), float32, >= 0; NaN is missing.
+        times: time axis, in the calendar of the source.
+        cells: the cells.
+        attributes: provenance, as in `Cube`.
+    """
+
+    amount: NDArray[np.float32]
+    times: TimeAxis
+    cells: Cells
+    attributes: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        expected = (self.times.size, self.cells.size)
+        if self.amount.shape != expected:
+            raise ShapeError(f"Amounts of shape {self.amount.shape} do not belong to {expected} steps and cells.")
+
+
+Coarse: TypeAlias = Cube | CellCube

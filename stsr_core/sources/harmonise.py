@@ -2,223 +2,346 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import cftime
 import numpy as np
 
 from stsr_core.errors import GridError, SourceError
-from stsr_core.grids import Axis, Grid, TimeAxis, TimeLabel
-from stsr_core.sources.cube import Cube
+from stsr_core.grids import Grid
+from stsr_core.sources.box import Box, Part, part_of
+from stsr_core.sources.cube import CellCube, Coarse, Cube
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.places import Place, place_of
+from stsr_core.sources.remote import patiently
+from stsr_core.sources.times import Steps, as_times, period_of, steps_of
+from stsr_core.sources.units import check_agreement, mm_per_step
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing")
-X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting")
-AMOUNT_UNITS = {"mm": 1.0, "kg m-2": 1.0, "kg/m2": 1.0, "kg m**-2": 1.0, "millimeter": 1.0, "m": 1000.0, "cm": 10.0}
-RATE_UNITS = {  # mm per hour
-    "mm/h": 1.0, "mm h-1": 1.0, "mm/hr": 1.0, "mm hr-1": 1.0, "mm hour-1": 1.0,
-    "kg m-2 s-1": 3600.0, "mm s-1": 3600.0, "mm/s": 3600.0, "m s-1": 3.6e6,
-    "mm/day": 1 / 24, "mm day-1": 1 / 24, "mm d-1": 1 / 24,
-}  # fmt: skip
-ROUNDING_MM = 0.01  # negative amounts down to this are packing error
-REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
-PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
+    from stsr_core.sources.times import Time
 
-Time: TypeAlias = datetime | cftime.datetime
+ROUNDING_MM = 0.01  # negative amounts down to this are packing error
+FLOAT32_ROUNDING = 2.0**-23
+PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
+NOTHING = Declared()
+PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
+BLOCK_VALUES = 1 << 25  # values that are converted at a time
 
 
 def read_cube(
     dataset: xr.Dataset,
     variable: str,
+    declared: Declared = NOTHING,
     *,
-    units: str | None = None,
-    crs: str | None = None,
-    time_label: TimeLabel | None = None,
+    near: Box | None = None,
 ) -> Cube:
-    """Read a variable of a dataset as a coarse cube.
+    """Read a variable of a dataset as a coarse cube on a regular grid, see `read_coarse`.
+
+    Raises:
+        SourceError: what cannot be read without guessing.
+        GridError: places that make no regular grid.
+    """
+    coarse = read_coarse(dataset, variable, declared, near=near)
+    if isinstance(coarse, CellCube):
+        raise GridError(
+            f"The {coarse.cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: "
+            "declare it as a source of a product in catalog.yaml."
+        )
+    return coarse
+
+
+def read_coarse(
+    dataset: xr.Dataset,
+    variable: str,
+    declared: Declared = NOTHING,
+    *,
+    near: Box | None = None,
+    first_steps: int | None = None,
+) -> Coarse:
+    """Read a variable of a dataset as coarse amounts on whatever cells it has.
 
     Args:
         dataset: as `open_dataset` returns it.
-        variable: name of the precipitation.
-        units: declared units, where the variable has none.
-        crs: declared CRS, where the variable has no grid mapping.
-        time_label: which point of its interval a time stamp names, where there are no bounds.
+        variable: name of the precipitation, or names joined by +, whose amounts are added up.
+        declared: what the file does not say itself.
+        near: only cells near this box are read; None reads all.
+        first_steps: only so many steps are read; None reads all.
+
+    Returns:
+        `Cube` on regular grids, else `CellCube`. The attribute `negatives_set_to_zero` counts what was rounded away.
 
     Raises:
         SourceError: no such variable, units, dimensions, time axis or values that cannot be read safely.
-        GridError: an axis that is not regular.
+        GridError: coordinates or a CRS that make no cells, or cells that are not near the box.
     """
-    if variable not in dataset.data_vars:
-        have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-        raise SourceError(f"No variable {variable!r} in the file; it has {have}. Name one of these.")
-    array = dataset[variable]
-    named = array["time"].attrs.get("bounds") if "time" in array.coords else None
-    bounds = dataset[named] if named in dataset.variables else None
-    mapping = array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping")
-    declared = dataset[mapping].attrs if mapping in dataset.variables else None
-    attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
-    return cube_of(
-        array, bounds=bounds, units=units, crs=crs, mapping=declared, time_label=time_label, attributes=attributes
-    )
+    names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
+    for name in names:
+        if name not in dataset.data_vars:
+            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+            raise SourceError(f"No variable {name!r} in the file; it has {have}. Name one of these.")
+    parts = [_read_one(dataset, name, declared, near, first_steps) for name in names]
+    return _sum(parts, names)
 
 
-def cube_of(
-    array: xr.DataArray,
-    *,
-    bounds: xr.DataArray | None = None,
-    units: str | None = None,
-    crs: str | None = None,
-    mapping: Mapping[str, object] | None = None,
-    time_label: TimeLabel | None = None,
-    attributes: Mapping[str, str] | None = None,
-) -> Cube:
-    """Make a coarse cube of an array, see `read_cube`."""
-    y_name, x_name = _horizontal(array)
-    array = array.transpose("time", y_name, x_name)
+def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
+    """Make a coarse cube of an array in memory, see `read_cube`.
+
+    Args:
+        array: precipitation with units, a time dimension and two horizontal ones.
+        declared: what the array does not say itself.
+        bounds: time bounds (time, 2).
+    """
+    dataset = array.rename("precipitation").to_dataset()
+    if bounds is not None:
+        dataset = dataset.assign(time_bnds=bounds)
+        dataset["time"].attrs["bounds"] = "time_bnds"
+    return read_cube(dataset, "precipitation", declared)
+
+
+def _sum(parts: list[Coarse], names: list[str]) -> Coarse:
+    total = parts[0]
+    for part, name in zip(parts[1:], names[1:], strict=True):
+        if part.times != total.times or part.amount.shape != total.amount.shape:
+            raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
+        total = replace(total, amount=total.amount + part.amount)
+    return total
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A variable before its values are read: where and when its records are."""
+
+    array: xr.DataArray
+    time_dim: str
+    place: Place
+    steps: Steps
+    units: str
+
+
+def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> Layout:
+    """Find out all about a variable that needs none of its values; raises like `read_coarse`."""
+    array, dataset = _selected(dataset, name, declared)
+    time = _time_name(dataset, array)
+    array, dataset = _with_time(array, dataset, time)
+    time_dim = str(array[time].dims[0])
+    horizontal = tuple(str(d) for d in array.dims if d != time_dim)
+    array, horizontal = _without_singles(dataset, array, horizontal)
     if 0 in array.shape:
         raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
-    times, assumed = _times(array["time"], bounds, time_label)
-    grid = Grid(_axis(array, y_name), _axis(array, x_name), _crs_wkt(array, y_name, crs, mapping))
-    amount = _amount(array, units, times.step)
-    noted = {"time_label_assumed": times.label} if assumed else {}
-    return Cube(amount, times, grid, {**(attributes or {}), **noted})
+    if len(horizontal) not in (1, 2):
+        raise SourceError(_too_many(array, horizontal))
+    steps = steps_of(as_times(array[time].values), _bounds(dataset, time, time_dim), declared)
+    place = place_of(dataset, array, horizontal, declared.crs)
+    return Layout(array.transpose(time_dim, *place.dims), time_dim, place, steps, _units(array, declared))
 
 
-def _horizontal(array: xr.DataArray) -> tuple[str, str]:
-    """Names of the y and x dimensions; other dimensions must be the time or have size 1 and a scalar role."""
-    y = [d for d in array.dims if str(d).lower() in Y_NAMES]
-    x = [d for d in array.dims if str(d).lower() in X_NAMES]
-    if array.ndim != 3 or "time" not in array.dims or len(y) != 1 or len(x) != 1:
-        raise SourceError(
-            f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed, y and x under their names "
-            "or as lat and lon. Select or rename them first."
-        )
-    return str(y[0]), str(x[0])
+def _selected(dataset: xr.Dataset, name: str, declared: Declared) -> tuple[xr.DataArray, xr.Dataset]:
+    for dim, wanted in declared.select.items():
+        if dim not in dataset.dims:
+            raise SourceError(f"`select` names {dim!r}, which is no dimension; {name} has {tuple(dataset[name].dims)}.")
+        if dim not in dataset[name].dims:
+            continue
+        dataset = _select(dataset, dim, wanted)
+    return dataset[name], dataset
 
 
-def _axis(array: xr.DataArray, name: str) -> Axis:
-    if name not in array.coords:
-        raise SourceError(f"Dimension {name} has no coordinate. Cell centres are needed; add them.")
-    values = np.asarray(array[name].values, dtype=np.float64)
-    if values.size == 1:
-        raise GridError(f"Axis {name} has one cell, so its spacing is unknown. At least two cells are needed.")
-    step = (values[-1] - values[0]) / (values.size - 1)
-    off = np.abs(values - (values[0] + step * np.arange(values.size)))
-    if step == 0 or not np.isfinite(values).all() or off.max() > REGULARITY * abs(step):
-        raise GridError(
-            f"Axis {name} is not regular: cell {int(off.argmax())} is {off.max():.4g} off an even spacing of "
-            f"{step:.6g}. A regular grid is needed; regrid the file first."
-        )
-    first = float(values[0])
-    if array[name].dtype == np.float32:  # noise in its last digits, which a lattice in absolute place must not see
-        first, step = float(f"{first:.7g}"), float(f"{step:.6g}")
-    return Axis(first, float(step), int(values.size))
+def _select(dataset: xr.Dataset, dim: str, wanted: int | float | str) -> xr.Dataset:
+    """One entry along a dimension: by its label where there are labels, else by its number."""
+    if dim not in dataset.coords:
+        if not isinstance(wanted, int) or not 0 <= wanted < dataset.sizes[dim]:
+            raise SourceError(f"`select: {{{dim}: {wanted}}}` is none of 0 to {dataset.sizes[dim] - 1}.")
+        return dataset.isel({dim: wanted})
+    labels = [v.decode() if isinstance(v, bytes) else v for v in dataset[dim].values.tolist()]
+    found = [i for i, label in enumerate(labels) if label == wanted or str(label) == str(wanted)]
+    if len(found) != 1:
+        raise SourceError(f"`select: {{{dim}: {wanted}}}` is none of {', '.join(map(str, labels[:20]))}.")
+    return dataset.isel({dim: found[0]})
 
 
-def _crs_wkt(
-    array: xr.DataArray, y_name: str, declared: str | None, mapping: Mapping[str, object] | None
-) -> str | None:
-    from pyproj import CRS
-
-    if declared is not None:
-        return str(CRS.from_user_input(declared).to_wkt())
-    if mapping is not None and ("crs_wkt" in mapping or "grid_mapping_name" in mapping):
-        return str(CRS.from_cf(dict(mapping)).to_wkt())
-    units = str(array[y_name].attrs.get("units", ""))
-    if units.startswith("degree") or y_name.lower() in ("lat", "latitude"):
-        return str(CRS.from_epsg(4326).to_wkt())
-    return None
-
-
-def _amount(array: xr.DataArray, declared: str | None, step: timedelta) -> NDArray[np.float32]:
-    units = declared or str(array.attrs.get("units", "")).strip()
-    if not units:
-        raise SourceError(
-            "The variable has no units. Set its attribute `units` (mm, kg m-2 s-1, mm/h, ...), or declare units in "
-            "catalog.yaml or with --units."
-        )
-    hours = step / timedelta(hours=1)
-    if units in AMOUNT_UNITS:
-        scale = AMOUNT_UNITS[units]
-    elif units in RATE_UNITS:
-        scale = RATE_UNITS[units] * hours
-    else:
-        known = ", ".join([*AMOUNT_UNITS, *RATE_UNITS])
-        raise SourceError(f"Units {units!r} are not understood; known are {known}. Declare the right ones.")
-    values = np.asarray(array.values, dtype=np.float64) * scale
-    if np.isinf(values).any():
-        raise SourceError(f"{int(np.isinf(values).sum())} values are infinite. Mark missing cells as NaN.")
-    if np.isnan(values).all():
-        raise SourceError("All values are missing. Check the fill value and the period.")
-    lowest = float(np.nanmin(values))
-    if lowest < -ROUNDING_MM:
-        where = np.unravel_index(int(np.nanargmin(values)), values.shape)
-        raise SourceError(
-            f"Negative precipitation: {lowest:.4g} mm at (time, y, x) = {tuple(int(i) for i in where)}, beyond the "
-            f"rounding of {ROUNDING_MM} mm. Is it an accumulation or an anomaly? Amounts per step are needed."
-        )
-    return np.maximum(values, 0.0, where=~np.isnan(values), out=values).astype(np.float32)
-
-
-def _times(coordinate: xr.DataArray, bounds: xr.DataArray | None, declared: TimeLabel | None) -> tuple[TimeAxis, bool]:
-    """Time axis, and whether its label had to be assumed."""
-    stamps = _as_times(coordinate.values)
-    if bounds is not None and bounds.ndim == 2 and bounds.shape[1] == 2:
-        return _times_from_bounds(stamps, _as_times(bounds.values[:, 0]), _as_times(bounds.values[:, 1])), False
-    if len(stamps) < 2:
-        raise SourceError("One time step without time bounds has no length. Add bounds, or a second step.")
-    step = _even_step(stamps)
-    label: TimeLabel = declared or "end"
-    before = {"start": 0.0, "middle": 0.5, "end": 1.0}[label]
-    return TimeAxis(stamps[0] - step * before, step, len(stamps), label), declared is None
-
-
-def _times_from_bounds(stamps: list[Time], starts: list[Time], ends: list[Time]) -> TimeAxis:
-    step = ends[0] - starts[0]
-    if step <= timedelta(0):
-        raise SourceError(f"Time bounds {starts[0]} to {ends[0]} have no length. Bounds that increase are needed.")
-    if len(stamps) > 1:
-        even = _even_step(stamps)
-        if even != step:
-            raise SourceError(
-                f"Time bounds are {step} long, but time stamps are {even} apart. Gap-free intervals are needed."
-            )
-    for i, (a, b) in enumerate(zip(starts, ends, strict=True)):
-        if b - a != step:
-            raise SourceError(f"Interval {i} ({a} to {b}) is not {step} long like the first. Even steps are needed.")
-    offset = (stamps[0] - starts[0]) / step
-    label: TimeLabel = "start" if offset < 0.25 else "middle" if offset < 0.75 else "end"
-    return TimeAxis(starts[0], step, len(stamps), label)
-
-
-def _as_times(values: NDArray[np.generic]) -> list[Time]:
-    if np.issubdtype(values.dtype, np.datetime64):
-        if np.isnat(values).any():
-            raise SourceError("The time axis holds missing stamps. Every step needs its time.")
-        return values.astype("datetime64[us]").astype(datetime).tolist()
-    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values):
-        return list(values)
+def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
+    """Name of the coordinate that holds the times of the steps: a 1-D one before a scalar one."""
+    found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
+    found.sort(key=lambda n: (array[n].ndim == 0, n != "valid_time", n not in array.dims, n != "time"))
+    if found:
+        return found[0]
     raise SourceError(
-        f"The time axis holds {values.dtype} values, not dates. Give it CF units such as 'hours since 2000-01-01'."
+        f"Dimensions {tuple(map(str, array.dims))} were found, none with dates. (time, y, x) are needed; time needs CF "
+        "units such as 'hours since 2000-01-01'."
     )
 
 
-def _even_step(stamps: list[Time]) -> timedelta:
-    step: timedelta = stamps[1] - stamps[0]
-    for before, after in itertools.pairwise(stamps):
-        if after <= before:
-            raise SourceError(f"The time axis is not sorted: {after} comes after {before}. Sort it, drop duplicates.")
-        if after - before != step:
+def _is_time(name: str, coordinate: xr.DataArray) -> bool:
+    dates = np.issubdtype(coordinate.dtype, np.datetime64) or (
+        coordinate.dtype == object and coordinate.size > 0 and hasattr(coordinate.values.flat[0], "calendar")
+    )
+    if str(coordinate.attrs.get("standard_name", "")) == "forecast_reference_time":
+        return False
+    return dates or name == "time" or (coordinate.ndim == 1 and coordinate.attrs.get("standard_name") == "time")
+
+
+def _with_time(array: xr.DataArray, dataset: xr.Dataset, time: str) -> tuple[xr.DataArray, xr.Dataset]:
+    if array[time].ndim == 1:
+        return array, dataset
+    return array.expand_dims(time), dataset.assign_coords({time: dataset[time]})
+
+
+def _without_singles(
+    dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]
+) -> tuple[xr.DataArray, tuple[str, ...]]:
+    """Drop dimensions of size 1 while there are more than two besides time."""
+    for dim in dims:
+        if len(dims) > 2 and array.sizes[dim] == 1:
+            array, dims = array.isel({dim: 0}), tuple(d for d in dims if d != dim)
+    return array, dims
+
+
+def _too_many(array: xr.DataArray, dims: tuple[str, ...]) -> str:
+    lines = []
+    for dim in dims:
+        labels = array[dim].values.tolist()[:6] if dim in array.coords else list(range(min(6, array.sizes[dim])))
+        lines.append(
+            f"{dim} ({array.sizes[dim]}: {', '.join(map(str, labels))}{', ...' if array.sizes[dim] > 6 else ''})"
+        )
+    return (
+        f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
+        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml: {'; '.join(lines)}."
+    )
+
+
+def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:
+    coordinate = dataset[time]
+    name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
+    if name not in dataset.variables:
+        return None
+    bounds = dataset[name]
+    if bounds.ndim == 1 and coordinate.ndim == 0 and bounds.size == 2:
+        bounds = bounds.expand_dims(time_dim)
+    if bounds.ndim != 2 or time_dim not in bounds.dims or bounds.shape[bounds.get_axis_num(time_dim) - 1] != 2:
+        raise SourceError(f"Time bounds {name} have the shape {dict(bounds.sizes)}; ({time_dim}, 2) is needed.")
+    values = bounds.transpose(time_dim, ...).values
+    if values.dtype.kind not in "MO":
+        raise SourceError(f"Time bounds {name} hold {values.dtype} values, not dates. Give them the units of time.")
+    return list(zip(as_times(values[:, 0]), as_times(values[:, 1]), strict=True))
+
+
+def _units(array: xr.DataArray, declared: Declared) -> str:
+    if declared.units is not None:
+        return declared.units
+    units = str(array.attrs.get("units", "")).strip()
+    if not units or units == "unknown":
+        raise SourceError(
+            "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), or "
+            "--units."
+        )
+    check_agreement(units, str(array.attrs.get("standard_name", "")), str(array.attrs.get("cell_methods", "")))
+    return units
+
+
+def _read_one(dataset: xr.Dataset, name: str, declared: Declared, near: Box | None, first_steps: int | None) -> Coarse:
+    layout = layout_of(dataset, name, declared)
+    steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
+    steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
+    part = part_of(layout.place.grid, tuple(layout.array.shape[1:]), near)
+    amount, negatives = _amount(layout, steps, part, declared)
+    attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
+    if negatives:
+        attributes["negatives_set_to_zero"] = str(negatives)
+    if isinstance(part.grid, Grid):
+        return Cube(amount.reshape(-1, *part.grid.shape), steps.axis, part.grid, attributes)
+    return CellCube(amount, steps.axis, part.grid, attributes)
+
+
+def _amount(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float32], int]:
+    """Amounts per step, (T, cells), float32, block by block in time; and how many negatives became 0."""
+    cells = part.size
+    out = np.empty((steps.axis.size, cells), np.float32)
+    block = max(1, BLOCK_VALUES // cells)
+    negatives, largest = 0, _largest(steps.axis.step)
+    for first in range(0, steps.axis.size, block):
+        some = steps.within(first, min(first + block, steps.axis.size))
+        values, tolerance = _stretch(layout, some, part, declared)
+        negatives += _check(values, tolerance, largest, first, declared)
+        out[first : first + len(values)] = values
+    if np.isnan(out).all():
+        raise SourceError("All values are missing. Check the fill value and the period.")
+    _check_not_accumulated(out, layout, steps, declared)
+    return out, negatives
+
+
+def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float64], float]:
+    """Amounts of some steps (T, cells) in mm, and how far below 0 packing may have put them."""
+    used = np.concatenate((steps.record, steps.base[steps.base >= 0]))
+    low, high = int(used.min()), int(used.max()) + 1
+    array = layout.array.isel({layout.time_dim: slice(low, high)})
+    records = patiently(lambda: part.take(array), "the values")
+    records[np.isin(records, np.asarray(declared.missing_values, np.float64))] = np.nan
+    if np.isinf(records).any():
+        raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
+    scale = mm_per_step(layout.units, timedelta(seconds=1))
+    is_rate = mm_per_step(layout.units, timedelta(seconds=2)) != scale
+    if is_rate:
+        records *= scale * layout.steps.record_seconds[low:high, None]
+    else:
+        records *= scale
+    values = records[steps.record - low]
+    later = steps.base >= 0
+    values[later] -= records[steps.base[later] - low]
+    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0)) * scale
+    largest = float(np.nanmax(np.abs(records), initial=0.0))
+    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest) if later.any() else ROUNDING_MM
+    return values, rounding
+
+
+def _largest(step: timedelta) -> float:
+    """Amount that no step has reached: twice the envelope of the world's records, 422 mm (h)^0.475 (Jennings 1950)."""
+    return float(2 * 422.0 * (step / timedelta(hours=1)) ** 0.475)
+
+
+def _check(values: NDArray[np.float64], rounding: float, largest: float, first: int, declared: Declared) -> int:
+    """Set small negatives to 0 and count them; refuse what is no amount."""
+    tolerance = rounding if declared.max_negative_mm is None else max(rounding, declared.max_negative_mm)
+    with np.errstate(invalid="ignore"):
+        negative = values < 0
+    if negative.any() and float(np.nanmin(values)) < -tolerance:
+        raise SourceError(
+            _implausible(values, int(np.nanargmin(values)), first, f"beyond the rounding of {tolerance:.3g} mm")
+        )
+    if not np.isnan(values).all() and float(np.nanmax(values)) > largest:
+        raise SourceError(
+            _implausible(values, int(np.nanargmax(values)), first, f"more than {largest:.0f} mm, twice the record")
+        )
+    values[negative] = 0.0
+    return int(negative.sum())
+
+
+def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> str:
+    step, cell = (int(i) for i in np.unravel_index(at, values.shape))
+    value = float(values[step, cell])
+    same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())
+    what = "Negative precipitation" if value < 0 else "Implausible precipitation"
+    hint = (
+        f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in "
+        "catalog.yaml (in the units of the file)."
+        if same > 1
+        else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
+        "`max_negative_mm:` of the source in catalog.yaml accepts more."
+    )
+    return f"{what}: {value:.4g} mm at step {first + step}, cell {cell}, {why}. {hint}"
+
+
+def _check_not_accumulated(out: NDArray[np.float32], layout: Layout, steps: Steps, declared: Declared) -> None:
+    """Refuse amounts that never fall anywhere: a running sum that nobody declared, very likely."""
+    if declared.accumulated is not None or steps.differenced or steps.axis.size < 4:
+        return
+    sample = out[: min(len(out), 64)]
+    rises = np.diff(sample, axis=0)
+    with np.errstate(invalid="ignore"):
+        if not (rises < 0).any() and int((rises > 0).sum()) >= 10:
             raise SourceError(
-                f"The time axis is uneven: {before} to {after} is not {step} like the first step. "
-                "Fill the gap with missing steps, or split the file there."
+                "The amounts never fall from one step to the next, in any cell: they look like a running sum. Declare "
+                "`accumulated: run`, `day` or `none` of the source in catalog.yaml."
             )
-    if step <= timedelta(0):
-        raise SourceError(f"The time axis is not sorted: {stamps[1]} comes after {stamps[0]}.")
-    return step

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.remote import patiently, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -16,6 +21,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # read at a time from a server
+GLOB = "*?["
+ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
 def located(url: str, base: Path | None = None) -> str:
@@ -27,21 +35,94 @@ def located(url: str, base: Path | None = None) -> str:
     return str(base / url)
 
 
-def _filesystem(url: str, options: Mapping[str, object]) -> tuple[AbstractFileSystem, str]:
-    import fsspec
+@dataclass(frozen=True)
+class Location:
+    """A place on a filesystem."""
 
+    filesystem: AbstractFileSystem
+    path: str
+    url: str
+    options: Mapping[str, object]
+
+    @classmethod
+    def of(cls, url: str, base: Path | None, options: Mapping[str, object] | None) -> Location:
+        """Find the filesystem of a URL; nothing is read.
+
+        Raises:
+            SourceError: a scheme that no installed filesystem serves.
+        """
+        import fsspec
+
+        place, kept = located(url, base), dict(options or {})
+        try:
+            filesystem, path = fsspec.core.url_to_fs(place, **kept)
+        except (ValueError, ImportError) as e:
+            raise SourceError(
+                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// and "
+                "az:// need the packages gcsfs and adlfs."
+            ) from None
+        return cls(filesystem, path, place, kept)
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on a disk of this machine."""
+        protocol = self.filesystem.protocol
+        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    @property
+    def secrets(self) -> tuple[object, ...]:
+        """What messages must not hold."""
+        return tuple(v for k, v in self.options.items() if k not in ("endpoint_url", "anon", "profile"))
+
+    def at(self, path: str) -> Location:
+        """Return another place on the same filesystem."""
+        return Location(self.filesystem, path, self.filesystem.unstrip_protocol(path), self.options)
+
+
+def open_dataset(
+    url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None
+) -> xr.Dataset:
+    """Open NetCDF, GRIB, Zarr or kerchunk references lazily; a glob of files is joined along time or member.
+
+    Args:
+        url: local path, `package:` file or any fsspec URL; `*`, `?` and `[` make it a glob.
+        base: folder that relative paths start from.
+        storage_options: options of the fsspec filesystem.
+
+    Raises:
+        SourceError: nothing there, nothing that can be reached, no dataset, or files that do not fit together.
+    """
+    place = Location.of(url, base, storage_options)
+    return patiently(lambda: _open(place), place.url, secrets=place.secrets)
+
+
+def _open(place: Location) -> xr.Dataset:
+    if any(c in place.path for c in GLOB) and not place.filesystem.exists(place.path):
+        return _joined(place)
+    if not _exists(place):
+        raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
+    if _is_zarr(place):
+        return _open_zarr(place.url, place.options, _is_consolidated(place))
+    if place.filesystem.isdir(place.path):
+        raise SourceError(f"{shown(place.url)} is a folder without a Zarr store. Name a file, a glob or a Zarr store.")
+    return _open_file(place)
+
+
+def _exists(place: Location) -> bool:
+    """Whether something is there; unlike fsspec's `exists`, a refusal or an outage is an error."""
     try:
-        return fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError) as e:
-        raise SourceError(f"{url} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://.") from e
+        place.filesystem.info(place.path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _is_zarr(filesystem: AbstractFileSystem, path: str) -> bool:
-    return any(filesystem.exists(f"{path.rstrip('/')}/{name}") for name in ("zarr.json", ".zgroup", ".zmetadata"))
+def _is_zarr(place: Location) -> bool:
+    return any(place.filesystem.exists(f"{place.path.rstrip('/')}/{name}") for name in ZARR_ROOTS)
 
 
-def _is_consolidated(filesystem: AbstractFileSystem, path: str) -> bool:
-    root = path.rstrip("/")
+def _is_consolidated(place: Location) -> bool:
+    root, filesystem = place.path.rstrip("/"), place.filesystem
     if filesystem.exists(f"{root}/.zmetadata"):
         return True
     return filesystem.exists(f"{root}/zarr.json") and b"consolidated_metadata" in filesystem.cat_file(
@@ -49,71 +130,178 @@ def _is_consolidated(filesystem: AbstractFileSystem, path: str) -> bool:
     )
 
 
-def open_dataset(
-    url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None
-) -> xr.Dataset:
-    """Open NetCDF or Zarr lazily.
-
-    Args:
-        url: local path, `package:` file or any fsspec URL.
-        base: folder that relative paths start from.
-        storage_options: options of the fsspec filesystem.
-
-    Raises:
-        SourceError: nothing there, nothing that can be reached, or no dataset.
-    """
+def _open_zarr(url: str, options: Mapping[str, object], consolidated: bool) -> xr.Dataset:
     import xarray as xr
 
-    place, options = located(url, base), dict(storage_options or {})
-    filesystem, path = _filesystem(place, options)
+    return xr.open_zarr(
+        url, storage_options=dict(options) or None, chunks=None, decode_timedelta=False, consolidated=consolidated
+    )
+
+
+def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Dataset:
+    import xarray as xr
+
+    with place.filesystem.open(place.path, "rb") as file:
+        start = file.read(8)
+    if not start:
+        raise SourceError(f"{shown(place.url)} is empty (0 bytes). Fetch it again.")
+    if start[:4] == b"GRIB":
+        from stsr_core.sources.grib import open_grib
+
+        data = open_grib(_on_disk(place))
+        return data if chunks is None else data.chunk(chunks)
+    if start[:1] == b"{" or place.path.endswith((".json", ".parq")):
+        return _open_references(place)
+    if start[:3] == b"CDF":
+        return xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_timedelta=False)
+    if start[:4] == b"\x89HDF":
+        file = (
+            place.path
+            if place.local
+            else place.filesystem.open(place.path, block_size=BLOCK_BYTES, cache_type="readahead")
+        )
+        engine: Any = "netcdf4" if place.local else "h5netcdf"
+        return xr.open_dataset(file, engine=engine, chunks=chunks, decode_timedelta=False)
+    raise SourceError(
+        f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB nor kerchunk "
+        "JSON. Fetch it again, or convert it."
+    )
+
+
+def _on_disk(place: Location) -> str:
+    """Path of a local file, or of a local copy: GRIB and NetCDF3 libraries read only those."""
+    if place.local:
+        return str(place.path)
+    key = hashlib.sha256(f"{place.url} {_stamp(place.filesystem.info(place.path))}".encode()).hexdigest()[:32]
+    folder = Path(tempfile.gettempdir()) / f"stsr-sources-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    copy = folder / key
+    if not copy.exists():
+        partial = copy.with_suffix(f".{id(place)}")
+        place.filesystem.get_file(place.path, str(partial))
+        partial.replace(copy)
+    return str(copy)
+
+
+def _open_references(place: Location) -> xr.Dataset:
+    """Open kerchunk references: a JSON that says which bytes of which files are the chunks of a Zarr store."""
+    import xarray as xr
+    from fsspec.implementations.reference import ReferenceFileSystem
+    from zarr.storage import FsspecStore
+
     try:
-        if not filesystem.exists(path):
-            raise SourceError(f"Nothing is at {place}. Check the path, and the credentials if it is a bucket.")
-        if _is_zarr(filesystem, path):
-            return xr.open_zarr(
-                place,
-                storage_options=options or None,
-                chunks=None,
-                decode_timedelta=False,
-                consolidated=_is_consolidated(filesystem, path),
-            )
-        if filesystem.isdir(path):
-            raise SourceError(f"{place} is a folder without a Zarr store. Name a NetCDF file or a Zarr store.")
-        if filesystem.size(path) == 0:
-            raise SourceError(f"{place} is empty (0 bytes). Fetch it again.")
-        local = path if "file" in filesystem.protocol else filesystem.open(path)
-        return xr.open_dataset(local, chunks=None, decode_timedelta=False)
-    except SourceError:
-        raise
-    except Exception as e:  # whatever a backend raises on a damaged or unreachable file
+        content = json.loads(place.filesystem.cat_file(place.path))
+    except ValueError as e:
+        raise SourceError(f"{shown(place.url)} is no valid JSON ({e}). Kerchunk references are needed.") from e
+    refs = content.get("refs", content) if isinstance(content, dict) else {}
+    if not any(str(k).endswith((".zgroup", ".zarray", "zarr.json")) for k in refs):
+        raise SourceError(f"{shown(place.url)} is JSON, but holds no kerchunk references. Name a file or a store.")
+    targets = {str(v[0]) for v in refs.values() if isinstance(v, list)}
+    remote = next((t.partition("://")[0] for t in sorted(targets) if "://" in t), "file")
+    options = dict(place.options) if remote != "file" else {"auto_mkdir": False}
+    filesystem = ReferenceFileSystem(
+        fo=content, remote_protocol=remote, remote_options={**options, "asynchronous": True}, asynchronous=True
+    )
+    store = FsspecStore(filesystem, read_only=True, path="")
+    return xr.open_zarr(store, consolidated=False, chunks=None, decode_timedelta=False)
+
+
+def _joined(place: Location) -> xr.Dataset:
+    """Join the files of a glob: along time where their times differ, along `member` where they are the same."""
+    import xarray as xr
+
+    paths = sorted(place.filesystem.glob(place.path))
+    if not paths:
         raise SourceError(
-            f"{place} cannot be read ({type(e).__name__}: {_first_line(e)}). NetCDF or Zarr is needed; check that "
-            "the file is whole, that the server answers, and the credentials."
+            f"Nothing matches {shown(place.url)}. Check the pattern, and the credentials if it is a bucket."
+        )
+    found = [_lazily(place.at(p)) for p in paths]
+    if len(found) == 1:
+        return found[0]
+    times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
+    same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
+    dim = "member" if same else "time"
+    if not same:
+        found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
+    try:
+        joined = xr.concat(
+            found, dim, data_vars="minimal" if not same else "all", coords="minimal", compat="equals", join="exact",
+            combine_attrs="override",
+        )  # fmt: skip
+    except (ValueError, KeyError) as e:
+        raise SourceError(
+            f"The {len(paths)} files of {shown(place.url)} do not fit together along {dim}: "
+            f"{str(e).splitlines()[0][:200]}. Name files of one grid and one set of variables."
         ) from e
+    stamps = joined["time"].to_index()
+    if not same and stamps.has_duplicates:
+        raise SourceError(
+            f"Files of {shown(place.url)} hold the same time twice: {stamps[stamps.duplicated()][0]}. Name each once."
+        )
+    return joined
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+def _times(dataset: xr.Dataset, path: str) -> Any:
+    if "time" not in dataset.variables or dataset["time"].size == 0:
+        raise SourceError(f"{path} has no time, so it cannot be joined with the others. Name files with a time axis.")
+    return dataset["time"].values.ravel()
+
+
+def _lazily(place: Location) -> xr.Dataset:
+    """Open one of many with dask, which xarray needs to join without reading; a single time becomes a dimension."""
+    if _is_zarr(place):
+        data = _open_zarr(place.url, place.options, _is_consolidated(place)).chunk()
+    else:
+        data = _open_file(place, chunks={})
+    if "time" in data.coords and data["time"].ndim == 0:
+        data = data.expand_dims("time")
+    return data
+
+
+def _stamp(info: Mapping[str, Any]) -> str:
+    """What changes when an object does: its etag where there is one, else size and time of change."""
+    etag = info.get("ETag") or info.get("etag")
+    changed = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated")
+    return f"{info.get('size')} {etag or changed}"
 
 
 def fingerprint(url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None) -> str:
-    """Return a digest of what is at a URL: sha256 of a file, or of all objects of a Zarr store with their etags.
+    """Return a digest of what is at a URL, without reading it where a server states etags or times of change.
+
+    A local file is digested by its content, so that a copy of it is the same source; stores and globs by name, size and
+    etag or time of change of every object.
 
     Raises:
         SourceError: nothing there, or nothing that can be reached.
     """
-    place = located(url, base)
-    filesystem, path = _filesystem(place, dict(storage_options or {}))
+    place = Location.of(url, base, storage_options)
+    return patiently(lambda: _fingerprint(place), place.url, secrets=place.secrets)
+
+
+def _fingerprint(place: Location) -> str:
+    filesystem, path = place.filesystem, place.path
     digest = hashlib.sha256()
-    try:
-        if filesystem.isdir(path):
-            for key, info in sorted(filesystem.find(path, detail=True).items()):
-                stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-                digest.update(f"{key.removeprefix(path)} {info['size']} {stamp}\n".encode())
-        else:
-            with filesystem.open(path, "rb") as opened:
-                while block := opened.read(CHUNK_BYTES):
-                    digest.update(block)
-    except OSError as e:
-        raise SourceError(f"{place} cannot be read ({_first_line(e)}). Check the path and the credentials.") from e
+    if any(c in path for c in GLOB) and not filesystem.exists(path):
+        found = filesystem.glob(path, detail=True)
+        if not found:
+            raise SourceError(f"Nothing matches {shown(place.url)}. Check the pattern.")
+    elif filesystem.isdir(path):
+        found = filesystem.find(path, detail=True)
+    else:
+        return _file_fingerprint(place)
+    for key, info in sorted(found.items()):
+        digest.update(f"{key.removeprefix(path)} {_stamp(info)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_fingerprint(place: Location) -> str:
+    digest = hashlib.sha256()
+    if not place.local:
+        stamp = _stamp(place.filesystem.info(place.path))
+        if not stamp.endswith("None"):
+            digest.update(stamp.encode())
+            return digest.hexdigest()
+    with place.filesystem.open(place.path, "rb") as opened:
+        while block := opened.read(CHUNK_BYTES):
+            digest.update(block)
     return digest.hexdigest()

@@ -158,10 +158,13 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
     """Write time, its bounds, y, x and the CRS of a group."""
     units, calendar = time_units(times)
     y, x = axis_attributes(grid)
-    stamp = {"standard_name": "time", "axis": "T", "units": units, "calendar": calendar, "bounds": "time_bnds"}
+    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": units, "calendar": calendar}
+    stamp["bounds"] = "time_bnds"
+    if calendar == "proleptic_gregorian":
+        stamp["units_metadata"] = "leap_seconds: none"
     write_array(f"{url}/time", encoded_times(times.labels, calendar), ("time",), stamp, options)
     bounds = encoded_times(times.bounds.ravel(), calendar).reshape(-1, 2)
-    write_array(f"{url}/time_bnds", bounds, ("time", "nv"), {}, options)
+    write_array(f"{url}/time_bnds", bounds, ("time", "nv"), {"long_name": "time"}, options)
     write_array(f"{url}/y", grid.y.centres, ("y",), y, options)
     write_array(f"{url}/x", grid.x.centres, ("x",), x, options)
     if grid.crs_wkt is not None:
@@ -181,8 +184,8 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     Raises:
         StoreError: the place cannot be written.
     """
-    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM, "coordinates": "time_bnds"}, layout.grid)
-    realization = {"standard_name": "realization"}
+    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM}, layout.grid)
+    realization = {"standard_name": "realization", "units": "1"}
     try:
         write_coordinates(url, layout.times, layout.grid, options)
         write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)

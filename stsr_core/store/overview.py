@@ -10,7 +10,6 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stsr_core.store.layout import (
-    CHUNK_CELLS,
     MISSING,
     PRECIPITATION,
     QUANTUM_MM,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step
+MAP_CELLS = 1024  # cells along a chunk: the map of one step is one request, or few
 
 Statistics = dict[str, "NDArray[np.float32]"]
 
@@ -62,7 +62,7 @@ def write_overview(
     for name, (points, long_name, units) in axes.items():
         write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
-    over_members = {**PRECIPITATION, "cell_methods": "time: sum area: mean realization: mean"}
+    over_members = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
     targets = {
         "mean": _create(f"{url}/mean", layout, None, over_members, options),
         "quantile": _create(f"{url}/quantile_amount", layout, "quantile", PRECIPITATION, options),
@@ -88,12 +88,12 @@ def _blocks(layout: StoreLayout) -> list[tuple[slice, slice, slice]]:
 def _create(
     url: str, layout: StoreLayout, leading: str | None, attributes: Mapping[str, str], options: Options | None
 ) -> zarr.Array[Any]:
-    _, bt, by, bx = layout.shard
     size = {"quantile": len(QUANTILES), "threshold": len(THRESHOLDS_MM)}.get(leading or "")
     extra = (size,) if size else ()
+    plane = tuple(min(n, MAP_CELLS) for n in layout.grid.shape)
     return zarr.create_array(
         open_store(url, options), shape=(*extra, *layout.shape[1:]), dtype="float32",
-        chunks=(*extra, bt, min(by, CHUNK_CELLS), min(bx, CHUNK_CELLS)), compressors=ZstdCodec(level=3),
+        chunks=(*extra, 1, *plane), shards=(*extra, layout.time_block, *plane), compressors=ZstdCodec(level=3),
         fill_value=np.nan, dimension_names=((leading,) if leading else ()) + ("time", "y", "x"),
-        attributes=mapped({**attributes, "coordinates": "time_bnds"}, layout.grid), overwrite=True,
+        attributes=mapped(attributes, layout.grid), overwrite=True,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 64  # shards that are read back
 READERS = 8  # objects read at a time
+WET_MM = 0.1  # amount per fine step, as in the receipts
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Stored:
         coarse: amount [mm per coarse step], (T, Y, X), NaN where missing.
         members: number of members.
         conserved: whether closure was enforced.
+        options: options of the filesystem.
+        scores: what the checkpoint's card says of its validation, by name.
     """
 
     url: str
@@ -118,6 +121,7 @@ class Stored:
     members: int
     conserved: bool
     options: Options | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> GateReport:
@@ -134,7 +138,14 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
         ),
         *_read_back(stored, valid, receipts, gates),
     ]
-    return GateReport(gates=(*results, _plausible(valid, receipts, gates), _spread(stored, valid, receipts, gates)))
+    results += [
+        _plausible(valid, receipts, gates),
+        _spread(stored, valid, receipts, gates),
+        _wet_fraction(stored, valid, receipts, gates),
+        _card("spread_skill", "spread over skill", stored, gates.spread_skill),
+        _card("wet_fraction_ratio", "wet fraction over truth", stored, gates.wet_fraction_ratio),
+    ]
+    return GateReport(gates=tuple(results))
 
 
 def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
@@ -207,4 +218,25 @@ def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Re
         name="spread", passed=relative >= gates.min_relative_spread or not judged,
         found=f"{relative:.2f} of the mean" if judged else "one member, or no rain",
         needed=f"{gates.min_relative_spread:g}",
+    )  # fmt: skip
+
+
+def _wet_fraction(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
+    """Wet fine cells over the fine cells of coarse cells that are wet on average."""
+    wet = sum(receipts[e.key].wet for e in valid)
+    s, t = stored.factor.space, stored.factor.time
+    under = int((stored.coarse > WET_MM * t).sum()) * s * s * t * stored.members
+    share = wet / under if under else 1.0
+    return Gate(
+        name="wet fraction", passed=share >= gates.min_wet_fraction,
+        found=f"{share:.2f} of the cells where it rains" if under else "no rain", needed=f"{gates.min_wet_fraction:g}",
+    )  # fmt: skip
+
+
+def _card(score: str, name: str, stored: Stored, bounds: tuple[float, float]) -> Gate:
+    """Gate over a score of the checkpoint's card; a card without scores says so."""
+    found = stored.scores.get(score)
+    return Gate(
+        name=f"card: {name}", passed=found is None or bounds[0] <= found <= bounds[1],
+        found="not on the card" if found is None else f"{found:.2f}", needed=f"{bounds[0]:g} to {bounds[1]:g}",
     )  # fmt: skip

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
-from stsr_core.diffusion import add_noise, largest_angle
+from stsr_core.diffusion import add_noise, largest_angle, loss_weight
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
 from stsr_core.networks.denoiser import Denoiser
@@ -193,7 +193,7 @@ def mean_loss(
 
 
 def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
-    """Return the velocity loss around a trained mean network.
+    """Return the denoising loss around a trained mean network.
 
     Noise levels are uniform in angle up to the end of the schedule of beta, as the sampler visits them. Uniform
     in schedule position, two draws in three would fall on nearly pure noise, where there is little to learn.
@@ -215,8 +215,9 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
         u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
         angle = (u * largest_angle(configuration.beta)).to(fine.device)
         noise = torch.randn(residual.shape, generator=generator).to(fine.device)
-        noisy, velocity = add_noise(residual, noise, angle[:, None, None, None, None])
-        return (network(noisy, angle, expected, conditions, factor) - velocity).square().mean()
+        levels = angle[:, None, None, None, None]
+        found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor)
+        return (loss_weight(levels) * (found - residual).square()).mean()
 
     return loss
 

@@ -71,14 +71,21 @@ def load_archive(paths: Sequence[Path], variable: str = "precipitation") -> list
             if variable not in data:
                 raise SourceError(f"{path} has no variable {variable!r}; it has {sorted(map(str, data.data_vars))}.")
             segment = data["segment"].values if "segment" in data else np.zeros(data.sizes["time"], int)
-            for number in np.unique(segment):
-                amount = data[variable].isel(time=np.flatnonzero(segment == number)).values
-                if np.nanmax(amount) > (int(MISSING) - 1) * QUANTUM_MM or np.nanmin(amount) < 0:
-                    raise SourceError(f"{path} holds amounts outside 0..655 mm per step; check units and fill value.")
-                quanta = np.where(np.isnan(amount), MISSING, np.rint(np.nan_to_num(amount) / QUANTUM_MM))
-                stored = quanta.astype(np.uint16)
-                regions.append(Region(path.stem, stored, _weights(stored)))
+            pieces = [data[variable].isel(time=np.flatnonzero(segment == number)) for number in np.unique(segment)]
+            regions += [region_of(path.stem, piece.values) for piece in pieces]
     return regions
+
+
+def region_of(name: str, amount: NDArray[np.floating]) -> Region:
+    """Wrap one gap-free piece of amounts [mm per step], (T, Y, X), NaN where missing.
+
+    Raises:
+        SourceError: amounts that do not fit the quantum's range.
+    """
+    if np.nanmax(amount) > (int(MISSING) - 1) * QUANTUM_MM or np.nanmin(amount) < 0:
+        raise SourceError(f"{name} holds amounts outside 0..655 mm per step; check units and fill value.")
+    quanta = np.where(np.isnan(amount), MISSING, np.rint(np.nan_to_num(amount) / QUANTUM_MM)).astype(np.uint16)
+    return Region(name, quanta, _weights(quanta))
 
 
 def patch_cells(factor: Factor) -> int:

@@ -1,60 +1,22 @@
 import json
 import multiprocessing
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pystac
 import pytest
-from pyproj import CRS
 
 import stsr_core.catalog
 from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.items import Description, Provenance, instant
-from stsr_core.catalog.publish import Attempt, Publication, publish, reconcile
+from stsr_core.catalog.items import instant
+from stsr_core.catalog.publish import publish
+from stsr_core.catalog.reconcile import reconcile
 from stsr_core.errors import GateError, PublicationError, StoreError
-from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
-from stsr_core.store.overview import write_overview
 from stsr_core.store.verify import Gate, GateReport
+from tests.catalog.made import prepared, publication, publish_one
 
-LAYOUT = StoreLayout(
-    members=2,
-    times=TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 2),
-    grid=Grid(Axis(6_445_500.0, -1000.0, 4), Axis(850_500.0, 1000.0, 4), CRS.from_epsg(2154).to_wkt()),
-    member_block=4,
-    time_block=2,
-    tile=(4, 4),
-    attributes={},
-)
-DESCRIPTION = Description("rain", "Rain", "Rain at 1 km.", "etalab-2.0", "METEO FRANCE", ("rain",))
-PROVENANCE = Provenance(
-    source_url="s3://bucket/in.nc", source_fingerprint="f" * 64, source_attribution="METEO FRANCE",
-    source_license="etalab-2.0", requested_factor=(9.4, 1.0), factor=(10, 1), match_distance=0.06, beta=0.02,
-    context_length=12, conservation={"threshold_mm": 0.05, "limit": None}, conserved=True, checkpoint="small",
-    checkpoint_digest="c" * 64, network_evaluations=8, code_version="0.1.0", seed=1, members=2,
-)  # fmt: skip
-GOOD = GateReport(gates=(Gate(name="closure", passed=True, found="0 quanta", needed="0 quanta"),))
-
-
-def prepared(destination: Path, value: int = 7) -> Attempt:
-    attempt = Attempt.begin(str(destination), "rain")
-    create_ensemble(attempt.ensemble_url, LAYOUT, array="precipitation")
-    region = (slice(0, 2), slice(0, 2), slice(0, 4), slice(0, 4))
-    write_shard(attempt.ensemble_url, "precipitation", region, np.full(LAYOUT.shape, value, np.uint16))
-    finish(attempt.ensemble_url, {})
-    write_overview(attempt.ensemble_url, "precipitation", attempt.overview_url, LAYOUT)
-    return attempt
-
-
-def publication(attempt: Attempt, report: GateReport = GOOD) -> Publication:
-    side = {"quicklook": attempt.write_side_file("quicklook.png", b"png", "image/png", "Quick look", "overview")}
-    return Publication(DESCRIPTION, LAYOUT, PROVENANCE, report, side)
-
-
-def publish_one(destination: Path, value: int = 7) -> str:
-    attempt = prepared(destination, value)
-    return publish(attempt, publication(attempt)).version
+NOW = timedelta(0)
 
 
 def test_versions_are_numbered_linked_and_valid(tmp_path):
@@ -112,28 +74,77 @@ def test_a_store_that_is_not_whole_is_not_published(tmp_path):
         publish(attempt, publication(attempt))
 
 
+def item_path(catalog, version="latest"):
+    return Path(stsr_core.catalog.find("rain", version, str(catalog)).url)
+
+
 def test_what_a_crash_left_is_invisible_and_reconcile_removes_it(tmp_path):
     publish_one(tmp_path)
     lost = prepared(tmp_path)
-    # A crash between item and collection.
-    (tmp_path / "rain" / "v2.json").write_text((tmp_path / "rain" / "v1.json").read_text())
+    Path(lost.url, "v2.json").write_text(item_path(tmp_path).read_text())  # a crash between item and collection
+    (tmp_path / "rain" / "index" / "0123456789ab.parquet").write_bytes(b"lost")
     assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1"]}
-    removed = reconcile(str(tmp_path), "rain")
-    assert set(removed) == {"rain/v2.json", lost.prefix}
+    assert reconcile(str(tmp_path), "rain") == []  # it may be alive
+    leftovers = {"rain/index/0123456789ab.parquet", lost.prefix}
+    assert set(reconcile(str(tmp_path), "rain", grace=NOW, dry_run=True)) == leftovers
+    assert Path(lost.url).exists()
+    assert set(reconcile(str(tmp_path), "rain", grace=NOW)) == leftovers
     assert not Path(lost.url).exists()
     assert float(stsr_core.catalog.open("rain", catalog=str(tmp_path))["precipitation"].max()) > 0
-    assert reconcile(str(tmp_path), "rain") == []
+    assert reconcile(str(tmp_path), "rain", grace=NOW) == []
+    assert publish_one(tmp_path) == "v2"
 
 
-def test_a_number_taken_by_a_crash_is_not_used_again(tmp_path):
+def test_a_publisher_that_was_taken_for_dead_publishes_nothing(tmp_path):
     publish_one(tmp_path)
-    (tmp_path / "rain" / "v2.json").write_text("{}")
-    assert publish_one(tmp_path) == "v3"
+    slow = prepared(tmp_path)
+    ready = publication(slow)
+    collection = tmp_path / "rain" / "collection.json"
+    announced = {**json.loads(collection.read_text()), "stsr:removing": [slow.name]}
+    collection.write_text(json.dumps(announced))  # a reconcile that died after its announcement
+    with pytest.raises(PublicationError, match="removed as left by a crash"):
+        publish(slow, ready)
+    assert reconcile(str(tmp_path), "rain") == [slow.prefix]
+    assert "stsr:removing" not in json.loads(collection.read_text())
+    with pytest.raises(PublicationError, match="is not whole"):
+        publish(slow, ready)
+    assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1"]}
+
+
+def test_links_that_a_dying_publisher_owed_are_made_good(tmp_path):
+    publish_one(tmp_path)
+    publish_one(tmp_path)
+    first = item_path(tmp_path, "v1")
+    document = json.loads(first.read_text())
+    owed = [x for x in document["links"] if x["rel"] == "successor-version"]
+    first.write_text(json.dumps({**document, "links": [x for x in document["links"] if x not in owed]}))
+    (tmp_path / "catalog.json").unlink()
+    reconcile(str(tmp_path), "rain")
+    assert [x for x in json.loads(first.read_text())["links"] if x["rel"] == "successor-version"] == owed
+    assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1", "v2"]}
+
+
+def test_a_foreign_or_damaged_catalogue_is_refused_and_left_as_it_is(tmp_path):
+    publish_one(tmp_path)
+    collection = tmp_path / "rain" / "collection.json"
+    sound = json.loads(collection.read_text())
+    attempt = prepared(tmp_path)
+    ready = publication(attempt)
+    foreign = {"rel": "item", "href": "../../etc/passwd"}
+    for damaged in ({**sound, "links": [*sound["links"], foreign]}, []):
+        collection.write_text(json.dumps(damaged))
+        with pytest.raises(PublicationError, match="is damaged"):
+            publish(attempt, ready)
+        with pytest.raises(PublicationError, match="is damaged"):
+            reconcile(str(tmp_path), "rain", grace=NOW)
+        assert json.loads(collection.read_text()) == damaged
+    collection.write_text(json.dumps(sound))
+    assert publish(attempt, ready).version == "v2"
 
 
 def _publish_many(destination: str, count: int) -> None:
     for _ in range(count):
-        publish_one(Path(destination))
+        publish_one(destination)
 
 
 def test_publishers_that_race_lose_nothing(tmp_path):
@@ -147,8 +158,9 @@ def test_publishers_that_race_lose_nothing(tmp_path):
     listed = stsr_core.catalog.ls(str(tmp_path))["rain"]
     assert len(listed) == 9
     assert len(set(listed)) == 9
-    folders = {json.loads((tmp_path / "rain" / f"{v}.json").read_text())["assets"]["ensemble"]["href"] for v in listed}
-    assert len(folders) == 9
+    assert len({item_path(tmp_path, v).parent for v in listed}) == 9
+    found = stsr_core.catalog.search(str(tmp_path), stsr_core.catalog.Query(limit=20))
+    assert sorted(v.version for v in found) == sorted(listed)
 
 
 def test_documents_are_created_once_and_replaced_only_from_the_state_read(tmp_path):
@@ -177,22 +189,3 @@ def test_dates_of_other_calendars_stay_valid_dates():
 
     assert instant(cftime.Datetime360Day(2001, 2, 30)) == "2001-02-28T00:00:00Z"
     assert instant(np.datetime64("2001-02-03T04:05")) == "2001-02-03T04:05:00Z"
-
-
-SCHEMAS = Path(__file__).parents[2] / ".." / "shared" / "stac_schemas"
-
-
-@pytest.mark.skipif(not SCHEMAS.is_dir(), reason="published extension schemas are not here")
-def test_items_are_valid_by_the_published_extension_schemas(tmp_path):
-    import jsonschema
-    from referencing import Registry, Resource
-
-    publish_one(tmp_path)
-    item = json.loads((tmp_path / "rain" / "v1.json").read_text())
-    for path in SCHEMAS.glob("*.json"):
-        schema = json.loads(path.read_text())
-        identifier = schema["$id"].removesuffix("#")
-        if identifier in item["stac_extensions"]:
-            registry = Registry(retrieve=lambda uri: Resource.opaque({"type": "object"}))
-            errors = list(jsonschema.validators.validator_for(schema)(schema, registry=registry).iter_errors(item))
-            assert not errors, (path.name, errors[0].message)

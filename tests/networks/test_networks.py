@@ -58,6 +58,15 @@ def test_the_denoiser_sees_noise_level_and_factor():
     assert not torch.allclose(base, network(x, torch.tensor([0.5]), x, frames, Factor(space=25, time=2)))
 
 
+def test_the_denoisers_gate_stops_noise_cell_by_cell():
+    network = Denoiser(CHANNELS)
+    x, frames = torch.randn(1, 4, 1, 20, 20), torch.rand(1, 4, CONDITION_CHANNELS, 20, 20)
+    passed = network(x, torch.tensor([0.5]), x, frames, FACTOR)
+    torch.testing.assert_close(passed, torch.tensor(0.5).cos() * x)
+    network.unet.last.bias.data[1] = 1.0
+    assert network(x, torch.tensor([0.5]), x, frames, FACTOR).abs().max() == 0
+
+
 def test_transform_and_inverse_agree_and_nothing_is_negative():
     amount = torch.tensor([0.0, 0.01, 1.0, 100.0])
     torch.testing.assert_close(to_amount(to_transformed(amount, 0.2), 0.2), amount, rtol=1e-4, atol=1e-6)

@@ -7,9 +7,11 @@ import pytest
 import xarray as xr
 
 from stsr_core.errors import GridError, SourceError
+from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import cube_of, read_cube
 from stsr_core.sources.open import open_dataset
 
+END = Declared(time_label="end")
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
 
 
@@ -42,10 +44,15 @@ def test_the_shipped_sample_reads_as_its_file_says():
         ("kg m-2 s-1", 2.0 / 3600, 2.0),
         ("mm/h", 2.0, 2.0),
         ("mm day-1", 48.0, 2.0),
+        ("mm hr^-1", 2.0, 2.0),
+        ("kg m**-2", 2.0, 2.0),
+        ("inches", 2.0 / 25.4, 2.0),
+        ("inch/hour", 2.0 / 25.4, 2.0),
+        ("mm s-1", 2.0 / 3600, 2.0),
     ],
 )
 def test_units_become_mm_per_step(units, value, amount):
-    cube = cube_of(array(units, values=np.full((4, 3, 5), value)))
+    cube = cube_of(array(units, values=np.full((4, 3, 5), value)), END)
     np.testing.assert_allclose(cube.amount, amount, rtol=1e-6)
     assert cube.amount.dtype == np.float32
 
@@ -60,23 +67,25 @@ def test_bounds_decide_what_a_stamp_names():
     np.testing.assert_array_equal(cube.times.labels, data["time"].values)
 
 
-def test_without_bounds_the_end_is_assumed_and_noted():
-    cube = cube_of(array())
-    assert cube.attributes["time_label_assumed"] == "end"
-    assert cube.times.bounds[0, 1] == np.datetime64("2001-01-01T01:00")
-    assert cube_of(array(), time_label="start").times.bounds[0, 0] == np.datetime64("2001-01-01T01:00")
+def test_what_a_stamp_names_is_declared_never_guessed():
+    with pytest.raises(SourceError, match="Nothing says which time .* stands for.*time_label"):
+        cube_of(array())
+    for label, start in (("start", "01:00"), ("middle", "00:30"), ("end", "00:00")):
+        cube = cube_of(array(), Declared(time_label=label))
+        assert cube.times.bounds[0, 0] == np.datetime64(f"2001-01-01T{start}")
+        assert cube.times.labels[0] == np.datetime64("2001-01-01T01:00")
 
 
 def test_a_360_day_calendar_is_kept():
     time = xr.date_range("2001-02-28", periods=4, freq="D", calendar="360_day", use_cftime=True)
-    cube = cube_of(array("mm", time=time))
+    cube = cube_of(array("mm", time=time), END)
     assert cube.times.labels[2] == cftime.Datetime360Day(2001, 2, 30)
 
 
 def test_axes_are_kept_as_they_run_and_latitudes_imply_their_crs():
     data = array(dims=("time", "lat", "lon"))
     data = data.assign_coords(lat=[50.0, 49.5, 49.0], lon=np.float32([7.1, 7.2, 7.3, 7.4, 7.5]))
-    cube = cube_of(data)
+    cube = cube_of(data, END)
     assert cube.grid.y.step == -0.5
     assert cube.grid.x.step == pytest.approx(0.1, abs=1e-12)
     assert "WGS 84" in cube.grid.crs_wkt
@@ -85,7 +94,7 @@ def test_axes_are_kept_as_they_run_and_latitudes_imply_their_crs():
 def test_small_negative_amounts_are_rounding_and_missing_stays_missing():
     values = np.ones((4, 3, 5))
     values[0, 0, 0], values[1, 1, 1] = -0.005, np.nan
-    cube = cube_of(array(values=values))
+    cube = cube_of(array(values=values), END)
     assert cube.amount[0, 0, 0] == 0.0
     assert np.isnan(cube.amount[1, 1, 1])
     assert np.isnan(cube.amount).sum() == 1
@@ -104,8 +113,8 @@ STAMPS = pd.to_datetime(["2001-01-01 01:00", "2001-01-01 02:00", "2001-01-01 04:
     ("data", "message"),
     [
         (array(None), "no units.*--units"),
-        (array("furlong"), "'furlong' are not understood; known are mm"),
-        (array(values=values_with(-1.0)), r"Negative precipitation: -1 mm at .* \(2, 1, 3\)"),
+        (array("widget"), "'widget' are not understood; known are such as mm"),
+        (array(values=values_with(-1.0)), r"Negative precipitation: -1 mm at step 2, cell 8"),
         (array(values=values_with(np.inf)), "1 values are infinite"),
         (array(values=np.full((4, 3, 5), np.nan)), "All values are missing"),
         (array(time=STAMPS), "uneven: 2001-01-01 02:00:00 to 2001-01-01 04:00:00"),
@@ -113,20 +122,20 @@ STAMPS = pd.to_datetime(["2001-01-01 01:00", "2001-01-01 02:00", "2001-01-01 04:
         (array(time=STAMPS[[0, 0, 1, 2]]), "not sorted"),
         (array(nt=1), "One time step without time bounds"),
         (array(time=np.arange(4)), "not dates.*hours since"),
-        (array(dims=("time", "station", "x")), r"\('time', 'station', 'x'\) were found; \(time, y, x\) are needed"),
-        (array().isel(time=0), r"\('y', 'x'\) were found"),
+        (array(dims=("time", "station", "x")), r"\('station', 'x'\) were found beside time"),
+        (array().isel(time=0), "One time step without time bounds"),
         (array().isel(y=slice(0, 0)), "is empty"),
         (array().drop_vars("x"), "Dimension x has no coordinate"),
     ],
 )
 def test_what_cannot_be_read_safely_is_refused_with_the_reason(data, message):
     with pytest.raises(SourceError, match=message):
-        cube_of(data)
+        cube_of(data, END)
 
 
 def test_an_irregular_axis_is_refused():
-    with pytest.raises(GridError, match="Axis x is not regular: cell 3"):
-        cube_of(array().assign_coords(x=[0.0, 1.0, 2.0, 3.5, 4.0]))
+    with pytest.raises(GridError, match="Axis x is not regular, and the file has no CRS"):
+        cube_of(array().assign_coords(x=[0.0, 1.0, 2.0, 3.5, 4.0]), END)
 
 
 def test_a_missing_variable_names_those_that_are_there():

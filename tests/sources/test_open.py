@@ -1,8 +1,16 @@
+import json
+
+import h5py
 import numpy as np
 import pytest
 import xarray as xr
+from fsspec.implementations.local import LocalFileSystem
+from pyproj import CRS
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.box import Box
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
 
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
@@ -72,3 +80,153 @@ def test_fingerprints_follow_the_content(tmp_path, data):
 def test_a_missing_source_has_no_fingerprint(tmp_path):
     with pytest.raises(SourceError, match="cannot be read"):
         fingerprint(str(tmp_path / "none.nc"))
+
+
+def days(first, count, offset=0.0):
+    """Daily rain in mm with bounds, 3 x 4 cells whose amount is the number of the day."""
+    time = np.datetime64("2001-01-01", "ns") + np.arange(first, first + count) * np.timedelta64(1, "D")
+    values = np.broadcast_to(np.arange(first, first + count)[:, None, None] + offset, (count, 3, 4)).astype(np.float32)
+    data = xr.Dataset({"pr": (("time", "lat", "lon"), values, {"units": "mm"})},
+                      {"time": time, "lat": 45.0 + np.arange(3), "lon": 3.0 + np.arange(4)})  # fmt: skip
+    data["time"].encoding.update(units="days since 2001-01-01", dtype="int32")
+    return data
+
+
+START = Declared(time_label="start", accumulated="none")
+
+
+def test_files_of_a_glob_join_along_time_in_any_order(tmp_path):
+    for name, part in (("b", days(0, 3)), ("a", days(3, 2)), ("c", days(5, 4))):
+        part.to_netcdf(tmp_path / f"{name}.nc")
+    with open_dataset(str(tmp_path / "*.nc")) as opened:
+        cube = read_coarse(opened, "pr", START)
+    np.testing.assert_array_equal(cube.amount[:, 0, 0], np.arange(9))
+    before = fingerprint(str(tmp_path / "*.nc"))
+    days(9, 1).to_netcdf(tmp_path / "d.nc")
+    assert fingerprint(str(tmp_path / "*.nc")) != before
+    (tmp_path / "c.nc").unlink()
+    with pytest.raises(SourceError, match="uneven"), open_dataset(str(tmp_path / "*.nc")) as opened:
+        read_coarse(opened, "pr", START)
+
+
+def test_files_of_the_same_times_are_members(tmp_path):
+    for name, offset in (("a", 0.0), ("b", 100.0)):
+        days(0, 3, offset).to_netcdf(tmp_path / f"{name}.nc")
+    with open_dataset(str(tmp_path / "?.nc")) as opened:
+        with pytest.raises(SourceError, match=r"member \(2: 0, 1\)"):
+            read_coarse(opened, "pr", START)
+        declared = Declared(time_label="start", accumulated="none", select={"member": 1})
+        np.testing.assert_array_equal(read_coarse(opened, "pr", declared).amount[:, 0, 0], [100, 101, 102])
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
+    days(0, 3).to_netcdf(tmp_path / "a.nc")
+    days(2, 3).to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match="hold the same time twice: 2001-01-03"):
+        open_dataset(str(tmp_path / "*.nc"))
+    days(3, 3).assign_coords(lat=np.arange(3.0)).to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match="do not fit together along time"):
+        open_dataset(str(tmp_path / "*.nc"))
+    with pytest.raises(SourceError, match="Nothing matches"):
+        open_dataset(str(tmp_path / "*.grib"))
+
+
+def references(path, url):
+    """Kerchunk references of the chunks of `pr` in an HDF5 file, put together from what h5py knows."""
+    refs = {".zgroup": json.dumps({"zarr_format": 2})}
+    with h5py.File(path) as file:
+        for name in ("pr", "time", "lat", "lon"):
+            d = file[name]
+            dims = {"pr": ["time", "lat", "lon"]}.get(name, [name])
+            meta = {"zarr_format": 2, "shape": d.shape, "chunks": d.chunks or d.shape, "dtype": d.dtype.str,
+                    "compressor": None, "filters": None, "fill_value": None, "order": "C"}  # fmt: skip
+            refs[f"{name}/.zarray"] = json.dumps(meta)
+            attributes = {k: d.attrs[k].decode() for k in ("units", "calendar") if isinstance(d.attrs.get(k), bytes)}
+            attributes |= {k: d.attrs[k] for k in ("units", "calendar") if isinstance(d.attrs.get(k), str)}
+            refs[f"{name}/.zattrs"] = json.dumps({"_ARRAY_DIMENSIONS": dims, **attributes})
+            if d.chunks is None:
+                refs[f"{name}/" + ".".join("0" * d.ndim)] = [url, d.id.get_offset(), d.id.get_storage_size()]
+            for i in range(d.id.get_num_chunks() if d.chunks else 0):
+                chunk = d.id.get_chunk_info(i)
+                key = ".".join(str(o // c) for o, c in zip(chunk.chunk_offset, d.chunks, strict=True))
+                refs[f"{name}/{key}"] = [url, chunk.byte_offset, chunk.size]
+    return {"version": 1, "refs": refs}
+
+
+def test_kerchunk_references_read_like_the_file_they_refer_to(tmp_path):
+    days(0, 5).to_netcdf(tmp_path / "a.nc", encoding={"pr": {"chunksizes": (2, 3, 4)}}, engine="h5netcdf")
+    (tmp_path / "refs.json").write_text(json.dumps(references(tmp_path / "a.nc", str(tmp_path / "a.nc"))))
+    with open_dataset(str(tmp_path / "refs.json")) as opened:
+        cube = read_coarse(opened, "pr", START)
+    np.testing.assert_array_equal(cube.amount[:, 2, 3], np.arange(5))
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SourceError, match="holds no kerchunk references"):
+        open_dataset(str(tmp_path / "other.json"))
+
+
+class Counting(LocalFileSystem):
+    """Local files that count the bytes read from them."""
+
+    protocol = "counting"
+    total = 0
+
+    def _open(self, path, mode="rb", block_size=None, **kwargs):
+        opened = open(self._strip_protocol(path), mode)  # noqa: PTH123, SIM115
+        read = opened.read
+        outer = self
+
+        class Reader:
+            def __getattr__(self, name):
+                return getattr(opened, name)
+
+            def read(self, size=-1):
+                data = read(size)
+                type(outer).total += len(data)
+                return data
+
+            def readinto(self, buffer):
+                data = read(len(buffer))
+                buffer[: len(data)] = data
+                type(outer).total += len(data)
+                return len(data)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                opened.close()
+
+        return Reader()
+
+
+@pytest.mark.parametrize("kind", ["zarr2", "zarr3", "hdf5"])
+def test_only_the_period_and_the_box_are_read(tmp_path, kind):
+    import fsspec
+
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    nt, n, c = 96, 240, 20
+    values = np.random.default_rng(0).random((nt, n, n), np.float32)
+    time = np.datetime64("2001-01-01", "ns") + np.arange(nt) * np.timedelta64(1, "h")
+    coords = {"time": time, "lat": ("lat", 50 - 0.1 * np.arange(n), {"units": "degrees_north"}),
+              "lon": ("lon", 0.1 * np.arange(n), {"units": "degrees_east"})}  # fmt: skip
+    data = xr.Dataset({"pr": (("time", "lat", "lon"), values, {"units": "mm"})}, coords)
+    data["time"].encoding.update(units="hours since 2001-01-01", dtype="int32")
+    path = tmp_path / "store"
+    if kind == "hdf5":
+        data.to_netcdf(path, engine="h5netcdf", encoding={"pr": {"chunksizes": (12, c, c)}})
+    else:
+        encoding = {"pr": {"chunks": (12, c, c), "compressors": None}}
+        data.to_zarr(path, zarr_format=int(kind[-1]), encoding=encoding, consolidated=kind == "zarr2")
+    box = Box(6.0, 44.0, 9.0, 46.0, CRS.from_epsg(4326).to_wkt())
+    declared = Declared(time_label="start", period=("2001-01-02", "2001-01-03"))
+    Counting.total = 0
+    with open_dataset(f"counting://{path}") as opened:
+        cube = read_coarse(opened, "pr", declared, near=box)
+    first_row, first_column = round((50 - cube.grid.y.first) / 0.1), round(cube.grid.x.first / 0.1)
+    wanted = values[24:48, first_row : first_row + cube.grid.y.size, first_column : first_column + cube.grid.x.size]
+    np.testing.assert_array_equal(cube.amount, wanted)
+    # Two chunks in time, and in place those that the box and its margin touch: 3 by 3 of 12 by 12.
+    chunk = 12 * c * c * 4
+    margin = 1.5e6 if kind == "hdf5" else 3e4  # headers; HDF5 is read ahead in blocks of 1 MiB
+    assert cube.amount.nbytes <= Counting.total <= 2 * 3 * 3 * chunk + margin
+    assert values.nbytes > 22e6

@@ -129,7 +129,8 @@ def test_a_sound_store_passes_every_gate(store, coarse):
     report = report_of(store, coarse)
     assert report.passed, report
     assert {g.name for g in report.gates} == {
-        "receipts", "stored bytes", "closure", "missing cells", "plausible range", "spread",
+        "receipts", "stored bytes", "closure", "missing cells", "plausible range", "spread", "wet fraction",
+        "card: spread over skill", "card: wet fraction over truth",
     }  # fmt: skip
     report.raise_if_failed()
 
@@ -185,6 +186,19 @@ def test_range_and_spread_have_bounds(store, coarse):
     assert "plausible range" in failed(report_of(store, coarse, Gates(max_mm=4.0)))
     assert "spread" in failed(report_of(store, coarse, Gates(min_relative_spread=0.6)))
     assert "spread" not in failed(report_of(store, coarse, Gates(min_relative_spread=0.6), members=1))
+
+
+def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
+    # 8 shards say 10 wet cells each; 48 of the 48 coarse cells but one are wetter than 0.1 mm, of 4 cells and 3 members
+    wet = failed(report_of(store, coarse, Gates(min_wet_fraction=0.2)))["wet fraction"]
+    assert wet.found == f"{80 / (int((coarse > 0.1).sum()) * 12):.2f} of the cells where it rains"
+    expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in REGIONS]
+    scores = {"spread_skill": 0.4, "wet_fraction_ratio": 1.74}
+    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True, scores=scores)
+    report = verify(stored, expected, read_receipts(store, "precipitation"), Gates())
+    assert {name: (g.found, g.needed) for name, g in failed(report).items()} == {
+        "card: spread over skill": ("0.40", "0.5 to 1.5")
+    }
 
 
 def test_a_damaged_receipt_is_named(store):

@@ -1,0 +1,234 @@
+"""Benchmarks on the user's own machine: the whole engine on the shipped forecast, and training steps."""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import platform
+import pstats
+import resource
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stsr_core.checkpoint import Library
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.cluster import Cluster
+from stsr_core.ensemble.downscale import ARRAY, layout_of
+from stsr_core.ensemble.generate import Target, generate
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.ensemble.shard import make_shard
+from stsr_core.evaluation.baselines import has_rainfarm, rainfarm
+from stsr_core.evaluation.evaluate import as_cube
+from stsr_core.factors import recipe
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.mean import MeanNetwork
+from stsr_core.sources.harmonise import read_cube
+from stsr_core.sources.open import open_dataset
+from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
+from stsr_core.training.fit import PRESETS, Run, Stage, Training, denoiser_loss, mean_loss
+from stsr_core.training.patches import region_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stsr_core.factors import Factor
+
+SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        factor: (s, t).
+        cells: fine cells along the square.
+        steps: fine steps.
+        members: members.
+        workers: numbers of local workers, one run each.
+        device: auto, cpu or cuda.
+        output: folder or bucket prefix that the stores are written below; None is a temporary folder.
+        storage_options: of the output's filesystem.
+    """
+
+    factor: Factor
+    cells: int = 200
+    steps: int = 24
+    members: int = 8
+    workers: tuple[int, ...] = (1, 2)
+    device: str = "auto"
+    output: str | None = None
+    storage_options: Mapping[str, object] | None = None
+
+
+def sample_rain(options: Options) -> NDArray[np.float32]:
+    """Coarse amounts [mm per coarse step] of the size asked for: the shipped forecast around its wettest place.
+
+    Where the forecast ends it is repeated.
+    """
+    with open_dataset(SAMPLE) as data:
+        rain = np.nan_to_num(read_cube(data, "precipitation").amount)
+    s, t = options.factor.space, options.factor.time
+    shape = (max(1, options.steps // t), max(1, options.cells // s), max(1, options.cells // s))
+    wettest = [int(rain.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
+    indices = [
+        (np.arange(n) + centre - n // 2) % size for n, centre, size in zip(shape, wettest, rain.shape, strict=True)
+    ]
+    return np.ascontiguousarray(rain[np.ix_(*indices)]) * np.float32(t)
+
+
+def bench_engine(options: Options, *, checkpoints: str | None = None, report: Report = print) -> dict[str, object]:
+    """Run the whole engine, once for each number of workers, and say what it took.
+
+    Returns:
+        Figures ready for json.dump; seconds, bytes, and rates per second.
+    """
+    checkpoint = Library.open(checkpoints).serving(options.factor)
+    served = checkpoint.card.serving(options.factor)
+    recipe = Recipe.of(checkpoint, served, seed=1, members=options.members, conserve=True)
+    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    downscaler = Downscaler.load(checkpoint, options.factor, choose_device("cpu"))
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.output or folder
+        for workers in options.workers:
+            runs.append(_run(plan, downscaler, workers, f"{root}/bench-{uuid.uuid4().hex[:8]}", options))
+            report(_line(runs[-1]))
+    first, last = runs[0], runs[-1]
+    return {
+        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "checkpoint": checkpoint.card.name,
+        "factor": [options.factor.space, options.factor.time],
+        "fine_shape": list(plan.fine_shape),
+        "evaluations_per_member": served.evaluations,
+        "runs": runs,
+        "speedup": first["seconds"] / last["seconds"],
+        "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
+        **_flops(plan, downscaler, float(first["cell_evaluations_per_s_in_networks"])),
+    }
+
+
+def _run(plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Options) -> dict[str, float]:
+    """Make one ensemble on a cluster of its own and remove it again."""
+    seconds_in_networks, evaluations = 0.0, 0
+
+    def progress(done: int, seconds: float) -> None:
+        nonlocal seconds_in_networks, evaluations
+        seconds_in_networks += seconds
+        evaluations += done
+
+    store_options = options.storage_options or {}
+    cluster = Cluster(device=options.device, workers=workers)  # type: ignore[arg-type]
+    with cluster.client() as client:
+        client.wait_for_workers(1)
+        started = time.perf_counter()
+        create_ensemble(url, layout_of(plan), array=ARRAY, options=store_options)
+        generate(plan, plan.shards, downscaler, Target(url, ARRAY, store_options), client, progress=progress)
+        finish(url, {}, store_options)
+        seconds = time.perf_counter() - started
+        deadline = time.monotonic() + 5
+        while evaluations < sum(plan.evaluations(s) for s in plan.shards) and time.monotonic() < deadline:
+            time.sleep(0.05)  # the last progress events arrive after the futures
+        memory = max(client.run(peak_memory).values())
+    fs, path = filesystem(f"{url}/{ARRAY}/c", store_options)
+    written = int(fs.du(path))
+    remove_store(url, store_options)
+    cells = float(np.prod(plan.fine_shape))
+    window_cells = float(_window_cells(plan))
+    return {
+        "workers": workers,
+        "seconds": seconds,
+        "fine_cell_steps_per_s": cells / seconds,
+        "network_evaluations": evaluations,
+        "share_outside_networks": 1 - seconds_in_networks / (seconds * workers),
+        "cell_evaluations_per_s_in_networks": window_cells / max(seconds_in_networks, 1e-9),
+        "peak_memory_per_worker": memory,
+        "bytes_written": written,
+        "compression": 2 * cells / max(1, written),
+        "bytes_written_per_s": written / seconds,
+    }
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process [bytes]."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _window_cells(plan: Plan) -> int:
+    """Fine cell-steps of all network evaluations of a plan."""
+    total = 0
+    for shard in plan.shards:
+        wet = plan.wet_windows(shard)
+        cells = sum(int(np.prod([b - a for a, b in w])) for w in wet) * plan.time * plan.space**2
+        total += cells * (1 + (shard.members[1] - shard.members[0]) * plan.recipe.served.evaluations)
+    return total
+
+
+def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
+    if not has_rainfarm():
+        return None
+    started = time.perf_counter()
+    rainfarm(plan.cube.amount, options.factor, members=1, seed=1)
+    return time.perf_counter() - started
+
+
+def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
+    """Floating-point operations of the denoiser per fine cell-step, and how many a second the networks did."""
+    coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
+    conditions = downscaler.condition(coarse[None])
+    frame = torch.zeros_like(conditions[:, :, :1])
+    with FlopCounterMode(display=False) as counter:
+        downscaler.expected_residual(frame, 0.5, frame, conditions)
+    per_cell = counter.get_total_flops() / frame.numel()
+    return {"flop_per_cell_evaluation": per_cell, "gflop_per_s_per_worker": per_cell * rate / 1e9}
+
+
+def _line(run: Mapping[str, float]) -> str:
+    return (
+        f"{run['workers']} workers: {run['seconds']:.1f} s, {run['fine_cell_steps_per_s']:.3g} fine cell-steps/s, "
+        f"{run['share_outside_networks']:.1%} outside the networks, "
+        f"{run['peak_memory_per_worker'] / 1e9:.2f} GB at most per worker, "
+        f"{run['bytes_written'] / 1e6:.1f} MB written (compression {run['compression']:.1f})"
+    )
+
+
+def profile_shard(options: Options, *, checkpoints: str | None = None, lines: int = 25) -> str:
+    """Where the time of one shard goes, as text; one member, in this process."""
+    checkpoint = Library.open(checkpoints).serving(options.factor)
+    recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=1, conserve=True)
+    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    downscaler = Downscaler.load(checkpoint, options.factor, choose_device(options.device))
+    profile = cProfile.Profile()
+    profile.runcall(make_shard, plan.task(plan.shards[0]), downscaler)
+    text = io.StringIO()
+    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(lines)
+    return text.getvalue()
+
+
+def bench_training(factor: Factor, *, preset: str, device: str, steps: int = 3) -> dict[str, float]:
+    """Patches per second of training steps of either network, on synthetic rain."""
+    rain = np.random.default_rng(0).gamma(0.3, 2.0, (72, 400, 400)).astype(np.float32)
+    region, chosen, run = region_of("synthetic", rain), PRESETS[preset], Run.join(choose_device(device))
+    a = chosen.architecture
+    mean = MeanNetwork(a.mean_channels, attention=a.attention).to(run.device)
+    denoiser = Denoiser(a.denoiser_channels, attention=a.attention).to(run.device)
+    losses = {"mean": (mean, mean_loss), "denoiser": (denoiser, denoiser_loss(mean, {str(factor): 1.0}))}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training([region], [region], [recipe(factor)], chosen, Path(folder), run)
+        for number, (name, (network, loss)) in enumerate(losses.items()):
+            patches = len(training.batch(number, 0)[0])
+            started = time.perf_counter()
+            training.advance(Stage(name, number, network, steps, chosen.learning_rate), loss)
+            found[f"{name}_patches_per_s"] = steps * patches / (time.perf_counter() - started)
+    return found

@@ -1,0 +1,263 @@
+"""The index of a product's versions: two stac-geoparquet files that its collection names, so search needs no database.
+
+`index-recent` is written with every version and holds at most RECENT rows; when it is full its rows move to `index`.
+So a publisher writes little however many versions there are. Both are written under fresh names, and become the index
+in the compare-and-swap of the collection that publishes the version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from stsr_core.catalog.query import interval, mask, parse, properties
+from stsr_core.errors import ConfigurationError, StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from stsr_core.catalog.documents import Document, Documents
+
+PARQUET = "application/vnd.apache.parquet"
+KEYS = ("index", "index-recent")  # assets of the collection
+RECENT = 256  # rows of the file that every publication writes
+TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated")
+ALWAYS = ("id", "href", "version", "bbox", *TIMES)  # columns that every search reads
+MAX_LIMIT = 10_000
+
+
+def _row(item: Mapping[str, Any], href: str) -> dict[str, Any]:
+    """One row: an item with its properties at the top, times as times, the footprint as WKB."""
+    import shapely
+
+    own = {k: _filled(v) for k, v in item.items() if k not in ("properties", "geometry", "bbox", "links")}
+    times = {t: datetime.fromisoformat(v) if (v := item["properties"].get(t)) else None for t in TIMES}
+    west, south, east, north = item["bbox"]
+    link = {"rel": "self", "href": f"../{href.removeprefix('./')}", "type": "application/geo+json"}
+    return {
+        **own,
+        **_filled(item["properties"]),
+        **times,
+        "geometry": shapely.to_wkb(shapely.from_geojson(json.dumps(item["geometry"]))),
+        "bbox": {"xmin": west, "ymin": south, "xmax": east, "ymax": north},
+        "links": [link],
+        "href": href,
+    }
+
+
+def _filled(value: Any) -> Any:
+    """Value without empty objects, which parquet cannot hold."""
+    if not isinstance(value, dict):
+        return value
+    return {k: None if v == {} else _filled(v) for k, v in value.items()}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(list(rows))
+    for name in TIMES:
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table[name].cast(pa.timestamp("us", "UTC")))
+    geo = {
+        "version": "1.1.0",
+        "primary_column": "geometry",
+        "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"]}},
+    }
+    return table.replace_schema_metadata({"geo": json.dumps(geo), "stac-geoparquet": json.dumps({"version": "1.1.0"})})
+
+
+def _joined(tables: Iterable[pa.Table | None]) -> pa.Table:
+    import pyarrow as pa
+
+    there = [t for t in tables if t is not None]
+    metadata = there[0].schema.metadata
+    return pa.concat_tables(there, promote_options="permissive").replace_schema_metadata(metadata)
+
+
+def _encoded(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=4096)
+    return buffer.getvalue()
+
+
+def _opened(documents: Documents, product: str, asset: Mapping[str, Any] | None) -> bytes | None:
+    """Bytes of an index file, None where the collection names none.
+
+    Raises:
+        StoreError: the file is missing, outside the product, or not the one that was published.
+    """
+    if asset is None:
+        return None
+    href = str(asset["href"]).removeprefix("./")
+    if not href.startswith("index/") or ".." in href:
+        raise StoreError(
+            f"The collection of {product} names an index at {asset['href']!r}, outside it. Do not trust it."
+        )
+    found = documents.fetch(f"{product}/{href}")
+    if found is None or f"1220{hashlib.sha256(found[0]).hexdigest()}" != asset.get("file:checksum"):
+        raise StoreError(f"Index {product}/{href} is missing or not as published. Restore it from a backup.")
+    return found[0]
+
+
+def _read(raw: bytes | None, columns: Iterable[str] | None = None) -> pa.Table | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if raw is None:
+        return None
+    source = pq.ParquetFile(pa.BufferReader(raw))
+    wanted = None if columns is None else [c for c in columns if c in source.schema_arrow.names]
+    return source.read(columns=wanted)
+
+
+def with_row(documents: Documents, product: str, collection: Document, item: Document, href: str) -> dict[str, Any]:
+    """Write the index that has one more row, under fresh names.
+
+    Returns:
+        Assets of the collection that name it.
+    """
+    assets = dict(collection.get("assets", {}))
+    recent = _joined([_read(_opened(documents, product, assets.get(KEYS[1]))), _table([_row(item, href)])])
+    if recent.num_rows > RECENT:
+        full = _joined([_read(_opened(documents, product, assets.get(KEYS[0]))), recent.slice(0, RECENT)])
+        assets[KEYS[0]] = _written(documents, product, full, "Index of all versions but the newest")
+        recent = recent.slice(RECENT)
+    assets[KEYS[1]] = _written(documents, product, recent, "Index of the newest versions")
+    return assets
+
+
+def _written(documents: Documents, product: str, table: pa.Table, title: str) -> dict[str, Any]:
+    raw = _encoded(table)
+    path = f"index/{uuid.uuid4().hex[:12]}.parquet"
+    documents.write(f"{product}/{path}", raw)
+    return {
+        "href": f"./{path}", "type": PARQUET, "title": title, "roles": ["index", "stac-items"],
+        "file:checksum": f"1220{hashlib.sha256(raw).hexdigest()}", "file:size": len(raw), "stsr:rows": table.num_rows,
+    }  # fmt: skip
+
+
+def named(collection: Mapping[str, Any]) -> set[str]:
+    """Names of the index files that a collection names."""
+    return {str(a["href"]).rsplit("/", 1)[-1] for k, a in collection.get("assets", {}).items() if k in KEYS}
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to look for.
+
+    Attributes:
+        bbox: west, south, east, north [degrees]; items whose box touches it.
+        datetime: a time, a day, or START/END with `..` for an open end.
+        filter: CQL2 as text, or as JSON object.
+        sortby: properties, with `-` before those that descend; without it the newest version first.
+        limit: most rows that are returned.
+        offset: rows that are left out at the beginning.
+    """
+
+    bbox: tuple[float, float, float, float] | None = None
+    datetime: str | None = None
+    filter: str | Mapping[str, Any] | None = None
+    sortby: tuple[str, ...] = ()
+    limit: int = 10
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A version that a search found: its item's id and version, and the item's address in the product."""
+
+    id: str
+    version: str
+    href: str
+
+
+def look_up(documents: Documents, product: str, collection: Document, query: Query) -> tuple[list[Hit], int]:
+    """Search the index of a product.
+
+    Returns:
+        The hits that were asked for, and how many there are in all.
+
+    Raises:
+        ConfigurationError: the query is not understood.
+        StoreError: the index is damaged.
+    """
+    import pyarrow.compute as pc
+
+    if not 1 <= query.limit <= MAX_LIMIT or query.offset < 0:
+        raise ConfigurationError(
+            f"Limit {query.limit} from {query.offset} is asked for; 1 to {MAX_LIMIT} from 0 is served."
+        )
+    expression = parse(query.filter) if query.filter else None
+    order = [(name.lstrip("+-"), "descending" if name.startswith("-") else "ascending") for name in query.sortby]
+    order = [(n.removeprefix("properties."), d) for n, d in order]
+    columns = tuple(sorted({*ALWAYS, *properties(expression), *(name for name, _ in order)}))
+    table = _columns(documents, product, collection, columns)
+    if table is None:
+        return [], 0
+    kept = None
+    parts = [_within(table, query.bbox), _during(table, query.datetime)]
+    parts += [mask(table, expression)] if expression is not None else []
+    for part in (p for p in parts if p is not None):
+        kept = part if kept is None else pc.and_(kept, part)
+    table = table if kept is None else table.filter(kept)
+    return _page(table, order, query), table.num_rows
+
+
+def _columns(documents: Documents, product: str, collection: Document, columns: tuple[str, ...]) -> pa.Table | None:
+    """Columns of both files of an index."""
+    assets = [collection["assets"][k] for k in KEYS if k in collection.get("assets", {})]  # in order of publication
+    tables = [_read(_opened(documents, product, a), columns) for a in assets]
+    return _joined(tables) if tables else None
+
+
+def _within(table: pa.Table, bbox: tuple[float, float, float, float] | None) -> Any:
+    """Rows whose box touches a box; one whose west is greater than its east crosses the antimeridian."""
+    import pyarrow.compute as pc
+
+    if bbox is None:
+        return None
+    west, south, east, north = bbox
+    if not (-90 <= south <= north <= 90 and -180 <= west <= 180 and -180 <= east <= 180):
+        raise ConfigurationError(f"Box {bbox} is no west,south,east,north in degrees. Example: 4,43,8,46")
+    low, high, bottom, top = (pc.struct_field(table["bbox"], n) for n in ("xmin", "xmax", "ymin", "ymax"))
+    reaches_east, reaches_west = pc.less_equal(low, east), pc.greater_equal(high, west)
+    along = pc.and_(reaches_east, reaches_west) if west <= east else pc.or_(reaches_east, reaches_west)
+    return pc.and_(along, pc.and_(pc.less_equal(bottom, north), pc.greater_equal(top, south)))
+
+
+def _during(table: pa.Table, text: str | None) -> Any:
+    """Rows whose period touches a time or an interval."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if text is None:
+        return None
+    start, end = (pa.scalar(t, pa.timestamp("us", "UTC")) for t in interval(text))
+    first = pc.coalesce(table["datetime"], table["start_datetime"])
+    last = pc.coalesce(table["datetime"], table["end_datetime"])
+    return pc.and_(pc.less_equal(first, end), pc.greater_equal(last, start))
+
+
+def _page(table: pa.Table, order: list[tuple[str, str]], query: Query) -> list[Hit]:
+    """The rows of one page, in order; equal ones by age, the newest first."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    unknown = [name for name, _ in order if name not in table.column_names]
+    if unknown:
+        raise ConfigurationError(f"Items have no property {unknown[0]!r} to sort by. `stsr catalog show` lists those.")
+    age = pa.array(-np.arange(table.num_rows))  # rows are in order of publication
+    keys = table.append_column("__age", age).select([*(n for n, _ in order), "__age"])
+    rows = pc.sort_indices(keys, sort_keys=[*order, ("__age", "ascending")])[query.offset : query.offset + query.limit]
+    page = table.select(["id", "version", "href"]).take(rows).to_pylist()
+    return [Hit(**row) for row in page]

@@ -1,0 +1,146 @@
+"""Check a published version, or a downloaded copy of one, against its own manifest and its own coarse totals."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from pydantic import BaseModel, ConfigDict
+
+from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
+from stsr_core.errors import StoreError
+from stsr_core.store.coarse import ARRAY, factor_between, read_coarse
+from stsr_core.store.layout import open_store
+from stsr_core.store.verify import closure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from stsr_core.catalog.documents import Document, Options
+    from stsr_core.factors import Factor
+
+
+class Verdict(BaseModel):
+    """What was found of a version.
+
+    Attributes:
+        where: address of the version.
+        item: id of its item.
+        digest: sha256 of its manifest, which identifies every byte of it.
+        objects: objects that were read.
+        flaws: what is wrong, one sentence each; empty where nothing is.
+        closure_quanta: largest closure of a coarse cell over all members, in quanta of 0.01 mm.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    where: str
+    item: str
+    digest: str
+    objects: int
+    flaws: tuple[str, ...]
+    closure_quanta: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.flaws
+
+
+def verify_version(url: str, options: Options | None = None, *, item_name: str | None = None) -> Verdict:
+    """Re-compute digests and closure of the version at a folder or URL.
+
+    Args:
+        url: folder of the version, that of its item; published or a copy.
+        options: options of the filesystem.
+        item_name: name of the item in it; without it the folder is listed, which plain http cannot do.
+
+    Raises:
+        StoreError: there is no version at `url`, or its manifest is damaged.
+    """
+    documents = Documents(url.rstrip("/"), dict(options or {}))
+    item = _item(documents, item_name)
+    found = documents.fetch(NAME)
+    if found is None:
+        raise StoreError(f"{url} has no {NAME}. Copy the whole version, or fetch it again.")
+    digest = hashlib.sha256(found[0]).hexdigest()
+    manifest = Manifest.decode(found[0], f"{url}/{NAME}")
+    flaws = [] if item["assets"]["manifest"].get("file:checksum") == f"1220{digest}" else [
+        f"{NAME} is not the one that the item names"
+    ]  # fmt: skip
+    damaged = compare(documents, "", manifest)
+    flaws += damaged
+    worst = 0
+    if not damaged:
+        worst, more = _closure(url, options, bool(item["properties"].get("stsr:conserved", True)))
+        flaws += more
+    return Verdict(
+        where=url, item=str(item["id"]), digest=digest, objects=len(manifest.objects), flaws=tuple(flaws),
+        closure_quanta=worst,
+    )  # fmt: skip
+
+
+def _item(documents: Documents, name: str | None) -> Document:
+    names = [name] if name else [n for n in documents.names("") if is_item(n)]
+    found = documents.read(names[-1]) if names else None
+    if found is None:
+        raise StoreError(f"{documents.destination} holds no item v1.json, v2.json ... Name the folder of one version.")
+    return found[0]
+
+
+def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) -> tuple[int, list[str]]:
+    """Largest closure [quanta] over all members and coarse cells, and what is wrong with it."""
+    coarse = read_coarse(f"{url}/data.zarr/coarse", options)
+    array: zarr.Array[Any] = zarr.open_array(open_store(f"{url}/data.zarr/ensemble/{ARRAY}", options), mode="r")
+    factor = factor_between(array.shape, coarse.shape)
+    worst, flaws = 0, []
+    for quanta, totals, where in _parts(array, coarse, factor):
+        closure, wrong = closure_of(quanta, totals, factor)
+        worst = max(worst, closure)
+        if wrong:
+            flaws.append(f"missing cells unlike those of the input at {where}")
+    if conserved and worst > 0:
+        flaws.append(f"a coarse total differs by {worst} quanta")
+    return worst, flaws
+
+
+def _parts(
+    array: zarr.Array[Any], coarse: NDArray[np.float32], factor: Factor
+) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.float32], str]]:
+    """Shards of an ensemble with the coarse totals that belong to them."""
+    shard = array.shards or array.chunks
+    sizes = (factor.time, factor.space, factor.space)
+    starts = [range(0, size, n) for size, n in zip(array.shape, shard, strict=True)]
+    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
+        region = tuple(slice(int(a), min(int(a) + n, s)) for a, n, s in zip(corner, shard, array.shape, strict=True))
+        part = coarse[tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], sizes, strict=True))]
+        yield np.asarray(array[region]), part, "-".join(str(int(a)) for a in corner)
+
+
+def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:
+    """Citation of a version as a sentence and as BibTeX; `digest` is the sha256 of its manifest."""
+    p = item["properties"]
+    year, version = p["created"][:4], p["version"]
+    title = p["title"].removesuffix(f", {version}")
+    maker = p["providers"][0]["name"]
+    note = f"version {version}, manifest sha256 {digest}"
+    text = (
+        f"{title}, {note}, published {p['created'][:10]}, made by stsr {p['processing:software']['stsr']} with "
+        f"checkpoint {p['stsr:checkpoint']} ({p['stsr:checkpoint_digest'][:12]}) from data of {maker}. {url}"
+    )
+    fields = {
+        "title": f"{{{title}}}", "author": f"{{{maker}}}", "year": year, "version": version, "url": url,
+        "note": f"Downscaled by stsr {p['processing:software']['stsr']}; manifest sha256 {digest}",
+    }  # fmt: skip
+    body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
+    return text, f"@dataset{{{item['id']},\n{body}\n}}"
+
+
+def manifest_digest(item: Mapping[str, Any]) -> str:
+    """Digest of a version's manifest as its item states it."""
+    return str(item["assets"]["manifest"]["file:checksum"]).removeprefix("1220")

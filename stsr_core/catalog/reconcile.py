@@ -1,0 +1,133 @@
+"""Finish or clean what a crash left of a product, safely beside publishers that are alive."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.index import named
+from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed
+
+if TYPE_CHECKING:
+    from stsr_core.catalog.documents import Options
+
+GRACE = timedelta(hours=24)  # an attempt that wrote nothing for so long is dead
+ROUND = "stsr:reconciled"  # counts up: tags follow content, so a collection must never become what it was
+CHECKED = 100  # newest versions whose links are checked
+
+
+def reconcile(
+    destination: str,
+    product: str,
+    options: Options | None = None,
+    *,
+    grace: timedelta = GRACE,
+    dry_run: bool = False,
+    sole_publisher: bool = False,
+) -> list[str]:
+    """Remove attempts and index files that the collection does not name; mend links between versions.
+
+    Only what wrote nothing for longer than `grace` counts as dead. It is first announced in the collection, by the
+    same compare-and-swap that publishes: a publisher that was thought dead then loses its swap and finds itself
+    announced, so nothing that is listed can be removed, whatever the clocks say.
+
+    Args:
+        destination: folder or bucket of the catalogue.
+        product: name of the product.
+        options: options of the filesystem.
+        grace: silence after which an attempt is dead.
+        dry_run: only say what would be removed.
+        sole_publisher: the store lacks conditional writes, and nobody else publishes there.
+
+    Returns:
+        What was removed, relative to the destination.
+
+    Raises:
+        PublicationError: the collection is damaged, or the store cannot be used.
+    """
+    documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+    path = f"{product}/collection.json"
+    found = documents.read(path)
+    if found is None:
+        return []  # without a collection nothing can be announced; the first publication makes one
+    current = found[0]
+    dead = _dead(documents, product, current, datetime.now(UTC) - grace)
+    if dry_run:
+        return [f"{product}/{d}" for d in dead]
+    dead = _announce(documents, path, dead)
+    for name in dead:
+        documents.remove(f"{product}/{name}")
+    _withdraw(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
+    _mend(documents, product, current)
+    return [f"{product}/{d}" for d in dead]
+
+
+def _name(place: str) -> str:
+    return place.rsplit("/", 1)[-1]
+
+
+def _named(current: dict[str, Any]) -> set[str]:
+    """Attempts and index files that a collection names."""
+    return {href.split("/")[1] for href in listed(current).values()} | named(current)
+
+
+def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
+    """Say in the collection what is about to be removed; returns what of it nobody published meanwhile."""
+    while dead:
+        found = documents.read(path)
+        if found is None:
+            return []
+        current, tag = found
+        dead = [d for d in dead if _name(d) not in _named(current)]
+        announced = sorted({*current.get(REMOVING, []), *map(_name, dead)})
+        try:
+            documents.replace(path, {**current, REMOVING: announced, ROUND: current.get(ROUND, 0) + 1}, tag)
+        except ConflictError:
+            continue
+        break
+    return dead
+
+
+def _dead(documents: Documents, product: str, current: dict[str, Any], before: datetime) -> list[str]:
+    """Attempts and index files that nothing names and that wrote nothing since `before`; relative to the product.
+
+    Those that an interrupted reconcile announced are among them.
+    """
+    kept = _named(current)
+    announced = set(current.get(REMOVING, []))
+    candidates = [
+        f"{folder}/{name}" for folder in ("data", "index") for name in documents.names(f"{product}/{folder}")
+        if name not in kept
+    ]  # fmt: skip
+    dead = []
+    for place in candidates:
+        times = [written for _, written in documents.files(f"{product}/{place}").values()]
+        if _name(place) in announced or (times and max(times) <= before):
+            dead.append(place)
+    return dead
+
+
+def _withdraw(documents: Documents, path: str, gone: set[str]) -> None:
+    """Forget what is removed; a publisher of it finds its store not whole."""
+    while gone:
+        found = documents.read(path)
+        if found is None:
+            return
+        left = [name for name in found[0].get(REMOVING, []) if name not in gone]
+        rest = {k: v for k, v in found[0].items() if k != REMOVING}
+        try:
+            documents.replace(path, {**rest, **({REMOVING: left} if left else {})}, found[1])
+        except ConflictError:
+            continue
+        return
+
+
+def _mend(documents: Documents, product: str, current: dict[str, Any]) -> None:
+    """Write the links that a publisher owed when it died after its swap."""
+    hrefs = list(listed(current).values())[-CHECKED:]
+    for predecessor, successor in pairwise(hrefs):
+        link_successor(documents, product, predecessor, successor)
+    if hrefs:
+        link_product(documents, product, str(current.get("title", product)))

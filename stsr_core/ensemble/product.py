@@ -1,0 +1,106 @@
+"""From a product of catalog.yaml to its plan, and what the plan costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.errors import ConfigurationError
+from stsr_core.regrid import coarse_grid, regrid, regrid_time
+
+if TYPE_CHECKING:
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Product, TargetGrid
+    from stsr_core.factors import Factor, Match
+    from stsr_core.sources.cube import Coarse, Cube
+
+BYTES_PER_CELL = 2  # uncompressed
+
+
+def to_lattice(coarse: Coarse, target: TargetGrid, factor: Factor) -> Cube:
+    """Regrid a source conservatively onto the coarse lattice of a target grid and factor.
+
+    Raises:
+        SourceError: the source does not cover the target, or its steps do not fit.
+    """
+    step = timedelta(hours=target.fine_step_h) * factor.time
+    return regrid_time(regrid(coarse, coarse_grid(target, factor)), step)
+
+
+def plan_product(cube: Cube, found: Match, library: Library, product: Product) -> Plan:
+    """Plan the ensemble of a product over a cube on the lattice of the matched factor."""
+    checkpoint = library.serving(found.factor)
+    recipe = Recipe.of(
+        checkpoint,
+        checkpoint.card.serving(found.factor),
+        seed=product.seed,
+        members=product.members,
+        conserve=product.conserve,
+    )
+    return Plan(cube, recipe)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan takes.
+
+    Attributes:
+        shards: their number.
+        dry: shards that need no network.
+        evaluations: network evaluations on windows.
+        cell_evaluations: fine cell-steps of all of them.
+        bytes: size of the ensemble, uncompressed; rain packs about 3 to 10 times smaller.
+        device_hours: estimate at the rate that `stsr bench` measures.
+    """
+
+    shards: int
+    dry: int
+    evaluations: int
+    cell_evaluations: int
+    bytes: int
+    device_hours: float
+
+    @classmethod
+    def of(cls, plan: Plan, device_rate: float) -> Cost:
+        """Cost of a plan at `device_rate` fine cell-evaluations per second and device."""
+        evaluations = sum(plan.evaluations(shard) for shard in plan.shards)
+        configuration = plan.recipe.served.configuration
+        lattice = plan.lattice
+        window = configuration.context_length * plan.time * (lattice.space.length * plan.space) ** 2
+        members, nt, ny, nx = plan.fine_shape
+        cells = evaluations * min(window, configuration.context_length * plan.time * ny * nx)
+        return cls(
+            shards=len(plan.shards),
+            dry=sum(plan.is_dry(shard) for shard in plan.shards),
+            evaluations=evaluations,
+            cell_evaluations=cells,
+            bytes=BYTES_PER_CELL * members * nt * ny * nx,
+            device_hours=cells / device_rate / 3600,
+        )
+
+    def rows(self, price_per_device_hour: float = 0.0) -> list[tuple[str, str]]:
+        """Name and value of every figure, for people."""
+        rows = [
+            ("shards", f"{self.shards}"),
+            ("dry shards", f"{self.dry}"),
+            ("network evaluations", f"{self.evaluations}"),
+            ("ensemble, uncompressed", f"{self.bytes / 1e9:.2f} GB"),
+            ("device hours", f"{self.device_hours:.2f}"),
+        ]
+        if price_per_device_hour:
+            rows.append(("cost", f"{self.device_hours * price_per_device_hour:.2f}"))
+        return rows
+
+    def check(self, limit: float | None) -> None:
+        """Refuse a plan above a limit of device hours.
+
+        Raises:
+            ConfigurationError: it is above.
+        """
+        if limit is not None and self.device_hours > limit:
+            raise ConfigurationError(
+                f"The plan takes about {self.device_hours:.1f} device hours, more than the limit of {limit:g}. Plan "
+                "fewer members, a shorter period or a smaller grid, or raise STSR_MAX_DEVICE_HOURS."
+            )

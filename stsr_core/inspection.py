@@ -1,0 +1,280 @@
+"""Inspection: what a file is, how it would be read, and every doubt with the line of catalog.yaml that settles it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pyproj import CRS
+
+from stsr_core.errors import FactorError, GridError, SourceError
+from stsr_core.grids import Cells, Grid
+from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
+from stsr_core.sources.cube import CellCube, Coarse, Cube
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import layout_of, read_coarse
+from stsr_core.sources.units import measured
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import xarray as xr
+    from numpy.typing import NDArray
+
+    from stsr_core.configuration import Configuration, TargetGrid
+    from stsr_core.factors import Family
+
+SAMPLE_VALUES = 1 << 24  # values that an inspection reads at most
+MAP_ROWS, MAP_COLUMNS = 14, 56
+INK = " .:-=+*#%@"
+NAMES = ("pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "unknown")
+PROVISIONAL: Mapping[str, object] = {
+    "units": "mm", "time_label": "end", "step_h": 1.0, "crs": "EPSG:4326", "accumulated": "run",
+}  # fmt: skip
+MEANING = {
+    "units": "or kg m-2 s-1, mm/h, m: ask the producer",
+    "time_label": "or start, middle: what a time stamp names",
+    "step_h": "hours of a step",
+    "crs": "or an EPSG code or PROJ string: what x and y are",
+    "accumulated": "or day; none where amounts are per step",
+    "missing_values": "if this marks missing cells",
+    "max_negative_mm": "if such negatives may become 0",
+    "select": "or another entry",
+}
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """What is not certain, and the line for catalog.yaml that settles it; no line where none can."""
+
+    what: str
+    line: str
+
+
+@dataclass
+class Inspection:
+    """What is known so far.
+
+    Attributes:
+        facts: label and text, in order.
+        doubts: what was found wanting.
+        picture: rows of the map.
+    """
+
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    picture: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return the one screen that a user reads."""
+        lines = [f"{label:<9} {text}" for label, text in self.facts]
+        lines += ["", *self.picture] if self.picture else []
+        if not self.doubts:
+            return "\n".join([*lines, "", "No doubts: it reads as it is."])
+        lines += ["", "Doubts, and the lines for catalog.yaml that settle them:"]
+        for doubt in self.doubts:
+            lines += [f"- {doubt.what}", *([f"      {doubt.line}"] if doubt.line else [])]
+        return "\n".join(lines)
+
+
+def inspect(
+    dataset: xr.Dataset,
+    variable: str | None,
+    declared: Declared,
+    configuration: Configuration,
+    family: Family,
+    *,
+    product: str | None = None,
+    match_limit: float = 1.5,
+) -> Inspection:
+    """Look into a dataset.
+
+    Args:
+        dataset: as `open_dataset` returns it.
+        variable: the precipitation; None finds it by its name and units.
+        declared: what is declared already.
+        configuration: catalog.yaml, for its target grids.
+        family: factors that are served.
+        product: product whose factor is shown; None shows every product that the file covers.
+        match_limit: largest ratio on an axis between the factor asked for and the one used.
+
+    Raises:
+        SourceError: no variable that may be precipitation.
+        ConfigurationError: no such product.
+    """
+    name = variable or _precipitation(dataset)
+    found = Inspection()
+    found.facts.append(("variable", _variable_text(dataset, name)))
+    coarse, used = _read(dataset, name, declared, found)
+    if coarse is None:
+        return found
+    first = name if name in dataset.data_vars else name.split("+")[0].strip()
+    layout = layout_of(dataset, first, used)
+    total = layout.steps.axis
+    found.facts.append(
+        ("steps", f"{total.size} of {total.step}, {total.start} to {total.start + total.step * total.size}")
+    )
+    found.facts.append(("calendar", f"{getattr(total.start, 'calendar', 'standard')}, stamps name the {total.label}"))
+    found.facts += _place_facts(place_of(coarse))
+    if place_of(coarse).crs_wkt is None:
+        line = f"crs: {PROVISIONAL['crs']}   # {MEANING['crs']}"
+        found.doubts.append(Doubt("The file states no CRS, so its cells cannot be placed on a target grid.", line))
+    found.facts += _value_facts(coarse, total.size)
+    found.facts.append(("read as", _reading(layout.units, layout.steps.differenced, name)))
+    products = [product] if product else list(configuration.products)
+    for one in products:
+        target = configuration.grids[configuration.product(one).grid]
+        found.facts.append(("product", f"{one}: {_match(coarse, target, family, match_limit)}"))
+    found.picture = _map(coarse)
+    return found
+
+
+def _precipitation(dataset: xr.Dataset) -> str:
+    likely = [str(n) for n in dataset.data_vars if str(n).lower() in NAMES or _standard(dataset, str(n))]
+    if len(likely) == 1:
+        return likely[0]
+    have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+    raise SourceError(
+        f"{len(likely) or 'None'} of the variables look{'s' if len(likely) < 2 else ''} like precipitation; there "
+        f"are {have}. Name one with --variable; several that add up as 'cp + lsp'."
+    )
+
+
+def _standard(dataset: xr.Dataset, name: str) -> bool:
+    return "precipitation" in str(dataset[name].attrs.get("standard_name", "")) and dataset[name].ndim >= 2
+
+
+def _variable_text(dataset: xr.Dataset, name: str) -> str:
+    parts = []
+    for one in [name] if name in dataset.data_vars else [n.strip() for n in name.split("+")]:
+        if one not in dataset.data_vars:
+            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+            raise SourceError(f"No variable {one!r} in the file; it has {have}. Name one of these.")
+        array = dataset[one]
+        sizes = ", ".join(f"{d} {n}" for d, n in array.sizes.items())
+        parts.append(
+            f"{one} ({sizes}), units {array.attrs.get('units', 'not stated')!r}, {array.attrs.get('long_name', '')}"
+        )
+    return " + ".join(p.rstrip(", ") for p in parts)
+
+
+def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection) -> tuple[Coarse | None, Declared]:
+    """Read a sample; what is not stated is noted as a doubt and set for the time being, so that all doubts show."""
+    for _ in fields(Declared):
+        try:
+            return read_coarse(dataset, name, declared, first_steps=_sample(dataset, name)), declared
+        except (SourceError, GridError) as e:
+            settled = _settle(dataset, name, declared, str(e))
+            if settled is None:
+                found.doubts.append(Doubt(f"It would be refused: {e}", ""))
+                return None, declared
+            key, value = settled
+            shown = list(value) if isinstance(value, tuple) else value
+            found.doubts.append(Doubt(str(e), f"{key}: {str(shown).replace(chr(39), '')}   # {MEANING[key]}"))
+            declared = replace(declared, **{key: value})  # type: ignore[arg-type]
+    return None, declared
+
+
+def _sample(dataset: xr.Dataset, name: str) -> int:
+    array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+    time = next((n for d, n in array.sizes.items() if "time" in str(d) or d == "step"), 1)
+    return max(4, SAMPLE_VALUES // max(1, array.size // max(1, time)))
+
+
+def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) -> tuple[str, object] | None:
+    """Declaration that would lead past an error, None where none would."""
+    if "values are the same" in message and not declared.missing_values:
+        array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+        part = array.isel({d: slice(0, 4) for d in array.dims[:1]}).values.astype(np.float64)
+        raw = np.nanmin(part) if message.startswith("Negative") else np.nanmax(part)
+        return "missing_values", (float(raw),)
+    lowest = re.search(r"Negative precipitation: (-[\d.e-]+) mm", message)
+    if lowest and "values are the same" not in message:
+        small = -float(lowest.group(1)) < 1.0 and declared.max_negative_mm is None
+        return ("max_negative_mm", float(f"{-float(lowest.group(1)) * 1.1:.2g}")) if small else None
+    if "Choose one entry" in message:
+        dims = re.findall(r"(\w+) \((\d+): ([^,)]+)", message)
+        return "select", {d: (int(v) if v.isdigit() else v) for d, n, v in dims[:-2] if int(n)} or None if len(
+            dims
+        ) > 2 else None
+    for key in re.findall(r"`(\w+):?", message):
+        if key in PROVISIONAL and not getattr(declared, key, None):
+            return key, PROVISIONAL[key]
+    return None
+
+
+def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
+    crs = None if place.crs_wkt is None else CRS.from_wkt(place.crs_wkt)
+    name = "no CRS stated" if crs is None else crs.name
+    if isinstance(place, Grid):
+        size = f"{abs(place.y.step):.6g} x {abs(place.x.step):.6g}"
+        text = f"{place.y.size} x {place.x.size} regular cells of {size}, {name}"
+        x, y = place.x.edges, place.y.edges
+    else:
+        text = f"{place.size} cells of their own shape (curvilinear, mesh or uneven axes), {name}"
+        x, y = place.corners[..., 0], place.corners[..., 1]
+    return [
+        ("grid", text),
+        ("box", f"x {np.nanmin(x):.6g} to {np.nanmax(x):.6g}, y {np.nanmin(y):.6g} to {np.nanmax(y):.6g}"),
+    ]
+
+
+def _value_facts(coarse: Coarse, steps: int) -> list[tuple[str, str]]:
+    amount = coarse.amount
+    seen = "" if len(amount) == steps else f" (first {len(amount)} steps)"
+    zeros = coarse.attributes.get("negatives_set_to_zero")
+    rounded = f"; {zeros} small negatives set to 0" if zeros else ""
+    return [
+        ("missing", f"{np.isnan(amount).mean():.1%}{seen}"),
+        (
+            "range",
+            f"{np.nanmin(amount):.3g} to {np.nanmax(amount):.4g}, mean {np.nanmean(amount):.3g} mm per step{rounded}",
+        ),
+    ]
+
+
+def _reading(units: str, differenced: bool, name: str) -> str:
+    kind, scale = measured(units)
+    how = f"{kind} in {units}, 1 is {scale:g} mm" + (" per second" if kind == "rate" else "")
+    return how + ("; differences of running sums" if differenced else "") + ("; parts added up" if "+" in name else "")
+
+
+def _match(coarse: Coarse, target: TargetGrid, family: Family, limit: float) -> str:
+    try:
+        space, time = native_factor(coarse, target)
+        found = family.nearest(space, time, limit=limit)
+        sample = replace(coarse, amount=coarse.amount[:1], times=coarse.times.isel(0, 1))
+        regrid(sample, coarse_grid(target, found.factor))
+    except (GridError, FactorError, SourceError) as e:
+        return str(e)
+    return f"needs factor ({space:.2f},{time:.2f}); {found.factor} serves it, log distance {found.distance:.3f}"
+
+
+def _map(coarse: Coarse) -> list[str]:
+    """Mean amounts of the sample in characters, north up."""
+    if isinstance(coarse, Cube):
+        x, y = np.meshgrid(coarse.grid.x.centres, coarse.grid.y.centres)
+    else:
+        x, y = (np.nanmean(coarse.cells.corners[..., i], axis=1) for i in (0, 1))
+    known = ~np.isnan(coarse.amount).all(axis=0).ravel() & np.isfinite(x.ravel()) & np.isfinite(y.ravel())
+    mean = np.nanmean(coarse.amount.reshape(len(coarse.amount), -1)[:, known], axis=0)
+    x, y = x.ravel()[known], y.ravel()[known]
+    wide = MAP_COLUMNS if isinstance(coarse, CellCube) else min(MAP_COLUMNS, coarse.grid.x.size)
+    rows, columns = _bins(-y, MAP_ROWS), _bins(x, wide)
+    total, count = np.zeros((2, MAP_ROWS, MAP_COLUMNS))
+    np.add.at(total, (rows, columns), mean)
+    np.add.at(count, (rows, columns), 1)
+    height = np.sqrt(np.divide(total, count, out=np.zeros_like(total), where=count > 0))
+    level = np.ceil(height / max(float(height.max()), 1e-9) * (len(INK) - 1)).astype(int)
+    return [
+        "".join(INK[v] if n else " " for v, n in zip(r, c, strict=True))
+        for r, c in zip(level, count, strict=True)
+        if c.any()
+    ]
+
+
+def _bins(values: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+    low, high = values.min(), values.max()
+    return np.minimum(((values - low) / max(high - low, 1e-12) * size).astype(int), size - 1)

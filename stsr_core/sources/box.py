@@ -1,0 +1,213 @@
+"""Boxes: which part of a grid lies near a target, so that only that part is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stsr_core.errors import GridError
+from stsr_core.grids import Axis, Cells, Grid
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+    from pyproj import CRS
+
+MARGIN_CELLS = 2  # source cells kept around a box
+FULL_CIRCLE = 360.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in a CRS (WKT)."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+    crs_wkt: str
+
+    @classmethod
+    def around(cls, grid: Grid) -> Box:
+        """Return the box of a grid with a CRS.
+
+        Raises:
+            GridError: the grid has no CRS.
+        """
+        if grid.crs_wkt is None:
+            raise GridError("The target grid has no CRS, so nothing can be placed on it. Give it one.")
+        x, y = grid.x.edges, grid.y.edges
+        return cls(float(x.min()), float(y.min()), float(x.max()), float(y.max()), grid.crs_wkt)
+
+    def bounds_in(self, crs: CRS) -> tuple[float, float, float, float]:
+        """West, south, east, north of the box in another CRS; east may be beyond 180 degrees.
+
+        Raises:
+            GridError: the box has no finite place there.
+        """
+        from pyproj import CRS, Transformer
+
+        transformer = Transformer.from_crs(CRS.from_wkt(self.crs_wkt), crs, always_xy=True)
+        west, south, east, north = transformer.transform_bounds(
+            self.x_min, self.y_min, self.x_max, self.y_max, densify_pts=51
+        )
+        if not np.isfinite([west, south, east, north]).all():
+            raise GridError(f"The target box has no place in the CRS of the source ({crs.name}). Check both CRS.")
+        if crs.is_geographic and east < west:
+            east += FULL_CIRCLE
+        return west, south, east, north
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the horizontal grid of an array.
+
+    Attributes:
+        grid: its cells.
+        rows: slice of the first horizontal dimension.
+        columns: slices of the second one, in order; empty where there is only one dimension.
+        keep: which of the values so taken are cells of `grid`, None for all.
+    """
+
+    grid: Grid | Cells
+    rows: slice
+    columns: tuple[slice, ...]
+    keep: NDArray[np.int64] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.grid.size if isinstance(self.grid, Cells) else math.prod(self.grid.shape)
+
+    def index(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
+        """Return the flat positions of the cells in a grid of this shape, (cells,)."""
+        number = np.arange(math.prod(shape)).reshape(shape)[self.rows]
+        taken = np.concatenate([number[:, c] for c in self.columns], axis=1) if self.columns else number
+        return taken.ravel() if self.keep is None else taken.ravel()[self.keep]
+
+    def take(self, array: xr.DataArray) -> NDArray[np.float64]:
+        """Read this part of an array (T, Y, X) or (T, N), as (T, cells), float64."""
+        names = [str(d) for d in array.dims[1:]]
+        if self.columns:
+            pieces = [array.isel({names[0]: self.rows, names[1]: c}).values for c in self.columns]
+        else:
+            pieces = [array.isel({names[0]: self.rows}).values]
+        values = np.concatenate(pieces, axis=-1, dtype=np.float64)
+        flat = values.reshape(len(values), -1)
+        return flat if self.keep is None else flat[:, self.keep]
+
+
+def part_of(grid: Grid | Cells, shape: tuple[int, ...], near: Box | None) -> Part:
+    """Return the part of a grid that lies near a box, or all of it.
+
+    Args:
+        grid: regular grid, or cells in the order of a flattened array.
+        shape: horizontal shape of the array, (Y, X) or (N,).
+        near: the box.
+
+    Raises:
+        GridError: the grid has no CRS, or no cell near the box.
+    """
+    if near is None:
+        return Part(grid, slice(None), (slice(None),) if len(shape) == 2 else ())
+    return _part_of_cells(grid, shape, near) if isinstance(grid, Cells) else _part_of_grid(grid, near)
+
+
+def _part_of_grid(grid: Grid, near: Box) -> Part:
+    from pyproj import CRS
+
+    crs = CRS.from_wkt(crs_of(grid))
+    west, south, east, north = near.bounds_in(crs)
+    first, stop = _reach(grid.y, south, north)
+    rows = (max(0, first), min(grid.y.size, stop))
+    if crs.is_geographic:
+        x_axis, columns = _around(grid.x, west, east)
+    else:
+        low, high = _reach(grid.x, west, east)
+        low, high = max(0, low), min(grid.x.size, high)
+        x_axis, columns = grid.x.isel(low, max(low, high)), (slice(low, high),)
+    if rows[1] <= rows[0] or x_axis.size == 0:
+        raise GridError(
+            f"The source covers x {_span(grid.x)} and y {_span(grid.y)}; the target needs x {west:.4f} to {east:.4f} "
+            f"and y {south:.4f} to {north:.4f}, all of it uncovered. Choose another target grid in catalog.yaml, or a "
+            "larger source."
+        )
+    return Part(Grid(grid.y.isel(*rows), x_axis, grid.crs_wkt), slice(*rows), columns)
+
+
+def crs_of(grid: Grid | Cells) -> str:
+    """Return the CRS of a grid.
+
+    Raises:
+        GridError: it has none.
+    """
+    if grid.crs_wkt is None:
+        raise GridError(
+            "The source has no CRS, so it cannot be placed on a target grid. Declare `crs` of the source in "
+            "catalog.yaml."
+        )
+    return grid.crs_wkt
+
+
+def _span(axis: Axis) -> str:
+    return f"{axis.edges.min():.4f} to {axis.edges.max():.4f}"
+
+
+def _reach(axis: Axis, low: float, high: float) -> tuple[int, int]:
+    """Cells from..to that a stretch touches, with a margin; may lie outside the axis."""
+    position = sorted(((low - axis.edges[0]) / axis.step, (high - axis.edges[0]) / axis.step))
+    return math.floor(position[0]) - MARGIN_CELLS, math.ceil(position[1]) + MARGIN_CELLS
+
+
+def _around(axis: Axis, west: float, east: float) -> tuple[Axis, tuple[slice, ...]]:
+    """The part of a longitude axis between two meridians: shifted by whole turns, and joined across the seam of a
+    global axis; of several turns that a regional axis allows, the one that covers most.
+    """
+    turn = FULL_CIRCLE / abs(axis.step)
+    cyclic = abs(axis.size - turn) < 1e-3
+    ways = [_reach(axis, west + FULL_CIRCLE * k, east + FULL_CIRCLE * k) for k in (-2, -1, 0, 1, 2)]
+    if not cyclic:
+        low, high = max(ways, key=lambda w: min(axis.size, w[1]) - max(0, w[0]))
+        low, high = max(0, low), min(axis.size, high)
+        return axis.isel(low, max(low, high)), (slice(low, high),)
+    low, high = min(ways, key=lambda w: abs(w[0]) + (10 * axis.size if w[0] < 0 else 0))
+    if high - low >= axis.size:
+        return axis, (slice(None),)
+    start, stop = low % axis.size, low % axis.size + high - low
+    pieces = (slice(start, min(stop, axis.size)), slice(0, max(0, stop - axis.size)))
+    return axis.isel(start, stop), tuple(p for p in pieces if p.stop > p.start)
+
+
+def _part_of_cells(cells: Cells, shape: tuple[int, ...], near: Box) -> Part:
+    from pyproj import CRS
+
+    crs = CRS.from_wkt(cells.crs_wkt)
+    west, south, east, north = near.bounds_in(crs)
+    x, y = cells.corners[..., 0], cells.corners[..., 1]
+    known = np.asarray(np.isfinite(cells.corners[:, :3]).all(axis=(1, 2)))
+    x, y = np.where(known[:, None], x, 0.0), np.where(known[:, None], y, 0.0)
+    shift = np.zeros(len(x))
+    if crs.is_geographic:
+        centre = (west + east) / 2
+        shift = -FULL_CIRCLE * np.round((np.nanmean(x, axis=1) - centre) / FULL_CIRCLE)
+    x = x + shift[:, None]
+    touches = (np.nanmax(x, axis=1) >= west) & (np.nanmin(x, axis=1) <= east)
+    touches = touches & (np.nanmax(y, axis=1) >= south) & (np.nanmin(y, axis=1) <= north) & known
+    found = np.flatnonzero(touches)
+    if found.size == 0:
+        raise GridError(
+            f"No cell of the source is near the target, x {west:.4f} to {east:.4f} and y {south:.4f} to {north:.4f}. "
+            "Choose another target grid in catalog.yaml, or another source."
+        )
+    corners = np.stack((x[found], np.where(np.isfinite(cells.corners[found, :, 0]), y[found], np.nan)), axis=-1)
+    kept = Cells(corners, cells.crs_wkt)
+    if len(shape) == 1:
+        rows = slice(int(found[0]), int(found[-1]) + 1)
+        return Part(kept, rows, (), found - rows.start)
+    row, column = np.divmod(found, shape[1])
+    rows, columns = (slice(int(v.min()), int(v.max()) + 1) for v in (row, column))
+    keep = (row - rows.start) * (columns.stop - columns.start) + column - columns.start
+    return Part(kept, rows, (columns,), keep)

@@ -1,0 +1,224 @@
+"""GRIB 1 and 2 with eccodes: messages become lazy variables with time bounds, which GRIB states for every message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from stsr_core.errors import SourceError
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+
+MAGIC = b"GRIB"
+MISSING = 1e35
+GRID_KEYS = ("gridType", "Ni", "Nj", "Nx", "Ny", "md5GridSection")
+UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
+
+
+@dataclass(frozen=True)
+class Message:
+    """Where a message is in the file, and what it holds."""
+
+    offset: int
+    name: str
+    units: str
+    standard_name: str
+    start: datetime
+    end: datetime
+    member: int
+    grid: tuple[object, ...]
+    shape: tuple[int, int]
+    columns_first: bool
+    packing_error: float
+
+
+def open_grib(path: str) -> xr.Dataset:
+    """Open a local GRIB file; values are read message by message when they are asked for.
+
+    Returns:
+        Variables (member, time, y, x), or without member where there is one, named by their short name, with `time` at
+        the end of its interval and `time_bnds` where the messages span time.
+
+    Raises:
+        SourceError: no GRIB messages, or messages of one variable that make no array.
+    """
+    import xarray as xr
+
+    groups: dict[str, list[Message]] = {}
+    for message in _messages(path):
+        groups.setdefault(message.name, []).append(message)
+    if not groups:
+        raise SourceError(f"{path} holds no GRIB message. Fetch it again.")
+    return xr.merge([_variable(path, name, found) for name, found in groups.items()], compat="equals", join="exact")
+
+
+@contextmanager
+def _decoded(handle: int) -> Iterator[int]:
+    import eccodes
+
+    try:
+        yield handle
+    finally:
+        eccodes.codes_release(handle)
+
+
+def _messages(path: str) -> Iterator[Message]:
+    import eccodes
+
+    with Path(path).open("rb") as file:
+        while True:
+            handle = eccodes.codes_grib_new_from_file(file, headers_only=True)
+            if handle is None:
+                return
+            with _decoded(handle):
+                yield _message(handle)
+
+
+def _key(handle: int, key: str, default: Any = None) -> Any:
+    import eccodes
+
+    try:
+        return eccodes.codes_get(handle, key)
+    except eccodes.CodesInternalError:
+        return default
+
+
+def _message(handle: int) -> Message:
+    reference = datetime.strptime(f"{_key(handle, 'dataDate'):08d}{_key(handle, 'dataTime'):04d}", "%Y%m%d%H%M")
+    start, end = (reference + _step(handle, key) for key in ("startStep", "endStep"))
+    shape = (_key(handle, "Nj") or _key(handle, "Ny") or 0, _key(handle, "Ni") or _key(handle, "Nx") or 0)
+    if 0 in shape or max(shape) > 10**7:  # reduced grids have rows of different lengths
+        shape = (1, int(_key(handle, "numberOfPoints", 0)))
+    return Message(
+        offset=int(_key(handle, "offset")),
+        name=str(_key(handle, "shortName", "unknown")),
+        units=str(_key(handle, "units", "unknown")),
+        standard_name=str(_key(handle, "cfName", "unknown")),
+        start=start,
+        end=end,
+        member=int(_key(handle, "perturbationNumber", 0)),
+        grid=tuple(_key(handle, k) for k in GRID_KEYS),
+        shape=shape,
+        columns_first=bool(_key(handle, "jPointsAreConsecutive", 0)),
+        packing_error=float(_key(handle, "packingError", 0.0) or 0.0),
+    )
+
+
+def _step(handle: int, key: str) -> timedelta:
+    """A forecast step; newer eccodes writes units that are not hours behind the number."""
+    import eccodes
+
+    text = eccodes.codes_get_string(handle, key)
+    if text[-1:] in UNIT_STEPS:
+        return int(text[:-1]) * UNIT_STEPS[text[-1]]
+    units = str(_key(handle, "stepUnits", 1))
+    minutes = {"0": 1, "m": 1, "1": 60, "h": 60, "10": 180, "11": 360, "12": 720, "2": 1440, "13": 1 / 60, "s": 1 / 60}
+    if units not in minutes:
+        raise SourceError(f"Forecast steps in GRIB units {units!r} are not understood. Hours or minutes are needed.")
+    return timedelta(minutes=int(text) * minutes[units])
+
+
+def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
+    import xarray as xr
+
+    messages = sorted(messages, key=lambda m: (m.member, m.end, m.start))
+    if len({(m.grid, m.units) for m in messages}) > 1:
+        raise SourceError(f"Messages of {name!r} have several grids or units. Split the file.")
+    members, ends = sorted({m.member for m in messages}), sorted({m.end for m in messages})
+    if len(messages) != len(members) * len(ends):
+        raise SourceError(
+            f"{len(messages)} messages of {name!r} are no array of {len(members)} members and {len(ends)} times: "
+            "some are missing, or there are several levels or runs. Split the file."
+        )
+    first = messages[0]
+    coordinates, dims = _coordinates(path, first)
+    packing = max(m.packing_error for m in messages)
+    attributes: dict[str, object] = {"units": first.units, "packing_error": 2 * packing}
+    if first.standard_name != "unknown":
+        attributes["standard_name"] = first.standard_name
+    lazy = indexing.LazilyIndexedArray(_Values(path, messages, (len(members), len(ends), *first.shape)))
+    variable = xr.Variable(("member", "time", *dims), lazy, attributes)
+    data = xr.Dataset({name: variable}, {"member": members, "time": np.array(ends, "datetime64[ns]"), **coordinates})
+    spans = [(m.start, m.end) for m in messages[: len(ends)]]
+    if all(a < b for a, b in spans):
+        data["time_bnds"] = (("time", "nv"), np.array(spans, "datetime64[ns]"))
+        data["time"].attrs["bounds"] = "time_bnds"
+    return data.isel(member=0, drop=True) if len(members) == 1 else data
+
+
+def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str, str]]:
+    """1-D latitudes and longitudes where they make a grid, else 2-D ones, which hold for any projection."""
+    import eccodes
+
+    with _loaded(path, message) as handle:
+        latitude, longitude = (eccodes.codes_get_double_array(handle, k) for k in ("latitudes", "longitudes"))
+    if latitude.size != message.shape[0] * message.shape[1] or message.shape[0] == 1:
+        raise SourceError(
+            f"{path} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file first."
+        )
+    latitude, longitude = (_shaped(v, message) for v in (latitude, longitude))
+    north, east = (
+        {"units": "degrees_north", "standard_name": "latitude"},
+        {"units": "degrees_east", "standard_name": "longitude"},
+    )
+    if (latitude == latitude[:, :1]).all() and (longitude == longitude[:1]).all():
+        return {
+            "latitude": ("latitude", latitude[:, 0], north),
+            "longitude": ("longitude", longitude[0], east),
+        }, ("latitude", "longitude")
+    return {"latitude": (("y", "x"), latitude, north), "longitude": (("y", "x"), longitude, east)}, ("y", "x")
+
+
+def _shaped(values: NDArray[np.float64], message: Message) -> NDArray[np.float64]:
+    rows, columns = message.shape
+    return values.reshape(columns, rows).T if message.columns_first else values.reshape(rows, columns)
+
+
+@contextmanager
+def _loaded(path: str, message: Message) -> Iterator[int]:
+    import eccodes
+
+    with Path(path).open("rb") as file:
+        file.seek(message.offset)
+        with _decoded(eccodes.codes_grib_new_from_file(file)) as handle:
+            yield handle
+
+
+class _Values(BackendArray):
+    """Values of messages, (member, time, y, x), decoded when they are indexed."""
+
+    def __init__(self, path: str, messages: list[Message], shape: tuple[int, ...]) -> None:
+        self.path, self.messages, self.shape, self.dtype = path, messages, shape, np.dtype(np.float64)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> NDArray[np.float64]:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[np.float64]:
+        members, times = (
+            np.atleast_1d(np.arange(size)[part]) for size, part in zip(self.shape[:2], key[:2], strict=True)
+        )
+        fields = [[self._field(self.messages[m * self.shape[1] + t], key[2:]) for t in times] for m in members]
+        values = np.array(fields)
+        if isinstance(key[1], int | np.integer):
+            values = values[:, 0]
+        return values[0] if isinstance(key[0], int | np.integer) else values
+
+    def _field(self, message: Message, key: tuple[Any, ...]) -> NDArray[np.float64]:
+        import eccodes
+
+        with _loaded(self.path, message) as handle:
+            eccodes.codes_set(handle, "missingValue", MISSING)
+            values = eccodes.codes_get_values(handle)
+        field = _shaped(np.where(values == MISSING, np.nan, values), message)
+        rows, columns = key
+        return field[rows][..., columns]

@@ -1,0 +1,345 @@
+"""Places: which dimensions are horizontal, and the grid or the cells that their coordinates make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stsr_core.errors import GridError, SourceError
+from stsr_core.grids import Axis, Cells, Grid
+from stsr_core.sources.units import length_in
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+    from pyproj import CRS
+
+Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing", "south_north", "nlat", "j")
+X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting", "west_east", "nlon", "i")
+LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
+LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
+REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
+GEOGRAPHIC = 4326
+POLE = 90.0 + 1e-6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Horizontal dimensions of an array, in its order (y, x) or (cell,), and where its cells are."""
+
+    dims: tuple[str, ...]
+    grid: Grid | Cells
+
+
+def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], declared: str | None) -> Place:
+    """Find the cells of an array.
+
+    Args:
+        dataset: holds coordinates, bounds, grid mapping and mesh.
+        array: the precipitation.
+        dims: its dimensions besides time: (y, x) in any order, or one that runs over cells.
+        declared: declared CRS.
+
+    Raises:
+        SourceError: no coordinates that say where the cells are.
+        GridError: coordinates or a CRS that make no cells.
+    """
+    if len(dims) == 1:
+        return Place(dims, _mesh(dataset, array, dims[0]))
+    y, x = _ordered(dataset, dims)
+    flat = _latitude_longitude(dataset, array, (y, x))
+    crs = _crs(dataset, array, y, x, declared)
+    if y in dataset.coords and x in dataset.coords and (crs is not None or flat is None):
+        return Place((y, x), _rectilinear(dataset, y, x, crs))
+    if flat is not None:
+        return Place((y, x), _curvilinear(dataset, *flat, (y, x)))
+    lacking = y if y not in dataset.coords else x
+    raise SourceError(f"Dimension {lacking} has no coordinate. Cell centres are needed; add them.")
+
+
+def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
+    ys, xs = [d for d in dims if _is_axis(dataset, d, "Y")], [d for d in dims if _is_axis(dataset, d, "X")]
+    if len(ys) == 1 and len(xs) == 1 and ys != xs:
+        return ys[0], xs[0]
+    raise SourceError(
+        f"Dimensions {dims} were found beside time; y and x are needed, under their names, as lat and lon, or with "
+        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, as `select: {level: 0}`."
+    )
+
+
+def _is_axis(dataset: xr.Dataset, name: str, axis: str) -> bool:
+    attributes: Mapping[str, object] = dataset[name].attrs if name in dataset.coords else {}
+    if attributes.get("axis") in ("X", "Y"):
+        return attributes["axis"] == axis
+    return name.lower() in (Y_NAMES if axis == "Y" else X_NAMES)
+
+
+def _is_latitude(coordinate: xr.DataArray) -> bool:
+    return _named(coordinate, "latitude", ("lat", "latitude", "xlat", "nav_lat"), LATITUDE_UNITS)
+
+
+def _is_longitude(coordinate: xr.DataArray) -> bool:
+    return _named(coordinate, "longitude", ("lon", "longitude", "xlong", "nav_lon"), LONGITUDE_UNITS)
+
+
+def _named(coordinate: xr.DataArray, standard: str, names: tuple[str, ...], units: tuple[str, ...]) -> bool:
+    stated = coordinate.attrs.get("standard_name")
+    if stated is not None:
+        return str(stated) == standard
+    return str(coordinate.attrs.get("units", "")).lower() in units or str(coordinate.name).lower() in names
+
+
+def _latitude_longitude(
+    dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]
+) -> tuple[xr.DataArray, xr.DataArray] | None:
+    """Latitude and longitude over all of `dims`, if the file has them: named coordinates first."""
+    wanted = set(dims)
+    listed = str(array.encoding.get("coordinates", array.attrs.get("coordinates", ""))).split()
+    names = [n for n in listed if n in dataset.variables] + [n for n in map(str, dataset.variables) if n not in listed]
+    spread = [dataset[n] for n in names if set(map(str, dataset[n].dims)) == wanted and n != array.name]
+    latitudes = [c for c in spread if _is_latitude(c)]
+    longitudes = [c for c in spread if _is_longitude(c)]
+    if not latitudes or not longitudes:
+        return None
+    return latitudes[0].transpose(*dims), longitudes[0].transpose(*dims)
+
+
+def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str | None) -> CRS | None:
+    from pyproj import CRS
+    from pyproj.exceptions import CRSError
+
+    named = array.attrs.get("grid_mapping") or array.encoding.get("grid_mapping")
+    mapping = str(named).split(":")[0].strip() if named else ""
+    try:
+        if declared is not None:
+            return CRS.from_user_input(declared)
+        if mapping in dataset.variables:
+            attributes = dict(dataset[mapping].attrs)
+            if "spatial_ref" in attributes and "crs_wkt" not in attributes:
+                attributes["crs_wkt"] = attributes["spatial_ref"]
+            if "crs_wkt" in attributes or "grid_mapping_name" in attributes:
+                return CRS.from_cf(attributes)
+    except (CRSError, KeyError, ValueError, TypeError) as e:
+        what = f"The declared CRS {declared!r}" if declared is not None else f"The grid mapping {mapping!r}"
+        raise GridError(f"{what} is not understood ({e}). Declare `crs:` of the source in catalog.yaml.") from e
+    if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
+        return CRS.from_epsg(GEOGRAPHIC)
+    return None
+
+
+def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid | Cells:
+    """A regular grid where both axes are regular and their bounds, if any, agree; else the cells of the bounds."""
+    axes, pairs = [], []
+    for name in (y, x):
+        centres = _coordinate(dataset, name, crs)
+        pair = _pairs(dataset, name, centres, crs)
+        axes.append(_regular(centres, dataset[name].dtype == np.float32, pair, name))
+        pairs.append(pair)
+    if crs is not None and crs.is_geographic:
+        _check_latitudes(_coordinate(dataset, y, crs))
+    if axes[0] is not None and axes[1] is not None:
+        return Grid(axes[0], axes[1], None if crs is None else crs.to_wkt())
+    if crs is None:
+        raise GridError(
+            f"Axis {y if axes[0] is None else x} is not regular, and the file has no CRS. Declare `crs:` of the source."
+        )
+    ys, xs = (
+        _pairs_between(_coordinate(dataset, n, crs)) if p is None else p for n, p in zip((y, x), pairs, strict=True)
+    )
+    if crs.is_geographic:
+        ys = np.clip(ys, -90.0, 90.0)
+    shape = (len(ys), len(xs))
+    corners = [
+        np.stack((np.broadcast_to(xs[None, :, i], shape), np.broadcast_to(ys[:, None, j], shape)), axis=-1)
+        for j, i in ((0, 0), (0, 1), (1, 1), (1, 0))
+    ]
+    return Cells(np.stack(corners, axis=-2).reshape(-1, 4, 2), crs.to_wkt())
+
+
+def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.float64]:
+    """Centres along an axis in units of the CRS; longitudes that jump are made to run on."""
+    coordinate = dataset[name]
+    if coordinate.ndim != 1 or not np.issubdtype(coordinate.dtype, np.number):
+        raise SourceError(f"Coordinate {name} is no list of numbers, but {coordinate.dtype} {coordinate.shape}.")
+    values = np.asarray(coordinate.values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise GridError(f"Axis {name} holds missing or infinite values. Every cell needs its place.")
+    if crs is not None and crs.is_geographic and not _is_latitude(coordinate):
+        return np.asarray(np.unwrap(values, period=360.0), dtype=np.float64) if values.size > 1 else values
+    return values * _axis_scale(coordinate, crs)
+
+
+def _axis_scale(coordinate: xr.DataArray, crs: CRS | None) -> float:
+    """What one unit of the coordinate is in units of a projected CRS; coordinates without units are in those."""
+    units = str(coordinate.attrs.get("units", ""))
+    if crs is None or not crs.is_projected or not units:
+        return 1.0
+    scale = length_in(units, float(crs.axis_info[0].unit_conversion_factor))
+    if scale is None:
+        raise GridError(f"Axis {coordinate.name} is in {units!r}, which is no length, but its CRS is projected.")
+    return scale
+
+
+def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
+    """Bounds of the cells of an axis, (n, 2), None where the file has none."""
+    bounds = dataset[name].attrs.get("bounds") or dataset[name].encoding.get("bounds")
+    if bounds not in dataset.variables or dataset[bounds].ndim != 2 or dataset[bounds].shape[1] != 2:
+        return None
+    values = np.asarray(dataset[bounds].transpose(name, ...).values, np.float64) * _axis_scale(dataset[name], crs)
+    if crs is not None and crs.is_geographic and not _is_latitude(dataset[name]):
+        values = centres[:, None] + (values - centres[:, None] + 180.0) % 360.0 - 180.0
+        if centres.size == 1 or np.any(values[:, 1] == values[:, 0]):
+            values = np.asarray(dataset[bounds].values, np.float64)
+    slack = 1e-6 * np.abs(values).max()
+    low, high = values.min(axis=1), values.max(axis=1)
+    if not np.isfinite(values).all() or (low > centres + slack).any() or (high < centres - slack).any():
+        raise GridError(f"Bounds {bounds} do not hold the centres of axis {name}. Mend or remove them.")
+    return values
+
+
+def _regular(centres: NDArray[np.float64], single: bool, pairs: NDArray[np.float64] | None, name: str) -> Axis | None:
+    """The regular axis of centres whose bounds agree; None where they make none."""
+    if centres.size == 1:
+        if pairs is None:
+            raise GridError(f"Axis {name} has one cell, so its spacing is unknown. At least two cells are needed.")
+        step, first = float(pairs[0, 1] - pairs[0, 0]), float(centres[0])
+        return Axis(first, step, 1) if abs(pairs[0].mean() - first) <= REGULARITY * abs(step) else None
+    step = float((centres[-1] - centres[0]) / (centres.size - 1))
+    off = np.abs(centres - (centres[0] + step * np.arange(centres.size)))
+    direction = np.diff(centres)
+    if not ((direction > 0).all() or (direction < 0).all()):
+        raise GridError(f"Axis {name} runs neither up nor down all the way. Sort it.")
+    if off.max() > REGULARITY * abs(step):
+        return None
+    first = float(centres[0])
+    if single:  # noise in its last digits, which a lattice in absolute place must not see
+        first, step = float(f"{first:.7g}"), float(f"{step:.6g}")
+    axis = Axis(first, step, int(centres.size))
+    if pairs is not None and not _agree(axis, pairs):
+        return None
+    return axis
+
+
+def _agree(axis: Axis, pairs: NDArray[np.float64]) -> bool:
+    edges = np.sort(np.stack((axis.edges[:-1], axis.edges[1:]), axis=1), axis=1)
+    return bool((np.abs(np.sort(pairs, axis=1) - edges) <= 10 * REGULARITY * abs(axis.step)).all())
+
+
+def _pairs_between(centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bounds half way between centres, (n, 2); the outer ones as far out as their neighbours are in."""
+    middle = (centres[:-1] + centres[1:]) / 2
+    edges = np.concatenate(([2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]))
+    return np.stack((edges[:-1], edges[1:]), axis=1)
+
+
+def _curvilinear(dataset: xr.Dataset, latitude: xr.DataArray, longitude: xr.DataArray, dims: tuple[str, ...]) -> Cells:
+    """Cells of 2-D latitudes and longitudes: their bounds, else corners half way between centres."""
+    corners = _vertices(dataset, latitude, longitude, dims)
+    if corners is None:
+        if min(latitude.shape) < 2:
+            raise GridError(f"A grid of {latitude.shape} centres without bounds has no known cell size.")
+        _check_latitudes(np.asarray(latitude.values, np.float64))
+        corners = _corners_between(np.asarray(latitude.values, np.float64), np.asarray(longitude.values, np.float64))
+    return _cells(corners)
+
+
+def _vertices(
+    dataset: xr.Dataset, latitude: xr.DataArray, longitude: xr.DataArray, dims: tuple[str, ...]
+) -> NDArray[np.float64] | None:
+    """Corners (N, V, 2) that the bounds of latitude and longitude give, None where there are none."""
+    found = []
+    for coordinate in (longitude, latitude):
+        name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
+        if name not in dataset.variables or dataset[name].ndim != len(dims) + 1:
+            return None
+        bounds = dataset[name].transpose(*dims, ...)
+        found.append(_degrees(bounds, coordinate).reshape(-1, bounds.shape[-1]))
+    if found[0].shape != found[1].shape:
+        raise GridError("Bounds of latitude and longitude have different numbers of corners. Mend or remove them.")
+    return np.stack(found, axis=-1)
+
+
+def _degrees(values: xr.DataArray, coordinate: xr.DataArray) -> NDArray[np.float64]:
+    radians = str(coordinate.attrs.get("units", values.attrs.get("units", ""))).lower().startswith("rad")
+    numbers = np.asarray(values.values, dtype=np.float64)
+    return np.asarray(np.rad2deg(numbers)) if radians else numbers
+
+
+def _corners_between(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (N, 4, 2) half way between centres (Y, X), on the sphere, so that no meridian is special."""
+    lat, lon = np.deg2rad(latitude), np.deg2rad(longitude)
+    centre = np.stack((np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)), axis=-1)
+    for axis in (0, 1):
+        first, second, butlast, last = (centre.take([i], axis) for i in (0, 1, -2, -1))
+        centre = np.concatenate((2 * first - second, centre, 2 * last - butlast), axis=axis)
+    node = (centre[:-1, :-1] + centre[:-1, 1:] + centre[1:, 1:] + centre[1:, :-1]) / 4
+    place = np.stack(
+        (
+            np.rad2deg(np.arctan2(node[..., 1], node[..., 0])),
+            np.rad2deg(np.arctan2(node[..., 2], np.hypot(node[..., 0], node[..., 1]))),
+        ),
+        axis=-1,
+    )
+    ring = np.stack((place[:-1, :-1], place[:-1, 1:], place[1:, 1:], place[1:, :-1]), axis=2)
+    return ring.reshape(-1, 4, 2)
+
+
+def _cells(corners: NDArray[np.float64]) -> Cells:
+    """Cells in longitude and latitude; every ring is unwrapped around its first corner, latitudes are checked."""
+    from pyproj import CRS
+
+    first = corners[:, :1, 0]
+    unwrapped = corners.copy()
+    unwrapped[..., 0] = first + (corners[..., 0] - first + 180.0) % 360.0 - 180.0
+    _check_latitudes(unwrapped[..., 1])
+    return Cells(unwrapped, CRS.from_epsg(GEOGRAPHIC).to_wkt())
+
+
+def _check_latitudes(latitude: NDArray[np.float64]) -> None:
+    largest = float(np.nanmax(np.abs(latitude), initial=0.0))
+    if largest > POLE:
+        raise GridError(f"Latitudes reach {largest:.4g} degrees. Are latitude and longitude swapped?")
+
+
+def _mesh(dataset: xr.Dataset, array: xr.DataArray, dim: str) -> Cells:
+    """Cells of an unstructured mesh: by UGRID topology, or by bounds of latitude and longitude."""
+    for name in map(str, dataset.variables):
+        topology = dataset[name].attrs
+        if topology.get("cf_role") == "mesh_topology" and topology.get("face_node_connectivity") in dataset.variables:
+            faces = dataset[topology["face_node_connectivity"]]
+            if dim in faces.dims:
+                return _cells(_ugrid(dataset, topology, faces.transpose(dim, ...)))
+    flat = _latitude_longitude(dataset, array, (dim,))
+    corners = None if flat is None else _vertices(dataset, flat[0], flat[1], (dim,))
+    if corners is None:
+        raise SourceError(
+            f"Cells along {dim!r} have no outlines: a UGRID mesh, or latitude and longitude with bounds, are needed. "
+            "Add them, or regrid the file first."
+        )
+    return _cells(corners)
+
+
+def _ugrid(dataset: xr.Dataset, topology: Mapping[str, object], faces: xr.DataArray) -> NDArray[np.float64]:
+    names = str(topology.get("node_coordinates", "")).split()
+    nodes = [dataset[n] for n in names if n in dataset.variables]
+    longitudes, latitudes = [n for n in nodes if _is_longitude(n)], [n for n in nodes if _is_latitude(n)]
+    if not longitudes or not latitudes:
+        raise SourceError(f"The mesh names node coordinates {names}; longitude and latitude of its nodes are needed.")
+    index = np.asarray(faces.values, dtype=np.float64)
+    missing = ~np.isfinite(index) | (index < 0)
+    raw_fill = faces.attrs.get("_FillValue", faces.encoding.get("_FillValue"))
+    if raw_fill is not None:
+        missing |= index == float(raw_fill)
+    start = int(faces.attrs.get("start_index", 0))
+    position = np.where(missing, 0, index - start).astype(np.int64)
+    if position.min(initial=0) < 0 or position.max(initial=0) >= nodes[0].size:
+        raise SourceError(
+            f"The mesh names node {int(position.max()) + start}, but has {nodes[0].size} nodes counted from {start}. "
+            "Mend its connectivity or `start_index`."
+        )
+    corners = np.stack([_degrees(c, c)[position] for c in (longitudes[0], latitudes[0])], axis=-1)
+    corners[missing] = np.nan
+    return corners

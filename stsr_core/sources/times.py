@@ -1,0 +1,226 @@
+"""Time: stamps, bounds and declarations become even steps, and what has to be subtracted from what."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, TypeAlias
+
+import cftime
+import numpy as np
+
+from stsr_core.errors import SourceError
+from stsr_core.grids import TimeAxis, TimeLabel
+from stsr_core.sources.declared import Declared
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Time: TypeAlias = datetime | cftime.datetime
+BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What one record of a file holds: an amount over a stretch of time; `start` is None where nobody says it."""
+
+    start: Time | None
+    end: Time
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Even steps made of records.
+
+    Attributes:
+        axis: the steps.
+        record: record that each step ends with, (T,).
+        base: record to subtract from it, (T,); -1 where there is none.
+        record_seconds: length of every record of the file, (records,), float64; NaN where nobody says it.
+    """
+
+    axis: TimeAxis
+    record: NDArray[np.int64]
+    base: NDArray[np.int64]
+    record_seconds: NDArray[np.float64]
+
+    @property
+    def differenced(self) -> bool:
+        """Whether any step is a difference of records."""
+        return bool((self.base >= 0).any())
+
+    def within(self, first: int, stop: int) -> Steps:
+        """Return steps first..stop."""
+        return Steps(self.axis.isel(first, stop), self.record[first:stop], self.base[first:stop], self.record_seconds)
+
+
+def as_times(values: NDArray[np.generic]) -> list[Time]:
+    """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects.
+
+    Raises:
+        SourceError: numbers without CF units, or missing stamps.
+    """
+    if np.issubdtype(values.dtype, np.datetime64):
+        if np.isnat(values).any():
+            raise SourceError("The time axis holds missing stamps. Every step needs its time.")
+        return values.astype("datetime64[us]").astype(datetime).ravel().tolist()
+    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values.ravel()):
+        return list(values.ravel())
+    raise SourceError(
+        f"The time axis holds {values.dtype} values, not dates. Give it CF units such as 'hours since 2000-01-01'."
+    )
+
+
+def steps_of(stamps: list[Time], bounds: list[tuple[Time, Time]] | None, declared: Declared) -> Steps:
+    """Even steps of a time axis, by its bounds, else by what is declared; never by a guess.
+
+    Raises:
+        SourceError: stamps that do not increase, uneven steps, gaps, or an interval that nobody states.
+    """
+    _check_increasing(stamps)
+    complete = declared.time_label is not None and declared.step_h is not None
+    if declared.accumulated in ("run", "day"):
+        return _joined(_accumulated(stamps, declared.accumulated), "end")
+    if bounds is not None and not complete:
+        _check_bounds(stamps, bounds)
+        intervals = [Interval(start, end) for start, end in bounds]
+        return _joined(intervals, _label(stamps[-1], *bounds[-1]))
+    return _from_stamps(stamps, declared)
+
+
+def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
+    if declared.time_label is None:
+        raise SourceError(
+            f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
+            "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or --time-label."
+        )
+    if declared.step_h is not None:
+        step = timedelta(hours=declared.step_h)
+    elif len(stamps) < 2:
+        raise SourceError(
+            "One time step without time bounds has no length. Declare `step_h:` of the source in catalog.yaml."
+        )
+    else:
+        step = stamps[1] - stamps[0]
+    starts = [s - step * BEFORE[declared.time_label] for s in stamps]
+    intervals = [Interval(s, s + step) for s in starts]
+    _check_even(stamps, step)
+    return _joined(intervals, declared.time_label)
+
+
+def _accumulated(stamps: list[Time], since: str) -> list[Interval]:
+    """Intervals of running sums: since an unknown start of the run, or since 00 h of the day."""
+    if since == "run":
+        return [Interval(None, s) for s in stamps]
+    return [Interval(_midnight_before(s), s) for s in stamps]
+
+
+def _midnight_before(stamp: Time) -> Time:
+    midnight = stamp.replace(hour=0, minute=0, second=0, microsecond=0)
+    return midnight if midnight < stamp else midnight - timedelta(days=1)
+
+
+def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
+    """Subtract what began at the same time, keep what follows on; the result must be even and without gaps."""
+    pieces: list[tuple[Time, Time, int, int]] = []
+    for i, now in enumerate(intervals):
+        before = intervals[i - 1] if i else None
+        if before is not None and now.start == before.start:
+            pieces.append((before.end, now.end, i, i - 1))
+        elif now.start is not None:
+            pieces.append((now.start, now.end, i, -1))
+    if len(pieces) > 1 and pieces[0][3] < 0 <= pieces[1][3] and _length(pieces[0]) > _length(pieces[1]):
+        pieces = pieces[1:]  # the first running sum spans more than one step: only a base of the next
+    if not pieces:
+        raise SourceError(
+            "One running sum whose start nobody states is no amount of a step. Give at least two time steps."
+        )
+    if any(base >= 0 for *_, base in pieces):
+        label = "end"
+    _check_chain(pieces)
+    axis = TimeAxis(pieces[0][0], _length(pieces[0]), len(pieces), label)
+    seconds = np.array([np.nan if i.start is None else (i.end - i.start).total_seconds() for i in intervals])
+    return Steps(axis, np.array([p[2] for p in pieces]), np.array([p[3] for p in pieces]), seconds)
+
+
+def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
+    """Return the steps that lie wholly in a period of ISO dates, in the calendar of the steps.
+
+    Raises:
+        SourceError: dates that are none, or no step between them.
+    """
+    axis = steps.axis
+    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
+    first, stop = max(0, math.ceil(low - 1e-9)), min(axis.size, math.floor(high + 1e-9))
+    if stop <= first:
+        raise SourceError(
+            f"No step lies between {period[0]} and {period[1]}; the source runs from {axis.start} to "
+            f"{axis.start + axis.step * axis.size}. Change `period:` of the source in catalog.yaml."
+        )
+    return steps.within(first, stop)
+
+
+def _date(text: str, like: Time) -> Time:
+    try:
+        if isinstance(like, cftime.datetime):
+            return cftime.datetime.strptime(text[:10], "%Y-%m-%d", calendar=like.calendar)
+        return datetime.fromisoformat(text).replace(tzinfo=None)
+    except ValueError as e:
+        raise SourceError(f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31.") from e
+
+
+def _length(piece: tuple[Time, Time, int, int]) -> timedelta:
+    length: timedelta = piece[1] - piece[0]
+    return length
+
+
+def _check_chain(pieces: list[tuple[Time, Time, int, int]]) -> None:
+    step = _length(pieces[0])
+    for i, piece in enumerate(pieces):
+        if _length(piece) != step:
+            raise SourceError(
+                f"Step {i} ({piece[0]} to {piece[1]}) lasts {_length(piece)}, the first {step}. Even steps are needed: "
+                "months, and forecasts that change their cadence, have none. Read a part with even steps."
+            )
+    for (_, end, *_), (start, *_) in itertools.pairwise(pieces):
+        if start != end:
+            raise SourceError(
+                f"A step ends at {end} and the next one starts at {start}. Intervals without gap or overlap are "
+                "needed. Fill the gap with missing steps, or split the file there."
+            )
+
+
+def _check_increasing(stamps: list[Time]) -> None:
+    for before, after in itertools.pairwise(stamps):
+        if after <= before:
+            raise SourceError(f"The time axis is not sorted: {after} comes after {before}. Sort it, drop duplicates.")
+
+
+def _check_even(stamps: list[Time], step: timedelta) -> None:
+    for before, after in itertools.pairwise(stamps):
+        if after - before != step:
+            raise SourceError(
+                f"The time axis is uneven: {before} to {after} is not {step} like the first step. "
+                "Fill the gap with missing steps, or split the file there."
+            )
+
+
+def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
+    for stamp, (start, end) in zip(stamps, bounds, strict=True):
+        if end <= start:
+            raise SourceError(
+                f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
+                "the source in catalog.yaml, which then replace them."
+            )
+        if not start <= stamp <= end:
+            raise SourceError(
+                f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare "
+                "`time_label:` and `step_h:` of the source in catalog.yaml, which then replace them."
+            )
+
+
+def _label(stamp: Time, start: Time, end: Time) -> TimeLabel:
+    offset = (stamp - start) / (end - start)
+    return "start" if offset < 0.25 else "middle" if offset < 0.75 else "end"

@@ -1,0 +1,82 @@
+"""Units by the CF rules (UDUNITS, through cf-units): what one unit is in mm per step."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Literal
+
+from stsr_core.errors import SourceError
+
+Kind = Literal["amount", "rate"]
+# Reference unit, what it measures, and mm (or mm per second) that one of it is; 1 kg m-2 of water is 1 mm.
+REFERENCES: tuple[tuple[str, Kind, float], ...] = (
+    ("kg m-2", "amount", 1.0),
+    ("m", "amount", 1000.0),
+    ("kg m-2 s-1", "rate", 1.0),
+    ("m s-1", "rate", 1000.0),
+)
+KNOWN = "mm, m, kg m-2, inch, mm/h, mm day-1, mm s-1, kg m-2 s-1"
+
+
+def measured(units: str) -> tuple[Kind, float]:
+    """What units measure, and their factor to mm (amounts) or mm s-1 (rates).
+
+    Raises:
+        SourceError: units that UDUNITS does not know, or that measure no precipitation.
+    """
+    from cf_units import Unit
+
+    try:
+        unit = Unit(units)
+    except ValueError as e:
+        raise SourceError(f"Units {units!r} are not understood; known are such as {KNOWN}. {_declare()}") from e
+    for reference, kind, scale in REFERENCES:
+        if unit.is_convertible(reference):
+            return kind, float(unit.convert(1.0, reference)) * scale
+    raise SourceError(f"Units {units!r} measure no precipitation; {KNOWN} do. {_declare()}")
+
+
+def mm_per_step(units: str, step: timedelta) -> float:
+    """Return the amount in mm that one unit is over a step."""
+    kind, scale = measured(units)
+    return scale if kind == "amount" else scale * step.total_seconds()
+
+
+def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
+    """Refuse units that contradict what the variable calls itself.
+
+    Raises:
+        SourceError: an amount that is named a rate, a rate that is named an amount, or an amount that is a mean over
+            time, whose length nobody states.
+    """
+    kind, _ = measured(units)
+    named: Kind | None = None
+    if standard_name.endswith(("_flux", "_rate")):
+        named = "rate"
+    elif standard_name.endswith("_amount"):
+        named = "amount"
+    if named not in (None, kind):
+        raise SourceError(
+            f"Units {units!r} are those of an {kind}, but the standard name {standard_name} is that of an {named}. "
+            f"One is wrong. {_declare()}".replace("an rate", "a rate")
+        )
+    if kind == "amount" and "time: mean" in cell_methods:
+        raise SourceError(
+            f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. "
+            f"{_declare()}"
+        )
+
+
+def length_in(units: str, metres: float) -> float | None:
+    """Return how many times `metres` one unit of length is; None where `units` are no length."""
+    from cf_units import Unit
+
+    try:
+        unit = Unit(units)
+    except ValueError:
+        return None
+    return float(unit.convert(1.0, "m")) / metres if units and unit.is_convertible("m") else None
+
+
+def _declare() -> str:
+    return "Declare `units:` of the source in catalog.yaml, or --units."

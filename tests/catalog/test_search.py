@@ -1,0 +1,209 @@
+"""Search over the parquet index, at ten thousand versions made of real items."""
+
+import io
+import json
+import os
+import time
+from datetime import UTC, datetime, timedelta
+
+import pyarrow.parquet as pq
+import pytest
+import shapely
+
+import stsr_core.catalog
+from stsr_core.catalog import Query
+from stsr_core.catalog.documents import Documents, encode
+from stsr_core.catalog.index import KEYS, RECENT, _joined, _row, _table, _written, look_up
+from stsr_core.catalog.items import Lineage, item
+from stsr_core.errors import ConfigurationError, StoreError
+from tests.catalog.made import CHECKPOINT, DESCRIPTION, LAYOUT, PROVENANCE, publish_one
+
+MANY = 10_000
+START = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def grown(destination, count):
+    """A catalogue of one published version, and `count` - 1 before it that exist in collection and index only."""
+    publish_one(destination)
+    documents = Documents(str(destination))
+    collection, _ = documents.read("rain/collection.json")
+    [link] = [x for x in collection["links"] if x["rel"] == "item"]
+    example, _ = documents.read(f"rain/{link['href']}")
+    rows, links = [], []
+    for n in range(1, count + 1):
+        begin = START + timedelta(hours=6 * n)
+        times = {
+            "start_datetime": begin.isoformat().replace("+00:00", "Z"),
+            "end_datetime": (begin + timedelta(hours=6)).isoformat().replace("+00:00", "Z"),
+        }
+        west = -170 + 0.03 * n
+        box = [west, 40.0, west + 1, 41.0]
+        changed = {
+            **example,
+            "id": f"rain-v{n}",
+            "bbox": box,
+            "geometry": json.loads(shapely.to_geojson(shapely.box(*box))),
+            "properties": {**example["properties"], **times, "version": f"v{n}", "stsr:seed": n % 7},
+        }
+        href = link["href"].replace("v1.json", f"v{n}.json")
+        rows.append(_row(changed, href))
+        links.append({**link, "href": href, "title": f"v{n}"})
+    table = _table(rows)
+    old = count - count % RECENT
+    parts = {KEYS[0]: table.slice(0, old), KEYS[1]: table.slice(old)}
+    assets = {k: _written(documents, "rain", part, k) for k, part in parts.items() if part.num_rows}
+    others = [x for x in collection["links"] if x["rel"] not in ("item", "latest-version")]
+    changed = {**collection, "links": [*others, *links], "assets": assets}
+    documents.write("rain/collection.json", encode(changed))
+    return documents, changed
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    return grown(tmp_path_factory.mktemp("many"), MANY)
+
+
+def found(many, **query):
+    hits, total = look_up(many[0], "rain", many[1], Query(**query))
+    return [int(hit.version[1:]) for hit in hits], total
+
+
+def test_the_newest_come_first_and_pages_follow_each_other(many):
+    assert found(many, limit=3) == ([MANY, MANY - 1, MANY - 2], MANY)
+    assert found(many, limit=2, offset=3) == ([MANY - 3, MANY - 4], MANY)
+    assert found(many, limit=2, sortby=("start_datetime",)) == ([1, 2], MANY)
+    assert found(many, limit=3, sortby=("-stsr:seed", "start_datetime"))[0] == [6, 13, 20]
+
+
+@pytest.mark.parametrize(
+    ("query", "versions"),
+    [
+        # boxes begin at -170 + 0.03 n degrees east and are 1 degree wide
+        ({"bbox": (-171.0, 0, -169.95, 90)}, range(1, 2)),
+        ({"bbox": (-171.0, 41.5, -169.0, 90)}, range(0)),
+        ({"bbox": (129.99, 0, -169.95, 90)}, [*range(9967, 10001), 1]),  # over the antimeridian
+        ({"datetime": "2000-01-02"}, range(3, 8)),  # six-hourly, ends touch
+        ({"datetime": "2000-01-01T07:00:00Z"}, [1]),
+        ({"datetime": "../2000-01-01T13:00:00Z"}, [1, 2]),
+        ({"datetime": "2006-11-05T00:00:00Z/.."}, [9999, 10000]),
+        ({"filter": "version = 'v77'"}, [77]),
+        ({"filter": "\"stsr:seed\" = 3 AND datetime < TIMESTAMP('2000-01-05T00:00:00Z')"}, [3, 10]),
+        ({"filter": "\"stsr:seed\" IN (1, 2) AND start_datetime <= '2000-01-03'"}, [1, 2, 8]),
+        ({"filter": "\"stsr:seed\" * 2 + 1 > 12 AND version LIKE 'v_'"}, [6]),
+        ({"filter": "version LIKE 'v999_' AND NOT \"stsr:seed\" BETWEEN 0 AND 4"}, [9994, 9995]),
+        ({"filter": "CASEI(version) = CASEI('V12') OR version = 'v13'"}, [12, 13]),
+        ({"filter": "S_INTERSECTS(geometry, POINT(-169.98 40.5))"}, []),
+        ({"filter": "S_INTERSECTS(geometry, POINT(-169.95 40.5))"}, [1]),
+        ({"filter": "S_WITHIN(geometry, BBOX(-180, 0, -168.93, 90))"}, [1, 2]),
+        ({"filter": "T_INTERSECTS(datetime, INTERVAL('..', '2000-01-01T13:00:00Z'))"}, [1, 2]),
+        ({"filter": "T_BEFORE(datetime, TIMESTAMP('2000-01-01T13:00:00Z'))"}, [1]),
+        ({"filter": "T_AFTER(datetime, TIMESTAMP('2006-11-04T23:00:00Z'))"}, [10000]),
+        ({"filter": "\"proj:wkt2\" IS NULL AND version = 'v5'"}, None),
+        ({"filter": {"op": "and", "args": [
+            {"op": "=", "args": [{"property": "stsr:members"}, 2]},
+            {"op": "=", "args": [{"property": "version"}, "v4"]}]}}, [4]),
+    ],
+)  # fmt: skip
+def test_versions_are_found_by_place_time_and_properties(many, query, versions):
+    if versions is None:
+        with pytest.raises(ConfigurationError, match="no property 'proj:wkt2'"):
+            found(many, **query)
+        return
+    assert sorted(found(many, limit=100, **query)[0]) == sorted(versions)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"filter": "a >"}, "is no CQL2"),
+        ({"filter": "nonsense = 1"}, "no property 'nonsense'"),
+        ({"filter": "version > 3"}, "cannot be applied"),
+        ({"filter": "start_datetime > 'yesterday'"}, "no date or time"),
+        ({"filter": "f(version) = 1"}, "not served"),
+        ({"filter": "(" * 500 + "version = 'v1'" + ")" * 500}, "500 nested brackets"),
+        ({"filter": "version = '" + "v" * 5000 + "'"}, "5012 characters"),
+        ({"filter": {"op": "drop table"}}, "is no CQL2"),
+        ({"bbox": (0, 50, 10, 40)}, "no west,south,east,north"),
+        ({"datetime": "today"}, "no date or time"),
+        ({"limit": 0}, "Limit 0"),
+        ({"sortby": ("-nonsense",)}, "no property 'nonsense' to sort by"),
+    ],
+)
+def test_a_query_that_cannot_be_meant_is_refused(many, query, message):
+    with pytest.raises(ConfigurationError, match=message):
+        found(many, **query)
+
+
+def test_the_index_is_stac_geoparquet(many):
+    documents, collection = many
+    raw, _ = documents.fetch(f"rain/{collection['assets']['index']['href'].removeprefix('./')}")
+    table = pq.read_table(io.BytesIO(raw))
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["columns"][geo["primary_column"]]["encoding"] == "WKB"
+    needed = {"type", "stac_version", "stac_extensions", "id", "geometry", "bbox", "links", "assets", "collection"}
+    assert needed <= set(table.column_names)
+    assert shapely.from_wkb(table["geometry"][0].as_py()).bounds == (-169.97, 40.0, -168.97, 41.0)
+    assert table["start_datetime"][0].as_py() == START + timedelta(hours=6)
+
+
+def test_a_damaged_or_foreign_index_is_refused(tmp_path):
+    publish_one(tmp_path)
+    documents = Documents(str(tmp_path))
+    collection, _ = documents.read("rain/collection.json")
+    asset = collection["assets"]["index-recent"]
+    foreign = {**collection, "assets": {"index-recent": {**asset, "href": "../../secret.parquet"}}}
+    with pytest.raises(StoreError, match="outside it"):
+        look_up(documents, "rain", foreign, Query())
+    documents.write(f"rain/{asset['href']}", b"PAR1")
+    with pytest.raises(StoreError, match="missing or not as published"):
+        stsr_core.catalog.search(str(tmp_path), Query())
+
+
+def median_seconds(action, times):
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - started)
+    return sorted(taken)[times // 2]
+
+
+def test_search_and_publication_do_not_slow_down(many, tmp_path):
+    """Measured: 10,000 versions are searched in 50 ms and published to in 1.3 times the time of ten."""
+    query = Query(bbox=(0, 0, 5, 60), filter='"stsr:seed" = 3', sortby=("-start_datetime",))
+    catalog = many[0].destination
+    searching = median_seconds(lambda: look_up(many[0], "rain", many[1], query), 5)
+    few = grown(tmp_path, 10)[0].destination
+    publish_one(few), publish_one(catalog)
+    print(f"search {1000 * searching:.0f} ms", end=" ")
+    small, large = (publishing_seconds(place) for place in (few, catalog))
+    print(f"publish at 10: {1000 * small:.0f} ms, at {MANY}: {1000 * large:.0f} ms")
+    loaded = 1 + os.getloadavg()[0] / (os.cpu_count() or 1)  # others run on this machine too
+    assert searching < 0.1 * loaded
+    assert large < 2 * small * loaded
+
+
+def publishing_seconds(catalog):
+    from stsr_core.catalog.publish import publish
+    from tests.catalog.made import prepared, publication
+
+    ready = [(a, publication(a)) for a in (prepared(catalog) for _ in range(5))]
+    return median_seconds(lambda: publish(*ready.pop()), 5)
+
+
+def test_a_full_recent_index_moves_to_the_other(tmp_path):
+    documents, _ = grown(tmp_path, RECENT + RECENT - 1)
+    publish_one(tmp_path)
+    publish_one(tmp_path)
+    collection, _ = documents.read("rain/collection.json")
+    assert [collection["assets"][k]["stsr:rows"] for k in KEYS] == [2 * RECENT, 1]
+    assert look_up(documents, "rain", collection, Query())[1] == 2 * RECENT + 1
+
+
+def test_rows_of_unlike_items_join():
+    lineage = Lineage("v1", None, CHECKPOINT)
+    made = item(DESCRIPTION, lineage, LAYOUT, PROVENANCE, {}, [], START)
+    other = {**made, "properties": {**made["properties"], "stsr:new": {"a": 1}, "stsr:scores": {}}}
+    joined = _joined([_table([_row(made, "./a")]), _table([_row(other, "./b")])])
+    assert joined["stsr:new"].to_pylist() == [None, {"a": 1}]
+    assert joined["stsr:scores"].to_pylist() == [{"crps": 0.5}, None]

@@ -1,0 +1,182 @@
+"""Every kind of input from a real S3 server, and what it does when the server, the keys or the line fail."""
+
+import http.server
+import json
+import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import eccodes
+import numpy as np
+import pytest
+import s3fs
+import xarray as xr
+
+from stsr_core.errors import SourceError
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.open import fingerprint, open_dataset
+
+START = Declared(time_label="start", accumulated="none")
+VALUES = np.arange(6 * 3 * 4, dtype=np.float32).reshape(6, 3, 4) % 11
+
+
+def days(first=0, count=6):
+    time = np.datetime64("2001-01-01", "ns") + np.arange(first, first + count) * np.timedelta64(1, "D")
+    coords = {"time": time, "lat": 45.0 + np.arange(3), "lon": 3.0 + np.arange(4)}
+    data = xr.Dataset({"pr": (("time", "lat", "lon"), VALUES[first : first + count], {"units": "mm"})}, coords)
+    data["time"].encoding.update(units="days since 2001-01-01", dtype="int32")
+    return data
+
+
+def write_grib(path):
+    """Metres since the start of the forecast, a message per day."""
+    with path.open("wb") as file:
+        for step in range(6):
+            handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
+            settings = {
+                "dataDate": 20010101, "dataTime": 0, "Ni": 4, "Nj": 3, "latitudeOfFirstGridPointInDegrees": 47.0,
+                "latitudeOfLastGridPointInDegrees": 45.0, "longitudeOfFirstGridPointInDegrees": 3.0,
+                "longitudeOfLastGridPointInDegrees": 6.0, "iDirectionIncrementInDegrees": 1.0,
+                "jDirectionIncrementInDegrees": 1.0, "productDefinitionTemplateNumber": 8, "shortName": "tp",
+                "startStep": 0, "endStep": 24 * (step + 1), "bitsPerValue": 24,
+            }  # fmt: skip
+            for key, value in settings.items():
+                eccodes.codes_set(handle, key, value)
+            metres = VALUES[: step + 1].sum(axis=0, dtype=np.float64)[::-1].ravel() / 1000
+            eccodes.codes_set_values(handle, metres)
+            eccodes.codes_write(handle, file)
+            eccodes.codes_release(handle)
+
+
+@pytest.fixture(scope="module")
+def bucket(s3, tmp_path_factory):
+    """A bucket with one input of each kind."""
+    folder = tmp_path_factory.mktemp("inputs")
+    days().to_netcdf(folder / "hdf.nc", engine="h5netcdf")
+    days().to_netcdf(folder / "classic.nc", format="NETCDF3_CLASSIC")
+    days(0, 2).to_netcdf(folder / "part-a.nc")
+    days(2, 4).to_netcdf(folder / "part-b.nc")
+    days().to_zarr(folder / "v2.zarr", zarr_format=2, consolidated=True)
+    days().to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False)
+    write_grib(folder / "sums.grib2")
+    url = s3.make_bucket("inputs")
+    fs = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True)
+    fs.put(str(folder) + "/", url + "/", recursive=True)
+    fs.pipe_file(f"{url}/refs.json", json.dumps(references(folder, url)).encode())
+    return url
+
+
+def references(folder, url):
+    """Kerchunk references of the chunks of the Zarr v2 store."""
+    root = folder / "v2.zarr"
+    refs = {}
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".zmetadata"):
+        key = str(file.relative_to(root))
+        chunk = f"{url}/v2.zarr/{key}", 0, file.stat().st_size
+        refs[key] = file.read_text() if file.name.startswith(".z") else list(chunk)
+    return {"version": 1, "refs": refs}
+
+
+@pytest.mark.parametrize("name", ["hdf.nc", "classic.nc", "part-?.nc", "v2.zarr", "v3.zarr", "sums.grib2", "refs.json"])
+def test_one_of_each_kind_reads_from_a_bucket(s3, bucket, name):
+    declared = Declared() if name == "sums.grib2" else START
+    variable = "tp" if name == "sums.grib2" else "pr"
+    with open_dataset(f"{bucket}/{name}", storage_options=s3.options) as dataset:
+        cube = read_coarse(dataset, variable, declared)
+    upward = cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1]
+    np.testing.assert_allclose(upward, VALUES, atol=1e-4)
+    assert str(cube.times.bounds[0, 0])[:10] == "2001-01-01"
+    first = fingerprint(f"{bucket}/{name}", storage_options=s3.options)
+    assert first == fingerprint(f"{bucket}/{name}", storage_options=s3.options)
+
+
+def test_a_fingerprint_of_a_bucket_follows_its_objects(s3, bucket):
+    fs = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True)
+    fs.pipe_file(f"{bucket}/new.bin", b"one")
+    before = fingerprint(f"{bucket}/new.bin", storage_options=s3.options)
+    fs.pipe_file(f"{bucket}/new.bin", b"two")
+    assert fingerprint(f"{bucket}/new.bin", storage_options=s3.options) != before
+
+
+def test_wrong_keys_and_missing_places_are_said_without_the_keys(s3, bucket):
+    wrong = {**s3.options, "secret": "not-the-secret-of-anyone"}
+    for options in (wrong, {**s3.options, "key": "NOBODY"}):
+        for action in (open_dataset, fingerprint):
+            with pytest.raises(SourceError, match="cannot be read.*credentials") as caught:
+                action(f"{bucket}/hdf.nc", storage_options=options)
+            assert caught.value.__suppress_context__
+            for secret in ("not-the-secret-of-anyone", s3.key, s3.secret, "NOBODY"):
+                assert secret not in str(caught.value)
+    with pytest.raises(SourceError, match=r"Nothing is at s3://no-such-bucket/a\.nc"):
+        open_dataset("s3://no-such-bucket/a.nc", storage_options=s3.options)
+    with pytest.raises(SourceError, match="cannot be read"):
+        fingerprint("s3://no-such-bucket/a.nc", storage_options=s3.options)
+
+
+class Faults(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to the real server; for objects, `plan` says what goes wrong first."""
+
+    plan: list[str] = []  # noqa: RUF012
+    behind = ""
+    served = 0
+
+    def _pass_on(self):
+        fault = Faults.plan.pop(0) if Faults.plan and self.path.endswith(".nc") else ""
+        Faults.served += 1
+        if fault == "503":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        request = urllib.request.Request(Faults.behind + self.path, headers=dict(self.headers), method=self.command)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                status, headers, body = answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as e:
+            status, headers, body = e.code, e.headers, e.read()
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+        if fault == "cut":
+            self.close_connection = True
+
+    do_GET = _pass_on  # noqa: N815
+    do_HEAD = _pass_on  # noqa: N815
+
+    def log_message(self, *arguments):
+        """Say nothing."""
+
+
+@contextmanager
+def unreliable(s3, *plan):
+    """The same server through a line that fails as planned."""
+    Faults.plan, Faults.behind, Faults.served = list(plan), s3.endpoint, 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield {**s3.options, "endpoint_url": f"http://127.0.0.1:{server.server_port}", "skip_instance_cache": True}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("plan", [("503", "503"), ("", "cut"), ("", "", "cut", "503")], ids=str)
+def test_a_server_that_fails_for_a_moment_is_asked_again(s3, bucket, plan):
+    with unreliable(s3, *plan) as options, open_dataset(f"{bucket}/hdf.nc", storage_options=options) as dataset:
+        np.testing.assert_array_equal(read_coarse(dataset, "pr", START).amount, VALUES)
+        assert Faults.plan == []
+
+
+def test_a_server_that_keeps_failing_is_a_clear_error(s3, bucket):
+    with (
+        unreliable(s3, *["503"] * 1000) as options,
+        pytest.raises(SourceError, match=r"hdf.nc cannot be read \(.*the server answers"),
+    ):
+        open_dataset(f"{bucket}/hdf.nc", storage_options=options)

@@ -1,0 +1,291 @@
+"""Grids of every kind: what is read and regridded is checked against polygons put together here, cell by cell."""
+
+from datetime import datetime, timedelta
+
+import numpy as np
+import pytest
+import shapely
+import xarray as xr
+from pyproj import CRS, Transformer
+
+from stsr_core.configuration import TargetGrid
+from stsr_core.errors import GridError, SourceError
+from stsr_core.factors import Factor
+from stsr_core.grids import Cells, Grid
+from stsr_core.regrid import coarse_grid, native_factor, reach, regrid
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.open import open_dataset
+
+TARGET = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=8.5e5, x_max=9.0e5, y_min=6.3e6, y_max=6.35e6)
+LATTICE = coarse_grid(TARGET, Factor(space=10, time=1))
+ROTATED = {
+    "grid_mapping_name": "rotated_latitude_longitude",
+    "grid_north_pole_latitude": 43.0,
+    "grid_north_pole_longitude": -170.0,
+}
+
+
+def rain(*shape):
+    return np.random.default_rng(3).gamma(0.5, 2.0, shape).astype(np.float32)
+
+
+def timed(variables, coords=None, nt=2):
+    """A dataset with hourly bounds, its variable `pr` in mm."""
+    time = np.datetime64("2001-01-01T01", "ns") + np.arange(nt) * np.timedelta64(1, "h")
+    data = xr.Dataset(variables, {"time": time, **(coords or {})})
+    data["time_bnds"] = (("time", "nv"), np.stack([time - np.timedelta64(1, "h"), time], axis=1))
+    data["time"].attrs["bounds"] = "time_bnds"
+    data["time"].encoding.update(units="hours since 2001-01-01", dtype="int32")
+    data["pr"].attrs.setdefault("units", "mm")
+    return data
+
+
+def slow(rings, amounts):
+    """Area means over the cells of LATTICE by one intersection after the other; rings are in EPSG:2154."""
+    out = np.zeros(LATTICE.shape)
+    polygons = [shapely.Polygon(r) for r in rings]
+    for i in range(LATTICE.shape[0]):
+        for j in range(LATTICE.shape[1]):
+            y, x = np.sort(LATTICE.y.edges[i : i + 2]), np.sort(LATTICE.x.edges[j : j + 2])
+            cell = shapely.box(x[0], y[0], x[1], y[1])
+            out[i, j] = sum(p.intersection(cell).area * a for p, a in zip(polygons, amounts, strict=True)) / cell.area
+    return out
+
+
+def rectangles(x, y, crs):
+    to = Transformer.from_crs(crs, 2154, always_xy=True)
+    return [
+        [to.transform(*p) for p in ((x[j], y[i]), (x[j + 1], y[i]), (x[j + 1], y[i + 1]), (x[j], y[i + 1]))]
+        for i in range(len(y) - 1)
+        for j in range(len(x) - 1)
+    ]
+
+
+def check(data, rings, declared=None, kind=Grid):
+    coarse = read_coarse(data, "pr", declared or Declared(), near=reach(TARGET))
+    assert isinstance(coarse.grid if kind is Grid else coarse.cells, kind)
+    whole = read_coarse(data, "pr", declared or Declared())
+    out = regrid(coarse, LATTICE)
+    np.testing.assert_allclose(out.amount, regrid(whole, LATTICE).amount, rtol=1e-6)
+    flat = data["pr"].values.reshape(len(out.amount), -1)
+    for step in range(len(out.amount)):
+        np.testing.assert_allclose(out.amount[step], slow(rings, flat[step]), rtol=1e-5)
+    return coarse
+
+
+def edges(centres):
+    step = centres[1] - centres[0]
+    return np.append(centres - step / 2, centres[-1] + step / 2)
+
+
+def test_rotated_pole_in_netcdf3(tmp_path):
+    lat = np.arange(-4.5, -1.0, 0.25)
+    lon = np.arange(-5.5, -1.0, 0.25)
+    crs = CRS.from_cf(ROTATED)
+    pr = rain(2, lat.size, lon.size)
+    coords = {"rlat": ("rlat", lat, {"units": "degrees"}), "rlon": ("rlon", lon, {"units": "degrees"})}
+    data = timed({"pr": (("time", "rlat", "rlon"), pr, {"grid_mapping": "rotated_pole"})}, coords)
+    data["rotated_pole"] = ((), np.int32(0), ROTATED)
+    data.to_netcdf(tmp_path / "r.nc", format="NETCDF3_CLASSIC")
+    with open_dataset(str(tmp_path / "r.nc")) as opened:
+        coarse = check(opened, rectangles(edges(lon), edges(lat), crs))
+    space, time = native_factor(coarse, TARGET)
+    # 0.25 degrees near the rotated equator: 27.8 km by 27.8 km times cos(2.6 degrees).
+    assert space == pytest.approx(27.8, abs=0.2)
+    assert time == 1.0
+
+
+def test_rotated_axes_without_their_pole_are_not_taken_for_latitudes():
+    data = timed(
+        {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4))},
+        {
+            "rlat": ("rlat", [40.0, 41, 42], {"units": "degrees"}),
+            "rlon": ("rlon", [1.0, 2, 3, 4], {"units": "degrees"}),
+        },
+    )
+    with pytest.raises(GridError, match="no CRS"):
+        regrid(read_coarse(data, "pr"), LATTICE)
+
+
+def test_longitudes_0_to_360_and_descending_latitudes_reach_across_the_meridian():
+    lat = np.arange(46.0, 41.0, -0.5)
+    west = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=4.0e5, x_max=4.4e5, y_min=6.3e6, y_max=6.34e6)
+    lattice = coarse_grid(west, Factor(space=10, time=1))
+    centre = Transformer.from_crs(2154, 4326, always_xy=True).transform(4.2e5, 6.32e6)
+    assert -1.0 < centre[0] < 0.0  # just west of Greenwich
+    globe = np.arange(0.0, 360.0, 0.5)
+    pr = rain(2, lat.size, globe.size)
+    coords = {"lat": ("lat", lat, {"units": "degrees_north"}), "lon": ("lon", globe, {"units": "degrees_east"})}
+    data = timed({"pr": (("time", "lat", "lon"), pr)}, coords)
+    local = data.assign_coords(lon=(globe + 180) % 360 - 180).sortby("lon").sel(lon=slice(-6, 6))
+    local["lon"].attrs["units"] = "degrees_east"
+    a = regrid(read_coarse(data, "pr", near=reach(west)), lattice)
+    b = regrid(read_coarse(local, "pr"), lattice)
+    np.testing.assert_allclose(a.amount, b.amount, rtol=1e-6)
+    np.testing.assert_allclose(regrid(read_coarse(data, "pr"), lattice).amount, b.amount, rtol=1e-6)
+    assert read_coarse(data, "pr", near=reach(west)).grid.x.size < 20
+
+
+def test_projected_axes_in_km_and_a_declared_crs():
+    x, y = np.arange(840.0, 920.0, 8.0), np.arange(6360.0, 6285.0, -8.0)
+    coords = {"y": ("y", y, {"units": "km"}), "x": ("x", x, {"units": "km"})}
+    data = timed({"pr": (("time", "y", "x"), rain(2, y.size, x.size))}, coords)
+    check(data, rectangles(1000 * edges(x), 1000 * edges(y), CRS.from_epsg(2154)), Declared(crs="EPSG:2154"))
+    data["x"].attrs["units"] = "K"
+    with pytest.raises(GridError, match="no length"):
+        read_coarse(data, "pr", Declared(crs="EPSG:2154"))
+    with pytest.raises(GridError, match=r"declared CRS 'EPSG:0' is not understood"):
+        read_coarse(data, "pr", Declared(crs="EPSG:0"))
+
+
+def slanted():
+    """Centres and corners of a turned lattice in EPSG:2154, as longitudes and latitudes."""
+    j, i = np.meshgrid(np.arange(15.0), np.arange(14.0))
+    jc, ic = np.meshgrid(np.arange(16.0) - 0.5, np.arange(15.0) - 0.5)
+    to = Transformer.from_crs(2154, 4326, always_xy=True)
+
+    def place(a, b):
+        return to.transform(8.35e5 + 6000 * a - 1500 * b, 6.28e6 + 1500 * a + 6000 * b)
+
+    return place(j, i), place(jc, ic)
+
+
+def rings_of(lon, lat):
+    """Quads in EPSG:2154 of corner arrays."""
+    x, y = Transformer.from_crs(4326, 2154, always_xy=True).transform(lon, lat)
+    return [
+        [(x[a, b], y[a, b]) for a, b in ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j))]
+        for i in range(x.shape[0] - 1)
+        for j in range(x.shape[1] - 1)
+    ]
+
+
+def test_curvilinear_latitudes_and_longitudes_with_and_without_corners():
+    (lon, lat), (lonc, latc) = slanted()
+    coords = {
+        "lat": (("y", "x"), lat, {"units": "degrees_north", "bounds": "latv"}),
+        "lon": (("y", "x"), lon, {"units": "degrees_east", "bounds": "lonv"}),
+    }
+    data = timed({"pr": (("time", "y", "x"), rain(2, *lon.shape))}, coords)
+    for name, c in (("latv", latc), ("lonv", lonc)):
+        data[name] = (("y", "x", "v"), np.stack([c[:-1, :-1], c[:-1, 1:], c[1:, 1:], c[1:, :-1]], axis=-1))
+    check(data, rings_of(lonc, latc), kind=Cells)
+    without = data.drop_vars(["latv", "lonv"])
+    out = regrid(read_coarse(without, "pr"), LATTICE).amount
+    # Corners half way between centres lie within metres of the true ones here.
+    np.testing.assert_allclose(out, regrid(read_coarse(data, "pr"), LATTICE).amount, rtol=2e-3)
+    swapped = without.assign_coords(lat=without["lat"].assign_attrs(units="degrees_north") + 60)
+    with pytest.raises(GridError, match="Latitudes reach"):
+        read_coarse(swapped, "pr")
+
+
+def mesh(start_index=0):
+    """A UGRID mesh of triangles and quads in one array, counted from 0 or 1."""
+    _, (lon, lat) = slanted()
+    node = np.arange(lon.size).reshape(lon.shape)
+    faces = []
+    for i in range(lon.shape[0] - 1):
+        for j in range(lon.shape[1] - 1):
+            a, b, c, d = node[i, j], node[i, j + 1], node[i + 1, j + 1], node[i + 1, j]
+            faces += [[a, b, c, -1], [a, c, d, -1]] if (i + j) % 3 == 0 else [[a, b, c, d]]
+    faces = np.array(faces)
+    connectivity = np.where(faces < 0, -999, faces + start_index).astype(np.int32)
+    data = timed({"pr": (("time", "face"), rain(2, len(faces)), {"mesh": "Mesh2", "location": "face"})})
+    data["nodes"] = (("face", "four"), connectivity, {"start_index": start_index, "_FillValue": np.int32(-999)})
+    data["node_x"] = ("node", lon.ravel(), {"standard_name": "longitude", "units": "degrees_east"})
+    data["node_y"] = ("node", lat.ravel(), {"standard_name": "latitude", "units": "degrees_north"})
+    data["Mesh2"] = ((), np.int32(0), {
+        "cf_role": "mesh_topology", "topology_dimension": 2, "node_coordinates": "node_x node_y",
+        "face_node_connectivity": "nodes",
+    })  # fmt: skip
+    x, y = Transformer.from_crs(4326, 2154, always_xy=True).transform(lon.ravel(), lat.ravel())
+    return data, [[(x[n], y[n]) for n in face if n >= 0] for face in faces]
+
+
+@pytest.mark.parametrize("start_index", [0, 1])
+def test_unstructured_ugrid_meshes(tmp_path, start_index):
+    data, rings = mesh(start_index)
+    data.to_netcdf(tmp_path / "m.nc")
+    with open_dataset(str(tmp_path / "m.nc")) as opened:
+        check(opened, rings, kind=Cells)
+
+
+def test_meshes_by_vertices_in_radians_as_icon_writes_them():
+    _, (lon, lat) = slanted()
+    corner = [np.stack([c[:-1, :-1], c[:-1, 1:], c[1:, 1:], c[1:, :-1]], axis=-1).reshape(-1, 4) for c in (lon, lat)]
+    data = timed({"pr": (("time", "cell"), rain(2, len(corner[0])))})
+    for name, standard, values in (("clon", "longitude", corner[0]), ("clat", "latitude", corner[1])):
+        attributes = {"standard_name": standard, "units": "radian", "bounds": f"{name}_vertices"}
+        data[name] = ("cell", np.deg2rad(values.mean(axis=1)), attributes)
+        data[f"{name}_vertices"] = (("cell", "v"), np.deg2rad(values), {"units": "radian"})
+    check(data, rings_of(lon, lat), kind=Cells)
+    with pytest.raises(SourceError, match="have no outlines"):
+        read_coarse(data.drop_vars(["clon_vertices", "clat_vertices"]), "pr")
+    broken, _ = mesh()
+    broken["nodes"][3, 1] = 10_000
+    with pytest.raises(SourceError, match="names node 10000, but has 240 nodes"):
+        read_coarse(broken, "pr")
+
+
+def test_uneven_latitudes_are_cells_by_their_bounds():
+    lat_edges = np.array([41.0, 42.0, 43.5, 44.0, 44.2, 46.0])
+    lat, lon = (lat_edges[:-1] + lat_edges[1:]) / 2, np.arange(2.0, 8.0, 0.5)
+    coords = {"lat": ("lat", lat, {"units": "degrees_north", "bounds": "lat_bnds"}), "lon": ("lon", lon, {})}
+    data = timed({"pr": (("time", "lat", "lon"), rain(2, lat.size, lon.size))}, coords)
+    data["lat_bnds"] = (("lat", "nv"), np.stack([lat_edges[:-1], lat_edges[1:]], axis=1))
+    check(data, rectangles(edges(lon), lat_edges, CRS.from_epsg(4326)), kind=Cells)
+
+
+def test_totals_are_conserved_to_a_millionth():
+    data, rings = mesh()
+    out = regrid(read_coarse(data, "pr"), LATTICE)
+    y, x = np.sort(LATTICE.y.edges), np.sort(LATTICE.x.edges)
+    box = shapely.box(x[0], y[0], x[-1], y[-1])
+    exact = sum(shapely.Polygon(r).intersection(box).area * a for r, a in zip(rings, data["pr"].values[0], strict=True))
+    assert out.amount[0].sum(dtype=np.float64) * 1e8 == pytest.approx(exact, rel=1e-6)
+
+
+def test_what_is_not_covered_is_named():
+    data, _ = mesh()
+    with pytest.raises(GridError, match=r"target cells are not covered .* lie in x 850000 to"):
+        regrid(read_coarse(data.isel(face=slice(120, None)), "pr"), LATTICE)
+    far = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=1e5, x_max=2e5, y_min=6.3e6, y_max=6.4e6)
+    with pytest.raises(GridError, match="No cell of the source is near the target"):
+        read_coarse(data, "pr", near=reach(far))
+
+
+def test_weights_are_made_once_per_pair_of_grids():
+    from stsr_core.regrid import _weights
+
+    data, _ = mesh()
+    coarse = read_coarse(data, "pr")
+    regrid(coarse, LATTICE)
+    before = _weights.cache_info()
+    regrid(read_coarse(data, "pr"), LATTICE)
+    assert _weights.cache_info().hits == before.hits + 1
+    assert _weights.cache_info().misses == before.misses
+
+
+def test_one_entry_of_models_runs_and_scenarios_is_selected_by_label():
+    lat, lon = np.arange(45.0, 42.0, -0.5), np.arange(3.0, 7.0, 0.5)
+    values = rain(2, 3, 2, lat.size, lon.size)
+    coords = {"lat": ("lat", lat, {"units": "degrees_north"}), "lon": ("lon", lon), "scenario": ["ssp126", "ssp585"]}
+    data = timed({"pr": (("scenario", "run", "time", "lat", "lon"), values)}, coords)
+    with pytest.raises(SourceError, match=r"scenario \(2: ssp126, ssp585\); run \(3: 0, 1, 2\)"):
+        read_coarse(data, "pr")
+    cube = read_coarse(data, "pr", Declared(select={"scenario": "ssp585", "run": 2}))
+    np.testing.assert_array_equal(cube.amount, values[1, 2])
+    refused = {"none of ssp126, ssp585": {"scenario": "ssp370"}, "none of 0 to 2": {"run": 3}, "no dimension": {"z": 0}}
+    for message, select in refused.items():
+        with pytest.raises(SourceError, match=message):
+            read_coarse(data, "pr", Declared(select=select))
+
+
+def test_a_forecast_with_a_scalar_start_and_valid_times_along_its_steps():
+    data = timed({"pr": (("time", "lat", "lon"), rain(3, 4, 5))}, {"lat": np.arange(4.0), "lon": np.arange(5.0)}, nt=3)
+    forecast = data.drop_vars("time_bnds").rename(time="valid_time").swap_dims(valid_time="step")
+    forecast = forecast.assign_coords(time=np.datetime64("2001-01-01", "ns"))
+    del forecast["valid_time"].attrs["bounds"]
+    cube = read_coarse(forecast, "pr", Declared(time_label="end"))
+    assert (cube.times.start, cube.times.step) == (datetime(2001, 1, 1), timedelta(hours=1))

@@ -1,0 +1,85 @@
+"""Time axes: each expected interval is written down by hand."""
+
+from datetime import datetime, timedelta
+
+import cftime
+import numpy as np
+import pytest
+
+from stsr_core.errors import SourceError
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.times import period_of, steps_of
+
+DAY = datetime(2001, 1, 1)
+
+
+def hours(*numbers):
+    return [DAY + timedelta(hours=h) for h in numbers]
+
+
+def bounds(*pairs):
+    return [tuple(hours(a, b)) for a, b in pairs]
+
+
+def summary(steps):
+    first = (steps.axis.start - DAY) / timedelta(hours=1)
+    return first, steps.axis.step / timedelta(hours=1), steps.axis.size, list(steps.record), list(steps.base)
+
+
+@pytest.mark.parametrize(
+    ("stamps", "pairs", "declared", "expected"),
+    [
+        # Plain intervals by bounds, stamped in the middle.
+        ((3, 9), ((0, 6), (6, 12)), {}, (0, 6, 2, [0, 1], [-1, -1])),
+        # Running sums since the start, by bounds: what is new in each is a difference.
+        ((1, 2, 3), ((0, 1), (0, 2), (0, 3)), {}, (0, 1, 3, [0, 1, 2], [-1, 0, 1])),
+        # A running sum that starts afresh.
+        ((1, 2, 3, 4), ((0, 1), (0, 2), (2, 3), (2, 4)), {}, (0, 1, 4, [0, 1, 2, 3], [-1, 0, -1, 2])),
+        # Declared running sums: nobody says when the first began, so it is only subtracted.
+        ((1, 2, 3), None, {"accumulated": "run"}, (1, 1, 2, [1, 2], [0, 1])),
+        # Declared running sums of the day: 23-24 is a difference, 24-25 starts afresh.
+        ((22, 23, 24, 25), None, {"accumulated": "day"}, (22, 1, 3, [1, 2, 3], [0, 1, -1])),
+        # Declared labels.
+        ((1, 2), None, {"time_label": "end"}, (0, 1, 2, [0, 1], [-1, -1])),
+        ((1, 2), None, {"time_label": "start"}, (1, 1, 2, [0, 1], [-1, -1])),
+        ((3,), None, {"time_label": "middle", "step_h": 6.0}, (0, 6, 1, [0], [-1])),
+        # Label and length together replace broken bounds.
+        ((1, 2), ((0, 0), (0, 0)), {"time_label": "end", "step_h": 1.0}, (0, 1, 2, [0, 1], [-1, -1])),
+    ],
+)
+def test_records_become_even_steps(stamps, pairs, declared, expected):
+    given = None if pairs is None else bounds(*pairs)
+    assert summary(steps_of(hours(*stamps), given, Declared(**declared))) == expected
+
+
+@pytest.mark.parametrize(
+    ("stamps", "pairs", "declared", "message"),
+    [
+        ((1, 2), None, {}, "Nothing says which time.*time_label"),
+        ((1,), None, {"time_label": "end"}, "no length.*step_h"),
+        ((1,), None, {"accumulated": "run"}, "whose start nobody states"),
+        ((2, 1), None, {"time_label": "end"}, "not sorted"),
+        ((1, 2, 4), None, {"time_label": "end"}, "uneven"),
+        ((1, 2), ((0, 1), (0, 0)), {}, "have no length"),
+        ((1, 5), ((0, 1), (1, 2)), {}, "lies outside its bounds"),
+        ((1, 2, 4), ((0, 1), (1, 2), (3, 4)), {}, "ends at .* the next one starts at"),
+        ((1, 3), ((0, 1), (1, 3)), {}, "lasts 2:00:00, the first 1:00:00"),
+        ((1, 2, 5), ((0, 1), (0, 2), (0, 5)), {}, "lasts 3:00:00, the first 1:00:00"),
+    ],
+)
+def test_what_nobody_states_is_refused(stamps, pairs, declared, message):
+    given = None if pairs is None else bounds(*pairs)
+    with pytest.raises(SourceError, match=message):
+        steps_of(hours(*stamps), given, Declared(**declared))
+
+
+def test_a_period_keeps_whole_steps_of_the_calendar_of_the_source():
+    start = cftime.Datetime360Day(2001, 2, 1)
+    stamps = [start + timedelta(days=i) for i in range(60)]
+    steps = period_of(steps_of(stamps, None, Declared(time_label="start")), ("2001-02-29", "2001-03-02"))
+    assert [str(t)[:10] for t in steps.axis.labels] == ["2001-02-29", "2001-02-30", "2001-03-01"]
+    np.testing.assert_array_equal(steps.record, [28, 29, 30])
+    with pytest.raises(SourceError, match="No step lies between"):
+        period_of(steps, ("2002-01-01", "2002-02-01"))
+    with pytest.raises(SourceError, match="no date of the calendar"):
+        period_of(steps, ("2001-13-01", "2002-02-01"))

@@ -1,0 +1,41 @@
+import json
+
+from typer.testing import CliRunner
+
+from stsr_core import bench
+from stsr_core.cli import app
+from stsr_core.factors import Factor
+
+SMALL = {"cells": 40, "steps": 6, "members": 5}
+
+
+def test_the_engine_is_measured_for_every_number_of_workers(checkpoints, tmp_path):
+    lines: list[str] = []
+    options = bench.Options(Factor(space=4, time=3), **SMALL, workers=(1,), device="cpu", output=str(tmp_path))
+    figures = bench.bench_engine(options, checkpoints=str(checkpoints), report=lines.append)
+    run = figures["runs"][0]
+    assert figures["fine_shape"] == [5, 6, 40, 40]
+    assert run["network_evaluations"] > 0
+    assert 0 < run["share_outside_networks"] < 1
+    assert run["fine_cell_steps_per_s"] > 0
+    assert run["bytes_written"] > 0
+    assert 0 < run["peak_memory_per_worker"] < 4e9
+    assert figures["flop_per_cell_evaluation"] > 100
+    assert figures["rainfarm_seconds_per_member"] > 0
+    assert "1 workers" in lines[0]
+    assert list(tmp_path.iterdir()) == []
+    json.dumps(figures)
+
+
+def test_training_steps_are_measured():
+    found = bench.bench_training(Factor(space=25, time=6), preset="small", device="cpu", steps=1)
+    assert set(found) == {"mean_patches_per_s", "denoiser_patches_per_s"}
+    assert min(found.values()) > 0
+
+
+def test_a_profile_says_where_the_time_goes(checkpoints, monkeypatch):
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(checkpoints))
+    done = CliRunner().invoke(app, ["bench", "--factor", "4x3", "--cells", "16", "--steps", "3", "--profile"])
+    assert done.exit_code == 0, done.output
+    assert "tottime" in done.output
+    assert "conv2d" in done.output

@@ -1,0 +1,78 @@
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from stsr_core.configuration import Configuration, shipped_catalog
+from stsr_core.errors import SourceError
+from stsr_core.factors import Factor, Family
+from stsr_core.inspection import inspect
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_cube
+from stsr_core.sources.open import open_dataset
+
+CATALOG = Configuration.load(shipped_catalog())
+FAMILY = Family((Factor(space=10, time=1), Factor(space=8, time=3)))
+
+
+def look(dataset, variable=None, declared=None):
+    return inspect(dataset, variable, declared or Declared(), CATALOG, FAMILY)
+
+
+def test_the_shipped_sample_has_no_doubts_and_names_its_factor():
+    with open_dataset("package:samples/arpege_fc1h_20180501_SE.nc") as dataset:
+        found = look(dataset)
+    facts = dict(found.facts)
+    assert facts["steps"].startswith("24 of 1:00:00, 2018-05-01 00:00:00 to 2018-05-02")
+    assert "53 x 80 regular cells of 0.1 x 0.1, WGS 84" in facts["grid"]
+    assert "needs factor (9.44,1.00); (10,1) serves it" in facts["product"]
+    assert found.doubts == []
+    assert len(found.picture) == 14
+    assert "No doubts" in found.text()
+    assert len(found.text().splitlines()) < 40  # one screen
+
+
+@pytest.fixture
+def bare():
+    values = np.random.default_rng(0).gamma(0.5, 2.0, (6, 20, 30))
+    values[:, :2] = -999.0
+    time = np.datetime64("2001-01-01", "ns") + np.arange(6) * np.timedelta64(1, "h")
+    coords = {"time": time, "y": 1e4 * np.arange(20.0), "x": 1e4 * np.arange(30.0)}
+    return xr.Dataset({"rain": (("time", "y", "x"), values)}, coords)
+
+
+def test_every_doubt_comes_with_the_line_that_settles_it(bare):
+    found = look(bare)
+    lines = [d.line for d in found.doubts]
+    assert [line.split(":")[0] for line in lines] == ["time_label", "units", "missing_values", "crs"]
+    import yaml
+
+    settled = {k: v for line in lines for k, v in yaml.safe_load(line).items()}
+    declared = Declared(**{**settled, "missing_values": tuple(settled["missing_values"]), "crs": "EPSG:2154"})
+    assert look(bare, declared=declared).doubts == []
+    assert np.isnan(read_cube(bare, "rain", declared).amount).mean() == pytest.approx(0.1)
+
+
+def test_what_no_declaration_mends_is_said_to_be_refused(bare):
+    bare["rain"] = bare["rain"].where(bare["rain"] > 0, -200.0 * np.arange(1, 21)[:, None])
+    found = look(bare, declared=Declared(time_label="end", units="mm"))
+    assert found.doubts[-1].line == "" or "missing_values" in found.doubts[-1].line
+    with pytest.raises(SourceError, match="No variable 'snow'"):
+        look(bare, "snow")
+    with pytest.raises(SourceError, match="None of the variables looks like precipitation; there are t"):
+        look(bare.rename(rain="t"))
+
+
+def test_the_command_prints_one_screen():
+    sample = str(shipped_catalog().parent / "stsr_core" / "samples" / "arpege_fc1h_20180501_SE.nc")
+    done = subprocess.run(
+        [sys.executable, "-m", "stsr_core.cli", "inspect", sample], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"product +arpege-provence-1km: needs factor", done.stdout)
+    assert len(done.stdout.splitlines()) < 40
