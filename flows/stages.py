@@ -61,6 +61,17 @@ def stage(task: Task[P, R], product: str) -> Callable[P, R]:
     )
 
 
+def patient(task: Task[P, R], name: str, *, hours: float) -> Callable[P, R]:
+    """Return a task under a name, with retries of what may pass and a timeout in hours."""
+    return task.with_options(
+        task_run_name=name,
+        timeout_seconds=hours * HOUR_S,
+        retries=2,
+        retry_delay_seconds=30,
+        retry_condition_fn=may_pass,
+    )
+
+
 def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: int | None = None) -> None:
     """Table of what is about to be made."""
     remaining = len(plan.shards) if todo is None else todo

@@ -138,8 +138,8 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
         artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
     ):
 
-        def progress(steps: int) -> None:
-            advance(steps)
+        def progress(steps: int, seconds: float) -> None:
+            advance(steps, seconds)
             show(steps)
 
         generate(plan, shards, downscaler, target, client, progress=progress)

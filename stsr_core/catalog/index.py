@@ -135,6 +135,26 @@ def with_row(documents: Documents, product: str, collection: Document, item: Doc
     return assets
 
 
+def without_rows(documents: Documents, product: str, collection: Document, versions: Sequence[str]) -> dict[str, Any]:
+    """Write the index that lacks some versions, under fresh names.
+
+    Returns:
+        Assets of the collection that name it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    assets = dict(collection.get("assets", {}))
+    for key in (k for k in KEYS if k in assets):
+        table = _read(_opened(documents, product, assets[key]))
+        if table is None:
+            continue
+        kept = table.filter(pc.invert(pc.is_in(table["version"], pa.array(list(versions), pa.string()))))
+        if kept.num_rows < table.num_rows:
+            assets[key] = _written(documents, product, kept, assets[key]["title"])
+    return assets
+
+
 def _written(documents: Documents, product: str, table: pa.Table, title: str) -> dict[str, Any]:
     raw = _encoded(table)
     path = f"index/{uuid.uuid4().hex[:12]}.parquet"

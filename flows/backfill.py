@@ -1,0 +1,215 @@
+"""The backfill flow: a long period in pieces, between nightly runs, published as a product of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version as code_version
+from typing import TYPE_CHECKING
+
+import httpx
+from prefect import flow, get_client, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import PrefectException
+
+from flows import artifacts
+from flows.jobs import jobs
+from flows.nightly import NightlyResult
+from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces
+from flows.stages import HOUR_S, patient, show_plan, show_published, stage
+from flows.tasks import Job, check, complete, make_plan, make_shards, match, publish_version, read, resolve, to_lattice
+from stsr_core.catalog.publish import Attempt
+from stsr_core.catalog.search import latest
+from stsr_core.checkpoint import Library
+from stsr_core.ensemble.cluster import Cluster
+from stsr_core.ensemble.downscale import ARRAY, layout_of
+from stsr_core.ensemble.generate import Target, remaining
+from stsr_core.settings import Settings
+from stsr_core.sources.period import within
+from stsr_core.store.layout import create_ensemble, is_whole
+
+if TYPE_CHECKING:
+    from stsr_core.ensemble.plan import Plan, Shard
+    from stsr_core.factors import Match
+
+LIMIT = "stsr-backfill"  # global concurrency limit: pieces of all backfills that run at a time
+PATIENCE_S = 6 * HOUR_S  # seconds that a piece waits for nightly runs, at most
+LOOK_EVERY_S = 15.0
+LEASE_S = 60.0  # seconds after which the slot of a killed backfill is free again
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Shards of some days that are made together."""
+
+    name: str
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a backfill makes and where."""
+
+    job: Job
+    plan: Plan
+    library: Library
+    attempt: Attempt
+    cluster: Cluster
+
+
+@flow(name="backfill", flow_run_name="backfill {product} {period}", validate_parameters=True)
+def backfill(
+    product: OneProduct,
+    period: Period,
+    pieces: Pieces = Pieces(),  # noqa: B008  it is frozen
+    members: Members = None,
+    publish_as: str | None = None,
+    catalog_file: CatalogFile = None,
+    destination: Destination = None,
+) -> NightlyResult | None:
+    """Make a period of a product in pieces and publish it as a product of its own; the nightly one stays as it is.
+
+    The same parameters again go on where a run was interrupted. Nightly runs pass before each piece.
+
+    Args:
+        product: name of a product in catalog.yaml.
+        period: days to make.
+        pieces: how the period is cut, in which order, and how fast it goes.
+        members: number of members; without it that of the product.
+        publish_as: name to publish under; without it the product's name and the period.
+        catalog_file: catalog.yaml to use; without it the one of the settings.
+        destination: folder or bucket of the catalogue; without it the one of the settings.
+
+    Returns:
+        What was published, None where this very version is published already.
+    """
+    settings = Settings()
+    job = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)[0]
+    named = _named(job, publish_as, period)
+    digest = stage(resolve, named.name)(named, force=True)
+    assert digest is not None
+    library = Library.open(settings.checkpoints)
+    coarse = within(stage(read, named.name)(job), period.first, period.last)
+    found = stage(match, named.name)(coarse, job.target, library, settings.match_limit)
+    lattice = stage(to_lattice, named.name)(coarse, job.target, found)
+    plan = stage(make_plan, named.name)(lattice, found, library, named.product, settings)
+    attempt = _attempt(named, plan, digest, sole_publisher=settings.sole_publisher)
+    if _is_published(named, attempt):
+        get_run_logger().info("Nothing to do: %s is published from the same source and recipe.", named.name)
+        return None
+    cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers)
+    work = Work(named, plan, library, attempt, cluster)
+    _make_all(work, pieces, found, settings)
+    report = stage(check, named.name)(plan, attempt, named.product)
+    version, picture = stage(publish_version, named.name)(named, plan, found, digest, library, attempt, report)
+    show_published(named, version, picture)
+    return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
+
+
+@task(name="piece", cache_policy=NO_CACHE)
+def make_piece(work: Work, piece: Piece, shards: list[Shard]) -> None:
+    """Make the shards of a piece that are not done yet."""
+    make_shards(work.plan, shards, work.library, work.attempt, work.cluster)
+
+
+@task(name="complete", cache_policy=NO_CACHE)
+def complete_ensemble(work: Work) -> None:
+    """Close the ensemble and write what readers get beside it."""
+    complete(work.plan, work.attempt)
+
+
+def _make_all(work: Work, pieces: Pieces, found: Match, settings: Settings) -> None:
+    plan, attempt, name = work.plan, work.attempt, work.job.name
+    options = attempt.documents.options
+    if not is_whole(attempt.ensemble_url, options):
+        create_ensemble(attempt.ensemble_url, layout_of(plan), array=ARRAY, options=options)
+    todo = remaining(plan, Target(attempt.ensemble_url, ARRAY, options))
+    show_plan(name, plan, found, settings, len(todo))
+    cut = list(cut_pieces(plan, pieces.days, pieces.order))
+    for number, piece in enumerate(cut):
+        shards = [shard for shard in todo if shard.key in piece.keys]
+        if shards:
+            _let_nightly_pass()
+            with concurrency(LIMIT, lease_duration=LEASE_S):
+                patient(make_piece, f"piece {piece.name} of {name}", hours=168)(work, piece, shards)
+            time.sleep(pieces.pause_s if number + 1 < len(cut) else 0)
+        _show_pieces(name, cut, number + 1)
+    patient(complete_ensemble, f"complete {name}", hours=24)(work)
+
+
+def _show_pieces(name: str, pieces: list[Piece], done: int) -> None:
+    rows: list[dict[str, str | int | float]] = [
+        {"piece": piece.name, "shards": len(piece.keys), "done": "yes" if i < done else ""}
+        for i, piece in enumerate(pieces)
+    ]
+    artifacts.table(artifacts.key_of("pieces", name), rows, f"{done} of {len(pieces)} pieces of {name}")
+
+
+def cut_pieces(plan: Plan, days: int, order: Order) -> Iterator[Piece]:
+    """Cut a plan into pieces of whole time blocks that span about `days` days, and yield them in order."""
+    hours_per_block = plan.block[0] * plan.cube.times.step.total_seconds() / 3600
+    blocks = max(1, round(days * 24 / hours_per_block))
+    groups: dict[int, list[Shard]] = {}
+    for shard in plan.shards:
+        groups.setdefault(shard.index[1] // blocks, []).append(shard)
+    bounds = plan.cube.times.bounds
+    for index in sorted(groups, reverse=order is Order.newest_first):
+        shards = groups[index]
+        first, last = shards[0].box[0][0], shards[-1].box[0][1] - 1
+        name = f"{str(bounds[first, 0])[:10]}..{str(bounds[last, 1])[:10]}"
+        yield Piece(name, frozenset(shard.key for shard in shards))
+
+
+def _named(job: Job, publish_as: str | None, period: Period) -> Job:
+    name = publish_as or f"{job.name}-{period.first:%Y%m%d}-{period.last:%Y%m%d}"
+    titled = job.product.model_copy(update={"title": f"{job.product.title}, {period.first} to {period.last}"})
+    return replace(job, name=name, product=titled)
+
+
+def _attempt(job: Job, plan: Plan, digest: str, *, sole_publisher: bool) -> Attempt:
+    """The attempt of exactly this source, period and recipe: the same again is found again."""
+    bounds = plan.cube.times.bounds
+    identity = json.dumps([
+        digest, str(bounds[0, 0]), str(bounds[-1, 1]), plan.fine_shape, plan.recipe.identity(), code_version("stsr"),
+    ], default=str)  # fmt: skip
+    begun = Attempt.begin(job.destination, job.name, job.options, sole_publisher=sole_publisher)
+    return replace(begun, name=hashlib.sha256(identity.encode()).hexdigest()[:12])
+
+
+def _is_published(job: Job, attempt: Attempt) -> bool:
+    last = latest(job.name, job.destination, storage_options=job.options)
+    return last is not None and f"/data/{attempt.name}/" in last.url
+
+
+def _let_nightly_pass() -> None:
+    """Wait while a nightly run is at work; without a server that answers, go on."""
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until and _nightly_runs():
+        get_run_logger().info("A nightly run is at work; the next piece waits for it.")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _nightly_runs() -> bool:
+    running = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    try:
+        with get_client(sync_client=True) as client:
+            found = client.read_flow_runs(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=["nightly"])),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=running)),
+                limit=1,
+            )
+    except (httpx.HTTPError, PrefectException):
+        return False
+    return bool(found)

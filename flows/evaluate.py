@@ -1,0 +1,88 @@
+"""The evaluate flow: score a checkpoint against fine truth, beside its baselines."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+from flows import artifacts
+from flows.parameters import FactorParameter
+from flows.stages import HOUR_S
+from stsr_core.evaluation.command import evaluate_checkpoint
+from stsr_core.evaluation.evaluate import Evaluation, Options
+from stsr_core.settings import Settings
+
+if TYPE_CHECKING:
+    from stsr_core.evaluation.evaluate import Table
+
+Paths = Annotated[list[Path], Field(min_length=1)]
+
+
+@flow(name="evaluate", flow_run_name="evaluate ({factor.space},{factor.time})", validate_parameters=True)
+def evaluate(
+    data: Paths,
+    factor: FactorParameter,
+    members: Annotated[int, Field(ge=1, le=1000)] = 8,
+    hours: Annotated[int, Field(ge=1)] = 24,
+    cells: Annotated[int, Field(ge=8)] = 384,
+    variable: str = "precipitation",
+    ablations: bool = False,
+    warming: bool = False,
+    record: bool = False,
+    report: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score the checkpoint that serves a factor, and show the table.
+
+    Args:
+        data: fine NetCDF files, or folders of them.
+        factor: factor that is scored.
+        members: number of members.
+        hours: fine steps that are scored, the wettest of each file.
+        cells: fine cells along the square that is scored, in the middle.
+        variable: variable that holds the amounts.
+        ablations: also score variants of sampler and f.
+        warming: also score the response to a wetter input.
+        record: write the scores to the checkpoint's card.
+        report: write a page with tables and pictures here.
+
+    Returns:
+        Scores by method and name.
+    """
+    workers = Settings().workers or os.cpu_count() or 1
+    options = Options(
+        members=members, hours=hours, cells=cells, variable=variable, workers=workers, ablations=ablations,
+        warming=warming,
+    )  # fmt: skip
+    named = score.with_options(task_run_name=f"score ({factor.space},{factor.time}) on {len(data)} inputs")
+    evaluation = named(data, factor, options, record=record, report=report)
+    key = artifacts.key_of("scores", f"{factor.space}x{factor.time}")
+    artifacts.table(key, score_rows(evaluation.table), f"Scores of ({factor.space},{factor.time})")
+    return {method: dict(scores) for method, scores in evaluation.table.items()}
+
+
+@task(name="score", cache_policy=NO_CACHE, timeout_seconds=7 * 24 * HOUR_S)
+def score(
+    data: list[Path], factor: FactorParameter, options: Options, *, record: bool, report: Path | None
+) -> Evaluation:
+    """Score."""
+    settings = Settings()
+    return evaluate_checkpoint(
+        data, factor.space, factor.time, options,
+        checkpoints=Path(settings.checkpoints) if settings.checkpoints else None,
+        record=record, json_file=None, html_file=report, device=settings.device, report=get_run_logger().info,
+    )  # fmt: skip
+
+
+def score_rows(scores: Table) -> list[dict[str, str | int | float]]:
+    """One row a score, one column a method."""
+    names = dict.fromkeys(name for values in scores.values() for name in values)
+    return [
+        {"score": name, **{m: round(v[name], 4) for m, v in scores.items() if math.isfinite(v.get(name, math.nan))}}
+        for name in names
+    ]

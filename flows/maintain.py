@@ -1,0 +1,129 @@
+"""The maintain flow: remove what crashes left, check what is published, let old versions go."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, Field
+
+from flows import artifacts
+from flows.jobs import options_of
+from flows.parameters import ALL, Destination, ProductName, Retention
+from flows.stages import patient
+from stsr_core.catalog.integrity import verify_version
+from stsr_core.catalog.reconcile import reconcile
+from stsr_core.catalog.retention import expired, made, retire
+from stsr_core.catalog.search import find, ls
+from stsr_core.errors import StoreError
+from stsr_core.settings import Settings
+
+GRACE_H = 7 * 24.0  # a backfill that was interrupted may be resumed for a week
+
+
+class Upkeep(BaseModel):
+    """What a maintain run did to a product."""
+
+    product: str
+    removed: list[str]
+    retired: list[str]
+    checked: list[str]
+    flaws: list[str]
+
+
+@flow(name="maintain", flow_run_name="maintain {product}", validate_parameters=True)
+def maintain(
+    product: ProductName = ALL,
+    grace_hours: Annotated[float, Field(ge=1, le=8760)] = GRACE_H,
+    check_newest: Annotated[int, Field(ge=0, le=1000)] = 1,
+    retention: Retention | None = None,
+    dry_run: bool = False,
+    destination: Destination = None,
+) -> list[Upkeep]:
+    """Reconcile, check and thin out a catalogue; safe beside runs that publish.
+
+    Args:
+        product: name of a published product, or "all".
+        grace_hours: attempts that wrote nothing for so long are removed.
+        check_newest: versions of each product whose every byte is read and compared.
+        retention: which superseded versions go; without it all stay.
+        dry_run: only say what would be done.
+        destination: folder or bucket of the catalogue; without it the one of the settings.
+
+    Returns:
+        What was done, by product.
+
+    Raises:
+        StoreError: a published version is damaged; everything else was done.
+    """
+    settings = Settings()
+    where = destination or settings.destination
+    there = ls(where, storage_options=options_of(where, settings))
+    names = list(there) if product == ALL else [product]
+    done = []
+    for name in names:
+        retired = (
+            patient(let_go, f"let go {name}", hours=24)(name, where, retention, dry_run=dry_run) if retention else []
+        )
+        removed = patient(remove_leftovers, f"reconcile {name}", hours=24)(name, where, grace_hours, dry_run=dry_run)
+        newest = [v for v in there.get(name, []) if v not in retired][::-1][:check_newest]
+        flaws = []
+        for version in newest:
+            flaws += patient(verify, f"verify {name} {version}", hours=24)(name, version, where)
+        done.append(Upkeep(product=name, removed=removed, retired=retired, checked=newest, flaws=flaws))
+    _show(done, dry_run=dry_run)
+    flaws = [flaw for upkeep in done for flaw in upkeep.flaws]
+    if flaws:
+        raise StoreError(
+            f"Published versions are damaged: {'; '.join(flaws[:5])}. Restore these objects from a backup, or publish "
+            "the product again with `force`."
+        )
+    return done
+
+
+@task(name="let go", cache_policy=NO_CACHE)
+def let_go(product: str, destination: str, retention: Retention, *, dry_run: bool) -> list[str]:
+    """Take versions that retention lets go out of the catalogue."""
+    settings = Settings()
+    options = options_of(destination, settings)
+    created = made(product, destination, options)
+    names = expired(created, keep=retention.keep, age=timedelta(days=retention.days), now=datetime.now(UTC))
+    if not dry_run:
+        retire(product, names, destination, options, sole_publisher=settings.sole_publisher)
+    return names
+
+
+@task(name="reconcile", cache_policy=NO_CACHE)
+def remove_leftovers(product: str, destination: str, grace_hours: float, *, dry_run: bool) -> list[str]:
+    """Remove what crashes left, and the data of versions that were let go."""
+    settings = Settings()
+    return reconcile(
+        destination, product, options_of(destination, settings), grace=timedelta(hours=grace_hours), dry_run=dry_run,
+        sole_publisher=settings.sole_publisher,
+    )  # fmt: skip
+
+
+@task(name="verify", cache_policy=NO_CACHE)
+def verify(product: str, version: str, destination: str) -> list[str]:
+    """Read every byte of a version; returns what is wrong."""
+    options = options_of(destination, Settings())
+    found = find(product, version, destination, storage_options=options)
+    verdict = verify_version(found.url.rsplit("/", 1)[0], options)
+    get_run_logger().info("%s %s: %d objects, %d flaws.", product, version, verdict.objects, len(verdict.flaws))
+    return [f"{product} {version}: {flaw}" for flaw in verdict.flaws]
+
+
+def _show(done: list[Upkeep], *, dry_run: bool) -> None:
+    rows: list[dict[str, str | int | float]] = [
+        {
+            "product": upkeep.product,
+            "let go": ", ".join(upkeep.retired),
+            "leftovers": ", ".join(upkeep.removed),
+            "checked": ", ".join(upkeep.checked),
+            "flaws": "; ".join(upkeep.flaws) or "none",
+        }
+        for upkeep in done
+    ]
+    artifacts.table("maintain", rows, "What would be done" if dry_run else "What was done")

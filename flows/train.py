@@ -1,0 +1,86 @@
+"""The train flow: fit a checkpoint; the same parameters again resume it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+from flows import artifacts
+from flows.parameters import FactorParameter, Preset
+from flows.stages import HOUR_S
+from stsr_core.checkpoint import Checkpoint
+from stsr_core.settings import Settings
+from stsr_core.training.command import train_checkpoint
+
+Paths = Annotated[list[Path], Field(min_length=1)]
+Factors = Annotated[list[FactorParameter], Field(min_length=1)]
+Steps = Annotated[int | None, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+@flow(name="train", flow_run_name="train {name}", validate_parameters=True)
+def train(
+    train_on: Paths,
+    validate_on: Paths,
+    factors: Factors,
+    folder: Path,
+    name: Name = "stsr",
+    preset: Preset = Preset.small,
+    mean_steps: Steps = None,
+    denoiser_steps: Steps = None,
+    seed: Annotated[int, Field(ge=0)] = 0,
+) -> str:
+    """Train one checkpoint for all factors. Kill it at any time: the same parameters go on from the last save.
+
+    Args:
+        train_on: fine NetCDF files, or folders of them, to fit on.
+        validate_on: likewise, to watch the loss on.
+        factors: factors that the checkpoint serves.
+        folder: folder of the training and, in the end, of the checkpoint.
+        name: name of the checkpoint.
+        preset: size of the networks.
+        mean_steps: steps of the mean network; without it by preset.
+        denoiser_steps: steps of the denoiser; without it by preset.
+        seed: seed of weights and patches.
+
+    Returns:
+        Path of the checkpoint's card.
+    """
+    chosen = fit.with_options(task_run_name=f"fit {name} ({preset.value})")
+    checkpoint = chosen(
+        train_on, validate_on, [(f.space, f.time) for f in factors],
+        folder=folder, name=name, preset=preset, mean_steps=mean_steps, denoiser_steps=denoiser_steps, seed=seed,
+    )  # fmt: skip
+    card = checkpoint.weights_path.with_suffix(".json")
+    values: dict[str, str | int | float] = {
+        "card": str(card),
+        "digest": checkpoint.digest,
+        "factors": ", ".join(str(s.configuration.factor) for s in checkpoint.card.served),
+        **{key: str(value) for key, value in checkpoint.card.training.items()},
+    }
+    artifacts.facts(artifacts.key_of("checkpoint", name), values, f"Checkpoint {name}")
+    return str(card)
+
+
+@task(name="fit", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=60, timeout_seconds=30 * 24 * HOUR_S)
+def fit(
+    train_on: list[Path],
+    validate_on: list[Path],
+    factors: list[tuple[int, int]],
+    *,
+    folder: Path,
+    name: str,
+    preset: Preset,
+    mean_steps: int | None,
+    denoiser_steps: int | None,
+    seed: int,
+) -> Checkpoint:
+    """Fit; a retry resumes from the last save."""
+    return train_checkpoint(
+        train_on, validate_on, factors, folder=folder, name=name, preset=preset.value, mean_steps=mean_steps,
+        denoiser_steps=denoiser_steps, device=Settings().device, seed=seed, report=get_run_logger().info,
+    )  # fmt: skip
