@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stsr_core import operations
 from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
 
@@ -20,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(catalog_app, name="catalog")
+for command in (operations.doctor, operations.deploy):
+    app.command()(command)
 
 
 class Device(StrEnum):

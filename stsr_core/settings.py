@@ -48,6 +48,15 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = Field(default=None, description="Access key of the object store.")
     s3_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the object store.")
     s3_anonymous: bool = Field(default=False, description="Read the object store without credentials.")
+    alert_url: SecretStr | None = Field(
+        default=None, description="Webhook that alerts are posted to as JSON {text: ...}; without it none are sent."
+    )
+    repository: str = Field(
+        default=".", description="Git repository that `redeploy` takes references from: a folder or a URL."
+    )
+    releases: Path = Field(
+        default=Path("stsr-releases"), description="Folder that `redeploy` keeps the code of references in."
+    )
 
     @property
     def s3_options(self) -> dict[str, object]:

@@ -1,0 +1,208 @@
+"""The redeploy flow: another git reference of this code is fetched, checked, shown and put to work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from pydantic import Field
+
+from flows import artifacts
+from flows.deploy import Release, deployed
+from flows.parameters import ALL, ProductName
+from stsr_core.errors import OperatorError
+from stsr_core.settings import Settings
+
+Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
+SMOKE_S = 3600  # seconds that a smoke run may take
+CHECK_S = 900
+MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy")
+SHOWN = 6000  # characters of an output that artifacts show
+
+
+class RedeployError(OperatorError):
+    """Code that must not be put to work; what was deployed before still is."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Code of a reference in a folder of its own."""
+
+    reference: str
+    commit: str
+    folder: Path
+
+
+@flow(name="redeploy", flow_run_name="redeploy {reference}", validate_parameters=True)
+def redeploy(
+    reference: Reference,
+    dry_run: bool = False,
+    products: ProductName = ALL,
+    smoke_members: Annotated[int, Field(ge=1, le=8)] = 2,
+) -> Release | None:
+    """Check a git reference and deploy it. To roll back, give an earlier reference.
+
+    The code is fetched into a folder of its own and must import, pass `stsr doctor` and publish the shipped sample.
+    If that fails nothing changes; if registering fails, what was deployed before is registered again.
+
+    Args:
+        reference: branch, tag or commit of the repository in the settings.
+        dry_run: check and show the difference, but deploy nothing.
+        products: product whose source the new code must read and match, or "all".
+        smoke_members: members of the smoke run.
+
+    Returns:
+        What is deployed now, None after a dry run.
+    """
+    settings = Settings()
+    before = asyncio.run(deployed())
+    new = fetch.with_options(task_run_name=f"fetch {reference}")(reference, settings.repository, settings.releases)
+    home = Path(before.home) if before and before.home else Path.cwd()
+    release = Release(reference=f"{reference} ({new.commit[:12]})", code=str(new.folder), home=str(home))
+    artifacts.page("redeploy", difference(before, new), f"What changes with {reference}")
+    check_imports.with_options(task_run_name=f"import {reference}")(new.folder)
+    examine.with_options(task_run_name=f"doctor of {reference}")(new.folder, home, products)
+    smoke_run.with_options(task_run_name=f"smoke run of {reference}")(new.folder, smoke_members)
+    if dry_run:
+        get_run_logger().info("Dry run: %s passed every check; nothing was deployed.", reference)
+        return None
+    try:
+        register.with_options(task_run_name=f"register {reference}")(release)
+    except RedeployError:
+        if before is not None:
+            register.with_options(task_run_name=f"roll back to {before.reference}")(before)
+        raise
+    return release
+
+
+@task(name="fetch", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, timeout_seconds=CHECK_S)
+def fetch(reference: str, repository: str, releases: Path) -> Fetched:
+    """Fetch a reference into a folder named after its commit; there already, it is used again."""
+    releases = releases.resolve()
+    mirror = releases / "repository.git"
+    if not mirror.is_dir():
+        releases.mkdir(parents=True, exist_ok=True)
+        _git("clone", "--quiet", "--mirror", repository, str(mirror))
+    _git("-C", str(mirror), "remote", "set-url", "origin", repository)
+    _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
+    commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
+    folder = releases / commit[:12]
+    if not (folder / "flows").is_dir():
+        _git("-C", str(mirror), "worktree", "prune")
+        _git("-C", str(mirror), "worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
+    changed = _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    if changed:
+        raise RedeployError(f"{folder} was changed by hand ({changed.split()[1]}). Remove it; it is fetched again.")
+    return Fetched(reference, commit, folder)
+
+
+@task(name="imports", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+def check_imports(folder: Path) -> None:
+    """Import every flow of the new code, and make sure that it is the new code."""
+    names = ", ".join(f"flows.{name}" for name in MODULES)
+    found = _python(folder, "-c", f"import {names}, stsr_core; print(stsr_core.__file__)", limit_s=CHECK_S)
+    if not Path(found.strip().splitlines()[-1]).is_relative_to(folder):
+        raise RedeployError(f"stsr_core was imported from {found.strip()}, not from {folder}. Check PYTHONPATH.")
+
+
+@task(name="doctor", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+def examine(folder: Path, home: Path, product: str) -> None:
+    """Run the new code's `stsr doctor` where runs take place."""
+    found = _stsr(folder, "doctor", "--product", product, cwd=home, limit_s=CHECK_S)
+    artifacts.page("redeploy-doctor", f"```\n{found}\n```", "stsr doctor of the new code")
+
+
+@task(name="smoke run", cache_policy=NO_CACHE, timeout_seconds=SMOKE_S)
+def smoke_run(folder: Path, members: int) -> None:
+    """Publish the shipped sample with the new code in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="stsr-smoke-") as temporary:
+        catalogue = str(Path(temporary, "catalogue"))
+        _stsr(folder, "demo", "--to", catalogue, "--members", str(members), "--workers", "1", limit_s=SMOKE_S)
+        found = _stsr(folder, "catalog", "ls", "--catalog", catalogue, limit_s=CHECK_S)
+    get_run_logger().info("Smoke run published %s", found.strip())
+
+
+@task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+def register(release: Release) -> None:
+    """Register the deployments of a release, by its own code."""
+    if release.code is None or release.home is None:
+        raise RedeployError(f"{release.reference} is an image. Deploy it with `stsr deploy --image`.")
+    found = _stsr(
+        Path(release.code), "deploy", "--code", release.code, "--home", release.home,
+        "--reference", release.reference, cwd=Path(release.home), limit_s=CHECK_S, server=True,
+    )  # fmt: skip
+    get_run_logger().info("%s", found.strip())
+
+
+def difference(before: Release | None, new: Fetched) -> str:
+    """Commits, files and requirements between what is deployed and what is to be, as Markdown."""
+    mirror = new.folder.parent / "repository.git"
+    old = _commit_of(before)
+    header = f"From **{before.reference if before else 'nothing'}** to **{new.reference}** (`{new.commit[:12]}`)"
+    if old is None or not _knows(mirror, old):
+        return f"{header}\n\nThe code before is no commit of the repository, so there is nothing to compare."
+    span = f"{old}..{new.commit}"
+    log = _git("-C", str(mirror), "log", "--oneline", "--no-decorate", span) or "none"
+    dropped = _git("-C", str(mirror), "log", "--oneline", "--no-decorate", f"{new.commit}..{old}")
+    files = _git("-C", str(mirror), "diff", "--stat", old, new.commit) or "none"
+    needs = _git("-C", str(mirror), "diff", "--unified=0", old, new.commit, "--", "pyproject.toml")
+    parts = {"Commits that come": log, "Commits that go": dropped, "Files": files, "Requirements": needs}
+    return "\n\n".join([header, *(f"### {t}\n```\n{text[:SHOWN]}\n```" for t, text in parts.items() if text)])
+
+
+def _commit_of(release: Release | None) -> str | None:
+    if release is None or release.code is None or not (Path(release.code) / ".git").exists():
+        return None
+    return _git("-C", release.code, "rev-parse", "HEAD").strip()
+
+
+def _knows(mirror: Path, commit: str) -> bool:
+    command = ["git", "-C", str(mirror), "cat-file", "-e", f"{commit}^{{commit}}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, timeout=CHECK_S)
+    if done.returncode:
+        raise RedeployError(
+            f"git {arguments[0] if arguments[0] != '-C' else arguments[2]} failed: {done.stderr.strip()[-500:]}. "
+            "Check the reference, and STSR_REPOSITORY."
+        )
+    return done.stdout
+
+
+def _stsr(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, server: bool = False) -> str:
+    return _python(folder, "-m", "stsr_core.cli", *arguments, limit_s=limit_s, cwd=cwd, server=server)
+
+
+def _python(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, server: bool = False) -> str:
+    """Run Python with the code of a folder and nothing else of ours; returns what it prints."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", *arguments],
+            cwd=cwd or folder, env=_environment(folder, server=server), capture_output=True, text=True, check=False,
+            timeout=limit_s,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as e:
+        raise RedeployError(f"`{' '.join(arguments)[:100]}` took longer than {limit_s:.0f} s. Nothing changed.") from e
+    if done.returncode:
+        shown = (done.stdout + done.stderr).strip()[-2000:]
+        raise RedeployError(f"`{' '.join(arguments)[:100]}` failed in {folder}:\n{shown}\nMend it there.")
+    return done.stdout
+
+
+def _environment(folder: Path, *, server: bool) -> Mapping[str, str]:
+    """This process's environment with other code; without a server, also without its Prefect."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}
+    if not server:
+        kept = {k: v for k, v in kept.items() if k not in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH")}
+    return {**kept, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}

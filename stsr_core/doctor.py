@@ -1,0 +1,284 @@
+"""What an installation needs to run, checked for real; every fault says how to mend it. Needs no Prefect."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from stsr_core.errors import StsrError
+from stsr_core.settings import Settings
+
+CLOCK_S = 5.0  # seconds that this clock may differ from that of the store
+FREE_GB = 5.0  # free space below which a local destination gets a warning
+ANSWER_S = 10.0  # seconds that a server has to answer
+
+
+class Health(StrEnum):
+    """How a finding is to be taken."""
+
+    good = "ok"
+    warning = "warning"
+    fault = "FAULT"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: what was checked.
+        health: how it is.
+        found: what was found.
+        mend: what to do about it, empty where nothing is to be done.
+    """
+
+    name: str
+    health: Health
+    found: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        mend = f" -> {self.mend}" if self.mend else ""
+        return f"{self.health.value:8}{self.name}: {self.found}{mend}"
+
+
+def examine(products: list[str] | None = None) -> Iterator[Finding]:
+    """Check everything, one finding a check.
+
+    Args:
+        products: products whose source is read and matched; None for none, "all" for all.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as e:
+        for problem in e.errors():
+            name = f"STSR_{'_'.join(map(str, problem['loc'])).upper()}"
+            yield Finding(
+                "settings", Health.fault, f"{name}: {problem['msg']}", "Change it in the environment or .env."
+            )
+        return
+    named = ", ".join(sorted(settings.model_fields_set)) or "nothing set, all defaults"
+    yield Finding("settings", Health.good, named)
+    checks: list[tuple[str, Callable[[Settings], Finding]]] = [
+        ("versions", _versions),
+        ("catalog.yaml", _catalog),
+        ("checkpoints", _checkpoints),
+        ("device", _device),
+        ("scheduler", _scheduler),
+        ("credentials", _credentials),
+        ("store", _store),
+        ("space", _space),
+        ("Prefect server", _prefect),
+        ("alerts", _alerts),
+        ("git", _git),
+    ]
+    for name, check in checks:
+        yield _checked(name, check, settings)
+    for product in _chosen(products or [], settings):
+        yield _checked(f"product {product}", lambda s, p=product: _product(s, p), settings)  # type: ignore[misc]
+
+
+def _checked(name: str, check: Callable[[Settings], Finding], settings: Settings) -> Finding:
+    try:
+        return check(settings)
+    except StsrError as e:
+        return Finding(name, Health.fault, str(e))
+
+
+def _versions(_: Settings) -> Finding:
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for line in requires("stsr") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} {found}, needed {requirement.specifier}")
+    if wrong:
+        return Finding("versions", Health.fault, "; ".join(wrong), "pip install stsr again in this environment.")
+    return Finding("versions", Health.good, f"stsr {version('stsr')}, torch {version('torch')}")
+
+
+def _catalog(settings: Settings) -> Finding:
+    from stsr_core.configuration import Configuration, choose_catalog
+
+    path = choose_catalog(settings.catalog_file)
+    products = Configuration.load(path).products
+    return Finding("catalog.yaml", Health.good, f"{path}: products {', '.join(products) or 'none'}")
+
+
+def _checkpoints(settings: Settings) -> Finding:
+    from stsr_core.checkpoint import Library
+
+    library = Library.open(settings.checkpoints)
+    for checkpoint in library.checkpoints:
+        checkpoint.weights()
+    if not library.checkpoints:
+        mend = "Train one with `stsr train`, or unset STSR_CHECKPOINTS."
+        return Finding("checkpoints", Health.fault, f"none in {settings.checkpoints}", mend)
+    names = ", ".join(c.card.name for c in library.checkpoints)
+    return Finding("checkpoints", Health.good, f"{names} serve {', '.join(map(str, library.family.factors))}; whole")
+
+
+def _device(settings: Settings) -> Finding:
+    from stsr_core.ensemble.cluster import visible_gpus
+
+    if settings.device == "cpu":
+        return Finding("device", Health.good, f"CPU as set, {os.cpu_count()} cores")
+    count, driver = visible_gpus(), _driver()
+    if count:
+        return Finding("device", Health.good, f"{count} GPUs, driver {driver or 'unknown'}")
+    if driver:
+        mend = "Install a driver that fits this torch's CUDA, or look at CUDA_VISIBLE_DEVICES."
+        return Finding("device", Health.fault, f"driver {driver}, but torch sees no GPU", mend)
+    if settings.device == "cuda":
+        return Finding("device", Health.fault, "cuda is set, no GPU is here", "Set STSR_DEVICE=auto, or add a GPU.")
+    return Finding("device", Health.good, f"no GPU, {os.cpu_count()} CPU cores")
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+def _scheduler(settings: Settings) -> Finding:
+    address = settings.scheduler_address
+    if address is None:
+        return Finding("scheduler", Health.good, "none set; each run starts a local cluster")
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 8786), timeout=ANSWER_S):
+            return Finding("scheduler", Health.good, f"{address} answers")
+    except OSError as e:
+        mend = "Start it, or unset STSR_SCHEDULER_ADDRESS."
+        return Finding("scheduler", Health.fault, f"{address} does not answer ({e})", mend)
+
+
+def _credentials(settings: Settings) -> Finding:
+    key, secret = settings.s3_access_key_id, settings.s3_secret_access_key
+    if (key is None) != (secret is None):
+        mend = "Set both STSR_S3_ACCESS_KEY_ID and STSR_S3_SECRET_ACCESS_KEY."
+        return Finding("credentials", Health.fault, "one half of the S3 keys is set", mend)
+    if key is not None and settings.s3_anonymous:
+        mend = "Unset STSR_S3_ANONYMOUS; publishing needs the keys."
+        return Finding("credentials", Health.warning, "S3 keys are set, but access is anonymous", mend)
+    if key is None and settings.destination.startswith("s3://"):
+        return Finding("credentials", Health.warning, "no S3 keys set; those of the machine are used, if any")
+    return Finding("credentials", Health.good, "S3 keys are set" if key is not None else "none needed")
+
+
+def _store(settings: Settings) -> Finding:
+    """Write, read, list and remove a probe; probe conditional writes; compare clocks."""
+    from stsr_core.catalog.documents import Documents
+
+    options = settings.s3_options if settings.destination.startswith("s3://") else {}
+    documents = Documents(settings.destination.rstrip("/"), options, settings.sole_publisher)
+    probe = f".doctor-{uuid.uuid4().hex[:8]}"
+    documents.require_conditional_writes()
+    try:
+        documents.write(f"{probe}/probe", b"stsr")
+        now = datetime.now(UTC)
+        fetched = documents.fetch(f"{probe}/probe")
+        written = next((when for _, when in documents.files(probe).values()), None)
+    finally:
+        documents.remove(probe)
+    if fetched is None or fetched[0] != b"stsr" or written is None:
+        mend = "Use a store that reads back what was written."
+        return Finding("store", Health.fault, f"{settings.destination} lost a probe", mend)
+    off = abs((now - written).total_seconds())
+    if off > CLOCK_S:
+        mend = "Set both clocks by NTP; `reconcile` compares them."
+        return Finding("store", Health.warning, f"its clock differs from this one by {off:.0f} s", mend)
+    found = f"{settings.destination} can be written, listed and read, conditional writes hold, clock within {off:.1f} s"
+    return Finding("store", Health.good, found)
+
+
+def _space(settings: Settings) -> Finding:
+    local = Path(settings.destination) if "://" not in settings.destination else Path.cwd()
+    folder = next(p for p in (local.absolute(), *local.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < FREE_GB:
+        return Finding("space", Health.warning, f"{free:.1f} GB free in {folder}", "Free some, or run `maintain`.")
+    return Finding("space", Health.good, f"{free:.0f} GB free in {folder}")
+
+
+def _prefect(_: Settings) -> Finding:
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return Finding("Prefect server", Health.warning, "PREFECT_API_URL is not set", "`stsr up` starts a server.")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/version", timeout=ANSWER_S) as answer:
+            found = str(json.loads(answer.read()))
+    except (urllib.error.URLError, OSError, ValueError) as e:
+        return Finding("Prefect server", Health.fault, f"{url} does not answer ({e})", "Start it, or correct the URL.")
+    mine = version("prefect")
+    if found.split(".")[:2] != mine.split(".")[:2]:
+        mend = "Bring both to one minor version."
+        return Finding("Prefect server", Health.warning, f"{url} is {found}, this client {mine}", mend)
+    return Finding("Prefect server", Health.good, f"{url} answers, version {found}")
+
+
+def _alerts(settings: Settings) -> Finding:
+    if settings.alert_url is None:
+        return Finding("alerts", Health.warning, "no webhook", "Set STSR_ALERT_URL and run `stsr deploy`.")
+    return Finding("alerts", Health.good, "a webhook is set")
+
+
+def _git(_: Settings) -> Finding:
+    tool = shutil.which("git")
+    if tool is None:
+        return Finding("git", Health.warning, "git is not installed", "Install it; the flow `redeploy` needs it.")
+    return Finding("git", Health.good, tool)
+
+
+def _chosen(products: list[str], settings: Settings) -> list[str]:
+    from stsr_core.configuration import Configuration, choose_catalog
+
+    if products != ["all"]:
+        return products
+    return list(Configuration.load(choose_catalog(settings.catalog_file)).products)
+
+
+def _product(settings: Settings, name: str) -> Finding:
+    """Read the source of a product and match its factor; nothing is generated."""
+    from stsr_core.checkpoint import Library
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.regrid import native_factor, reach
+    from stsr_core.sources.harmonise import read_coarse
+    from stsr_core.sources.open import located, open_dataset
+
+    path = choose_catalog(settings.catalog_file)
+    configuration = Configuration.load(path)
+    product = configuration.product(name)
+    source, grid = configuration.sources[product.source], configuration.grids[product.grid]
+    options = settings.s3_options if located(source.url, path.parent).startswith("s3://") else {}
+    with open_dataset(source.url, base=path.parent, storage_options=options) as dataset:
+        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(grid))
+    space, time = native_factor(coarse, grid)
+    found = Library.open(settings.checkpoints).family.nearest(space, time, limit=settings.match_limit)
+    return Finding(f"product {name}", Health.good, f"{coarse.times.size} steps of {source.url}, factor {found.factor}")

@@ -1,0 +1,77 @@
+"""The commands `stsr deploy`, `up` and `doctor`: arguments in, what was found or done out."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stsr_core.errors import ConfigurationError
+
+
+class Place(StrEnum):
+    """Where runs take place."""
+
+    process = "process"
+    docker = "docker"
+    kubernetes = "kubernetes"
+
+
+def doctor(
+    product: Annotated[
+        str | None, typer.Option(help="Also read the source of this product and match its factor; or `all`.")
+    ] = None,
+) -> None:
+    """Check settings, versions, checkpoints, device, store, clock and servers, and say how to mend each.
+
+    Exit code 1 where something must be mended; warnings do not count.
+    """
+    from stsr_core.doctor import Health, examine
+
+    faults = 0
+    for finding in examine([product] if product else None):
+        typer.echo(str(finding))
+        faults += finding.health is Health.fault
+    if faults:
+        raise typer.Exit(1)
+
+
+def deploy(
+    file: Annotated[Path | None, typer.Option(help="prefect.yaml to use; without it the one of this code.")] = None,
+    infrastructure: Annotated[Place, typer.Option(help="Where runs take place.")] = Place.process,
+    image: Annotated[str | None, typer.Option(help="Image that runs use, for docker and kubernetes.")] = None,
+    code: Annotated[Path | None, typer.Option(help="Folder of code that runs use; without it this code's.")] = None,
+    home: Annotated[
+        Path | None, typer.Option(help="Folder that runs take place in, with .env; without it this one.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Name of the code, as the UI shows it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+) -> None:
+    """Bring the Prefect server of PREFECT_API_URL to the state that prefect.yaml declares.
+
+    Work pools and queues, limits, deployments with their schedules, and automations are created, changed or removed
+    where they differ; a second time nothing changes.
+    """
+    from flows import deploy as deployer
+    from flows.declared import Declared, InfrastructureName, shipped_declaration
+
+    if image is not None:
+        release = deployer.Release(reference=reference or image, image=image)
+    else:
+        release = deployer.this_release(code, home, reference)
+    if code is not None and not (code / "flows").is_dir():
+        raise ConfigurationError(f"{code} holds no folder `flows`. Name the folder of a checkout.")
+    lines = asyncio.run(
+        deployer.deploy(
+            Declared.load(file or shipped_declaration()),
+            release,
+            infrastructure=InfrastructureName(infrastructure.value),
+            dry_run=dry_run,
+        )
+    )
+    for line in lines:
+        typer.echo(f"would have {line}" if dry_run else line)
+    typer.echo(f"{len(lines)} changes." if lines else "Nothing to change.")
