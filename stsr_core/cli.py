@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(catalog_app, name="catalog")
-for command in (operations.doctor, operations.deploy):
+for command in (operations.doctor, operations.deploy, operations.up):
     app.command()(command)
 
 

