@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stsr_core.factors import ConservationFunction, Factor
 
 SMOOTH_PASSES = 10  # passes of the smooth gain; more change less than the members differ
+CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few times in the world
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass
 
 
@@ -87,7 +88,7 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     amounts; one that was dry before too is filled evenly. A gain that is smooth across the borders of coarse
     cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells
     do not show as squares. With a limit (tapered f), cells are amplified by the limit only and the remainder is
-    spread evenly over the block.
+    spread evenly over the block; so is what a cell would hold above CEILING_MM, with any f.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32, >= 0.
@@ -124,10 +125,10 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     gain = _smooth_gain(shape.reshape(whole.shape), amount.nan_to_num(), factor, limit)
     smooth = torch.where(raw_total > 0, shape * _blocks(gain, factor), shape)
     result = smooth * (wanted / total(smooth))
-    if function.limit is not None:
-        # A gain above the limit is taken only where there is something to amplify.
-        held = torch.where(raw_total > 0, torch.minimum(result, limit * shape), result)
-        result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
+    # A gain above the limit is taken only where there is something to amplify.
+    most = torch.where((raw_total > 0) & (shape > 0), limit * shape, math.inf).clamp(max=CEILING_MM)
+    held = torch.minimum(result, most)
+    result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
     result = result * torch.nan_to_num(wanted / total(result), nan=0.0)  # second pass removes float32 residue
     result = torch.where(torch.isnan(wanted), torch.nan, result)
     return result.reshape(fine.shape)
