@@ -144,6 +144,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+    process.stdout.close()
 
 
 def engine_of(run: str) -> psutil.Process:
@@ -234,6 +235,18 @@ def test_a_broken_release_is_refused_and_leaves_what_is_deployed(site: Site) -> 
     assert answer.status_code == 409
 
 
+@pytest.mark.slow
+def test_a_backfill_is_a_product_of_its_own_and_the_same_again_does_nothing(site: Site) -> None:
+    day = {"first": "2018-05-01", "last": "2018-05-01"}
+    for _ in range(2):
+        run = site.api.start("backfill/backfill", product=PRODUCT, period=day)
+        found = site.api.finished(run)
+        assert found["state_type"] == "COMPLETED", found["state"]["message"]
+    assert ls(site.catalogue, storage_options=site.options)["small-20180501-20180501"] == ["v1"]
+    assert not [name for name in site.api.task_names(run) if name.startswith("piece")]
+
+
+@pytest.mark.slow
 def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     run = site.api.start("redeploy/redeploy", reference="good", smoke_members=1)
     found = site.api.finished(run)

@@ -1,0 +1,132 @@
+"""Parameters, pieces of a backfill, artifacts without a server, and the declaration; no server runs here."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from flows.artifacts import key_of
+from flows.backfill import cut_pieces
+from flows.declared import Declared, shipped_declaration
+from flows.parameters import Order, Period, Pieces, Retention
+from flows.redeploy import RedeployError, fetch
+from flows.stages import may_pass
+from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.errors import ConfigurationError, GateError, SourceError
+from stsr_core.factors import Factor
+from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.sources.cube import Cube
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Period(first=date(2020, 2, 2), last=date(2020, 2, 1)), "before the first"),
+        (lambda: Pieces(days=0), "greater than or equal to 1"),
+        (lambda: Retention(keep=0), "greater than or equal to 1"),
+        (lambda: Pieces(dyas=3), "Extra inputs"),
+    ],
+)
+def test_forms_refuse_what_cannot_be(make, message):
+    with pytest.raises(ValidationError, match=message):
+        make()
+
+
+@pytest.fixture
+def plan(library):
+    """Ten days of hourly rain at factor (4,1): ten time blocks, one tile, two member blocks."""
+    times = TimeAxis(datetime(2020, 1, 1), timedelta(hours=1), 240)
+    grid = Grid(Axis(36_000.0, -4000.0, 8), Axis(4000.0, 4000.0, 8))
+    checkpoint = library.serving(Factor(space=4, time=1))
+    served = checkpoint.card.serving(Factor(space=4, time=1))
+    recipe = Recipe.of(checkpoint, served, seed=1, members=8, conserve=True)
+    return Plan(Cube(np.ones((240, 8, 8), np.float32), times, grid, {}), recipe)
+
+
+def test_pieces_cover_the_plan_once_in_either_order(plan):
+    oldest = list(cut_pieces(plan, 4, Order.oldest_first))
+    assert [p.name for p in oldest] == [
+        "2020-01-01..2020-01-05", "2020-01-05..2020-01-09", "2020-01-09..2020-01-11",
+    ]  # fmt: skip
+    assert [len(p.keys) for p in oldest] == [8, 8, 4]
+    assert sorted(key for p in oldest for key in p.keys) == sorted(s.key for s in plan.shards)
+    assert list(cut_pieces(plan, 4, Order.newest_first)) == oldest[::-1]
+
+
+def test_only_what_may_pass_is_tried_again():
+    class State:
+        def __init__(self, data):
+            self.data = data
+
+    assert may_pass(None, None, State(SourceError("server away")))
+    assert may_pass(None, None, State(OSError("disk away")))
+    assert not may_pass(None, None, State(GateError("spread")))
+    assert not may_pass(None, None, State(ConfigurationError("typo")))
+
+
+def test_keys_of_artifacts_are_what_prefect_accepts():
+    assert key_of("plan", "ARPEGE_Provence 1km!") == "plan-arpege-provence-1km"
+
+
+WITHOUT_SERVER = """
+from flows import artifacts
+artifacts.facts("plan-x", {"shards": 3}, "Plan")
+artifacts.picture("quicklook-x", b"png", "Picture")
+with artifacts.live_progress("progress-x", 10, "Progress") as advance:
+    advance(5)
+print("went on")
+"""
+
+
+def test_without_a_server_artifacts_are_warnings(tmp_path):
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "PREFECT_HOME": str(tmp_path),
+        "PREFECT_CLIENT_MAX_RETRIES": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SERVER], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("went on")
+    assert (done.stdout + done.stderr).count("was not written") == 3
+
+
+def test_the_declaration_is_valid_and_complete():
+    declared = Declared.load(shipped_declaration())
+    flows = {p.stem for p in (ROOT / "flows").glob("*.py") if "\n@flow(" in p.read_text()}
+    assert {d.module.split(".")[1] for d in declared.deployments} == flows
+    assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"deploymets": []}, "deploymets: Extra inputs"),
+        ({"limits": {"other": 1}}, "limit other does not start with 'stsr'"),
+        ({"work_queues": []}, "names queue 'nightly'"),
+    ],
+)
+def test_a_declaration_that_is_not_understood_is_refused(tmp_path, change, message):
+    text = yaml.safe_load(shipped_declaration().read_text())
+    (tmp_path / "prefect.yaml").write_text(json.dumps({**text, **change}))
+    with pytest.raises(ConfigurationError, match=message):
+        Declared.load(tmp_path / "prefect.yaml")
+
+
+def test_a_reference_that_is_not_there_is_refused(tmp_path):
+    logging.getLogger("prefect").setLevel(logging.ERROR)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "repository")], check=True)
+    with pytest.raises(RedeployError, match="rev-parse failed.*Check the reference"):
+        fetch.fn("nosuch", str(tmp_path / "repository"), tmp_path / "releases")

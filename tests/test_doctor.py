@@ -1,0 +1,53 @@
+import pytest
+
+from stsr_core.doctor import Health, examine
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, checkpoints):
+    """A folder of its own as working directory, with tiny checkpoints and no server."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(checkpoints))
+    monkeypatch.setenv("STSR_DEVICE", "cpu")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return tmp_path
+
+
+def found(products=None):
+    return {f.name: f for f in examine(products)}
+
+
+def test_a_sound_installation_has_no_fault_and_leaves_nothing(here):
+    findings = found(["all"])
+    assert not [str(f) for f in findings.values() if f.health is Health.fault]
+    assert "factor (10,1)" in findings["product arpege-provence-1km"].found
+    assert "conditional writes hold" in findings["store"].found
+    assert findings["alerts"].health is Health.warning
+    assert not list((here / "stsr-output").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "check", "message"),
+    [
+        ("STSR_DEVICE", "tpu", "settings", "STSR_DEVICE"),
+        ("STSR_CHECKPOINTS", "/nowhere", "checkpoints", "No folder of checkpoints at /nowhere"),
+        ("STSR_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9", "scheduler", "does not answer"),
+        ("STSR_S3_ACCESS_KEY_ID", "key", "credentials", "one half of the S3 keys"),
+        ("PREFECT_API_URL", "http://127.0.0.1:9/api", "Prefect server", "does not answer"),
+        ("STSR_DESTINATION", "/dev/null/x", "store", "cannot be written"),
+    ],
+)
+def test_each_fault_is_found_and_says_what_to_do(here, monkeypatch, name, value, check, message):
+    monkeypatch.setenv(name, value)
+    finding = found()[check]
+    assert finding.health is Health.fault
+    assert message in str(finding)
+
+
+def test_a_damaged_checkpoint_is_found(here, monkeypatch, checkpoints):
+    for path in checkpoints.iterdir():
+        (here / path.name).write_bytes(path.read_bytes())
+    weights = next(here.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(here))
+    assert "damaged" in found()["checkpoints"].found
