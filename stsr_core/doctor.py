@@ -98,6 +98,8 @@ def _checked(name: str, check: Callable[[Settings], Finding], settings: Settings
         return check(settings)
     except StsrError as e:
         return Finding(name, Health.fault, str(e))
+    except OSError as e:
+        return Finding(name, Health.fault, str(e), "Check the path and its permissions.")
 
 
 def _versions(_: Settings) -> Finding:

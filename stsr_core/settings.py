@@ -70,3 +70,18 @@ class Settings(BaseSettings):
         if self.s3_anonymous:
             options["anon"] = True
         return options
+
+
+def settings_table() -> str:
+    """All settings as a Markdown page, for infra/settings.md."""
+    rows = ["| variable | default | what it is |", "|---|---|---|"]
+    for name, found in Settings.model_fields.items():
+        default = "" if found.default is None else f"`{found.default}`"
+        rows.append(f"| `STSR_{name.upper()}` | {default} | {found.description} |")
+    head = "# Settings\n\nRead from the environment or from `.env` where a command or run takes place.\n"
+    written = "Written by `python -m stsr_core.settings > infra/settings.md`.\n"
+    return "\n".join([head, *rows, "", written])
+
+
+if __name__ == "__main__":
+    print(settings_table(), end="")
