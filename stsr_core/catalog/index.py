@@ -155,6 +155,41 @@ def without_rows(documents: Documents, product: str, collection: Document, versi
     return assets
 
 
+def with_values(
+    documents: Documents, product: str, collection: Document, version: str, values: Mapping[str, bool | str | None]
+) -> dict[str, Any]:
+    """Write the index in which some properties of one version have other values, under fresh names.
+
+    Returns:
+        Assets of the collection that name it.
+    """
+    import pyarrow.compute as pc
+
+    assets = dict(collection.get("assets", {}))
+    for key in (k for k in KEYS if k in assets):
+        table = _read(_opened(documents, product, assets[key]))
+        if table is None:
+            continue
+        mine = pc.equal(table["version"], version)
+        if pc.any(mine).as_py():
+            assets[key] = _written(documents, product, _with_columns(table, mine, values), assets[key]["title"])
+    return assets
+
+
+def _with_columns(table: pa.Table, rows: Any, values: Mapping[str, bool | str | None]) -> pa.Table:
+    """Table with other values in some rows; columns that it lacks are empty elsewhere."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name, value in values.items():
+        kind = pa.bool_() if isinstance(value, bool) else pa.string()
+        old = table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
+        new = pc.if_else(rows, pa.scalar(value, kind), old)
+        place = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, new) if place is None else table.set_column(place, name, new)
+    return table
+
+
 def _written(documents: Documents, product: str, table: pa.Table, title: str) -> dict[str, Any]:
     raw = _encoded(table)
     path = f"index/{uuid.uuid4().hex[:12]}.parquet"
@@ -163,6 +198,17 @@ def _written(documents: Documents, product: str, table: pa.Table, title: str) ->
         "href": f"./{path}", "type": PARQUET, "title": title, "roles": ["index", "stac-items"],
         "file:checksum": f"1220{hashlib.sha256(raw).hexdigest()}", "file:size": len(raw), "stsr:rows": table.num_rows,
     }  # fmt: skip
+
+
+def created(documents: Documents, product: str, collection: Document) -> dict[str, datetime]:
+    """When each version that the index holds was made, oldest first.
+
+    Raises:
+        StoreError: the index is damaged.
+    """
+    table = _columns(documents, product, collection, ("created", "version"))
+    rows = [] if table is None else table.select(["version", "created"]).to_pylist()
+    return {row["version"]: row["created"] for row in rows}
 
 
 def named(collection: Mapping[str, Any]) -> set[str]:
