@@ -193,6 +193,32 @@ def catalog_retire(
     typer.echo(f"{', '.join(names) or 'No version'} {said} the catalogue of {product}.")
 
 
+@catalog_app.command("serve")
+def catalog_serve(
+    catalog: CatalogOption,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8080,
+    public: Annotated[
+        str | None, typer.Option(help="Address of the catalogue's files for readers, where it is another.")
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds after which changes are looked for.", min=0)] = 5.0,
+) -> None:
+    """Serve the STAC API over a catalogue, read-only, in memory. Needs the extra `serve`."""
+    try:
+        import uvicorn
+
+        from stsr_core.catalog.server import make_app
+    except ImportError as e:
+        raise ConfigurationError(f"{e.name} is not installed. Run: pip install 'stsr[serve]'") from e
+    from stsr_core.catalog.documents import Documents
+    from stsr_core.catalog.snapshot import Loaded
+
+    loaded = Loaded(Documents(catalog.rstrip("/"), _options(catalog)), every)
+    snapshot = loaded.current()
+    typer.echo(f"{len(snapshot.products)} collections of {catalog} in memory; the STAC API is at http://{host}:{port}/")
+    uvicorn.run(make_app(loaded, public), host=host, port=port, log_level="warning", proxy_headers=True)
+
+
 @catalog_app.command("reconcile")
 def catalog_reconcile(
     product: str,

@@ -220,7 +220,8 @@ def test_publishers_that_are_killed_at_random_lose_nothing(s3, template, tmp_pat
         versions, removed = check_after_race(url, s3.options, folder, withdrawn)
         print(
             f"repeat {repeat}: {versions} versions listed, {PUBLISHERS * VERSIONS} told, {kills} kills, {polls} polls, "
-            f"{len(withdrawn)} withdrawn, {cleaned} orphans cleaned during and {removed} after, {time.monotonic() - started:.0f} s",
+            f"{len(withdrawn)} withdrawn, {cleaned} orphans cleaned during and {removed} after, "
+            f"{time.monotonic() - started:.0f} s",
             flush=True,
         )
 
