@@ -22,8 +22,11 @@ MANY = 10_000
 START = datetime(2000, 1, 1, tzinfo=UTC)
 
 
-def grown(destination, count):
-    """A catalogue of one published version, and `count` - 1 before it that exist in collection and index only."""
+def grown(destination, count, more=lambda n: {}):
+    """A catalogue of one published version, and `count` - 1 before it that exist in collection and index only.
+
+    `more` gives further properties of version n.
+    """
     publish_one(destination)
     documents = Documents(str(destination))
     collection, _ = documents.read("rain/collection.json")
@@ -43,7 +46,7 @@ def grown(destination, count):
             "id": f"rain-v{n}",
             "bbox": box,
             "geometry": json.loads(shapely.to_geojson(shapely.box(*box))),
-            "properties": {**example["properties"], **times, "version": f"v{n}", "stsr:seed": n % 7},
+            "properties": {**example["properties"], **times, "version": f"v{n}", "stsr:seed": n % 7, **more(n)},
         }
         href = link["href"].replace("v1.json", f"v{n}.json")
         rows.append(_row(changed, href))
@@ -73,6 +76,7 @@ def test_the_newest_come_first_and_pages_follow_each_other(many):
     assert found(many, limit=2, offset=3) == ([MANY - 3, MANY - 4], MANY)
     assert found(many, limit=2, sortby=("start_datetime",)) == ([1, 2], MANY)
     assert found(many, limit=3, sortby=("-stsr:seed", "start_datetime"))[0] == [6, 13, 20]
+    assert found(many, limit=2, sortby=("properties.datetime",))[0] == [1, 2]  # the start of a period
 
 
 @pytest.mark.parametrize(
