@@ -141,9 +141,7 @@ class _Runner:
 def variants(served: Served) -> dict[str, Served]:
     """Variants of what a checkpoint serves, by name; none is trained again."""
     c = served.configuration
-    other = ConservationFunction(
-        threshold_mm=c.conservation.threshold_mm, limit=4.0 if c.conservation.limit is None else None
-    )
+    exact = ConservationFunction(threshold_mm=c.conservation.threshold_mm)
     uncut = ConservationFunction(threshold_mm=0.0, limit=c.conservation.limit)
 
     def with_f(f: ConservationFunction) -> Served:
@@ -154,7 +152,7 @@ def variants(served: Served) -> dict[str, Served]:
 
     return {
         "mean only": served.model_copy(update={"residual_scale": 0.0, "evaluations": 1}),
-        f"f {'exact' if other.limit is None else 'tapered'}": with_f(other),
+        "f exact": with_f(exact),
         "f without threshold": with_f(uncut),
         "half the evaluations": served.model_copy(update={"evaluations": max(1, served.evaluations // 2)}),
         "twice the evaluations": served.model_copy(update={"evaluations": 2 * served.evaluations}),

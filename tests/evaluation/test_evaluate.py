@@ -72,7 +72,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path,
         checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
         device="cpu", report=lines.append,
     )  # fmt: skip
-    methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f tapered", "without conservation", "twice L"}
+    methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation", "twice L"}
     assert methods | {"without attention over time", "half of beta"} <= set(found.table)
     assert all(found.table[name]["crps"] > 0 for name in methods)
     stsr = found.table["stsr"]
