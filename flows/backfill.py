@@ -31,7 +31,7 @@ from flows.parameters import CatalogFile, Destination, Members, OneProduct, Orde
 from flows.stages import HOUR_S, patient, show_plan, show_published, stage
 from flows.tasks import Job, check, complete, make_plan, make_shards, match, publish_version, read, resolve, to_lattice
 from stsr_core.catalog.publish import Attempt
-from stsr_core.catalog.search import latest
+from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
@@ -189,7 +189,7 @@ def _attempt(job: Job, plan: Plan, digest: str, *, sole_publisher: bool) -> Atte
 
 
 def _is_published(job: Job, attempt: Attempt) -> bool:
-    last = latest(job.name, job.destination, storage_options=job.options)
+    last = newest(job.name, job.destination, storage_options=job.options)
     return last is not None and f"/data/{attempt.name}/" in last.url
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated
 
 from prefect import flow, get_run_logger, task
@@ -11,12 +11,13 @@ from pydantic import BaseModel, Field
 
 from flows import artifacts
 from flows.jobs import options_of
-from flows.parameters import ALL, Destination, ProductName, Retention
+from flows.parameters import ALL, Destination, ProductName, Retention, Withdrawal
 from flows.stages import patient
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.reconcile import reconcile
-from stsr_core.catalog.retention import expired, made, retire
+from stsr_core.catalog.retention import expiring, retire
 from stsr_core.catalog.search import find, ls
+from stsr_core.catalog.withdrawal import withdraw
 from stsr_core.errors import StoreError
 from stsr_core.settings import Settings
 
@@ -39,6 +40,7 @@ def maintain(
     grace_hours: Annotated[float, Field(ge=1, le=8760)] = GRACE_H,
     check_newest: Annotated[int, Field(ge=0, le=1000)] = 1,
     retention: Retention | None = None,
+    withdrawal: Withdrawal | None = None,
     dry_run: bool = False,
     destination: Destination = None,
 ) -> list[Upkeep]:
@@ -49,6 +51,7 @@ def maintain(
         grace_hours: attempts that wrote nothing for so long are removed.
         check_newest: versions of each product whose every byte is read and compared.
         retention: which superseded versions go; without it all stay.
+        withdrawal: a version that must no longer be used, and why; of one product, not of all.
         dry_run: only say what would be done.
         destination: folder or bucket of the catalogue; without it the one of the settings.
 
@@ -62,6 +65,8 @@ def maintain(
     where = destination or settings.destination
     there = ls(where, storage_options=options_of(where, settings))
     names = list(there) if product == ALL else [product]
+    if withdrawal is not None:
+        patient(take_back, f"withdraw {withdrawal.version}", hours=1)(product, where, withdrawal, dry_run=dry_run)
     done = []
     for name in names:
         retired = (
@@ -83,13 +88,23 @@ def maintain(
     return done
 
 
+@task(name="withdraw", cache_policy=NO_CACHE)
+def take_back(product: str, destination: str, withdrawal: Withdrawal, *, dry_run: bool) -> None:
+    """Withdraw a version; readers of `latest` get the newest good one."""
+    settings = Settings()
+    latest = withdraw(
+        product, withdrawal.version, withdrawal.reason, destination, options_of(destination, settings),
+        dry_run=dry_run, sole_publisher=settings.sole_publisher,
+    )  # fmt: skip
+    get_run_logger().warning("%s %s is withdrawn; latest is %s.", product, withdrawal.version, latest or "none")
+
+
 @task(name="let go", cache_policy=NO_CACHE)
 def let_go(product: str, destination: str, retention: Retention, *, dry_run: bool) -> list[str]:
     """Take versions that retention lets go out of the catalogue."""
     settings = Settings()
     options = options_of(destination, settings)
-    created = made(product, destination, options)
-    names = expired(created, keep=retention.keep, age=timedelta(days=retention.days), now=datetime.now(UTC))
+    names = expiring(product, destination, options, keep=retention.keep, age=timedelta(days=retention.days))
     if not dry_run:
         retire(product, names, destination, options, sole_publisher=settings.sole_publisher)
     return names

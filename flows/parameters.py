@@ -82,3 +82,10 @@ class Retention(_Form):
 
     keep: int = Field(default=30, ge=1, le=100_000, description="Newest versions that stay, whatever their age.")
     days: int = Field(default=365, ge=0, le=36_500, description="Versions younger than this stay as well.")
+
+
+class Withdrawal(_Form):
+    """A version that must no longer be used. It stays listed and says why."""
+
+    version: str = Field(pattern=r"^v[1-9]\d*$", description="v1, v2, ...")
+    reason: str = Field(min_length=1, max_length=500, description="What is wrong with it, for those who used it.")

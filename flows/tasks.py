@@ -16,7 +16,7 @@ from stsr_core.catalog.checkpoints import publish_checkpoint
 from stsr_core.catalog.items import Description, Provenance, SideFile
 from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
 from stsr_core.catalog.reconcile import reconcile
-from stsr_core.catalog.search import latest
+from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
 from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
@@ -58,9 +58,12 @@ class Job:
 
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
 def resolve(job: Job, *, force: bool) -> str | None:
-    """Return the fingerprint of the source if there is something to do, else None."""
+    """Return the fingerprint of the source if there is something to do, else None.
+
+    A withdrawn version counts: the same source would make the same again.
+    """
     found = fingerprint(job.source.url, base=job.base, storage_options=_source_options(job))
-    last = latest(job.name, job.destination, storage_options=job.options)
+    last = newest(job.name, job.destination, storage_options=job.options)
     logger = get_run_logger()
     if last is not None and last.item["properties"].get("stsr:source_fingerprint") == found and not force:
         logger.info("Nothing new: %s %s was made from the same source.", job.name, last.version)

@@ -68,3 +68,7 @@ class ShapeError(ProgrammingError):
 
 class ClosureError(ProgrammingError):
     """A coarse total that cannot be, or was not, conserved."""
+
+
+class WithdrawnWarning(UserWarning):
+    """A version that its publisher withdrew is opened."""

@@ -25,10 +25,12 @@ def _options(url: str) -> dict[str, object]:
 @catalog_app.command("ls")
 def catalog_ls(catalog: CatalogOption) -> None:
     """List products and their versions."""
-    from stsr_core.catalog import ls
+    from stsr_core.catalog import ls, withdrawn
 
-    for product, versions in ls(catalog, storage_options=_options(catalog)).items():
-        typer.echo(f"{product}: {', '.join(versions)}")
+    options = _options(catalog)
+    for product, versions in ls(catalog, storage_options=options).items():
+        gone = withdrawn(product, catalog, storage_options=options)
+        typer.echo(f"{product}: {', '.join(f'{v} (withdrawn)' if v in gone else v for v in versions)}")
 
 
 @catalog_app.command("show")
@@ -39,6 +41,8 @@ def catalog_show(product: str, catalog: CatalogOption, version: VersionOption = 
     found = find(product, version, catalog, storage_options=_options(catalog))
     properties = found.item["properties"]
     typer.echo(f"{properties['title']} ({properties['start_datetime']} to {properties['end_datetime']})")
+    if found.withdrawn:
+        typer.echo(f"WITHDRAWN {properties['updated']}: {found.withdrawn}")
     typer.echo(f"made from {properties['stsr:source_url']} ({properties['stsr:source_attribution']})")
     for gate in properties["stsr:gates"]:
         typer.echo(f"gate {gate['name']}: {gate['found']} (needed {gate['needed']})")
@@ -82,7 +86,10 @@ def catalog_search(
         return
     for version in found:
         p = version.item["properties"]
-        typer.echo(f"{version.product} {version.version}: {p['start_datetime']} to {p['end_datetime']}, {version.url}")
+        said = f", WITHDRAWN: {version.withdrawn}" if version.withdrawn else ""
+        typer.echo(
+            f"{version.product} {version.version}: {p['start_datetime']} to {p['end_datetime']}, {version.url}{said}"
+        )
     if not found:
         typer.echo("No version meets this.")
 
@@ -128,12 +135,96 @@ def catalog_cite(product: str, catalog: CatalogOption, version: VersionOption = 
         typer.echo(f"{text}\n")
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+
+
+@catalog_app.command("withdraw")
+def catalog_withdraw(
+    product: str,
+    version: str,
+    catalog: CatalogOption,
+    reason: Annotated[str, typer.Option(help="What is wrong with it, in a sentence for those who used it.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Withdraw a version: it stays listed and says why; `latest` is the newest good one."""
+    from stsr_core.catalog.withdrawal import withdraw
+    from stsr_core.settings import Settings
+
+    latest = withdraw(
+        product, version, reason, catalog, _options(catalog), dry_run=dry_run,
+        sole_publisher=Settings().sole_publisher,
+    )  # fmt: skip
+    _say_latest(f"{product} {version} {'would be' if dry_run else 'is'} withdrawn", latest)
+
+
+@catalog_app.command("restore")
+def catalog_restore(product: str, version: str, catalog: CatalogOption, dry_run: DryRun = False) -> None:
+    """Take back a withdrawal."""
+    from stsr_core.catalog.withdrawal import restore
+    from stsr_core.settings import Settings
+
+    latest = restore(
+        product, version, catalog, _options(catalog), dry_run=dry_run, sole_publisher=Settings().sole_publisher
+    )
+    _say_latest(f"{product} {version} {'would be' if dry_run else 'is'} good again", latest)
+
+
+def _say_latest(done: str, latest: str | None) -> None:
+    typer.echo(f"{done}; {f'latest is {latest}' if latest else 'no good version is left'}.")
+
+
+@catalog_app.command("retire")
+def catalog_retire(
+    product: str,
+    catalog: CatalogOption,
+    keep: Annotated[int, typer.Option(help="Newest good versions that stay, whatever their age.", min=1)],
+    days: Annotated[int, typer.Option(help="Versions younger than this stay as well.", min=0)],
+    dry_run: DryRun = False,
+) -> None:
+    """Let old versions go by a rule; `stsr catalog reconcile` then removes their data."""
+    from stsr_core.catalog.retention import expiring, retire
+    from stsr_core.settings import Settings
+
+    options = _options(catalog)
+    names = expiring(product, catalog, options, keep=keep, age=timedelta(days=days))
+    if not dry_run:
+        retire(product, names, catalog, options, sole_publisher=Settings().sole_publisher)
+    said = "would leave" if dry_run else "left"
+    typer.echo(f"{', '.join(names) or 'No version'} {said} the catalogue of {product}.")
+
+
+@catalog_app.command("serve")
+def catalog_serve(
+    catalog: CatalogOption,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8080,
+    public: Annotated[
+        str | None, typer.Option(help="Address of the catalogue's files for readers, where it is another.")
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds after which changes are looked for.", min=0)] = 5.0,
+) -> None:
+    """Serve the STAC API over a catalogue, read-only, in memory. Needs the extra `serve`."""
+    try:
+        import uvicorn
+
+        from stsr_core.catalog.server import make_app
+    except ImportError as e:
+        raise ConfigurationError(f"{e.name} is not installed. Run: pip install 'stsr[serve]'") from e
+    from stsr_core.catalog.documents import Documents
+    from stsr_core.catalog.snapshot import Loaded
+
+    loaded = Loaded(Documents(catalog.rstrip("/"), _options(catalog)), every)
+    snapshot = loaded.current()
+    typer.echo(f"{len(snapshot.products)} collections of {catalog} in memory; the STAC API is at http://{host}:{port}/")
+    uvicorn.run(make_app(loaded, public), host=host, port=port, log_level="warning", proxy_headers=True)
+
+
 @catalog_app.command("reconcile")
 def catalog_reconcile(
     product: str,
     catalog: CatalogOption,
     grace_hours: Annotated[float, typer.Option(help="Silence after which an attempt counts as dead.", min=0)] = 24.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Remove what crashes left and mend links between versions; safe beside publishers that are alive."""
     from stsr_core.catalog.reconcile import reconcile

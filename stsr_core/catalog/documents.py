@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ from stsr_core.errors import PublicationError
 Options = Mapping[str, object]
 S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
 Document = dict[str, Any]
+PATIENCE_SECONDS = 120.0  # how long a writer goes on racing others
 RACERS = 4  # writers that race in the probe for conditional writes
 _probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
 
@@ -180,6 +183,32 @@ class Documents:
         if self.sole_publisher and (now := self.fetch(path)) is not None and now[1] != tag:
             refuse()
         self._put(path, encode(document), "overwrite" if self.sole_publisher else {"e_tag": tag}, refuse)
+
+    def amend(self, path: str, change: Callable[[Document], Document]) -> Document | None:
+        """Replace a document by what `change` makes of it, anew each time that somebody else was faster.
+
+        Returns:
+            The document as it is now; None where there is none.
+
+        Raises:
+            PublicationError: others are faster for too long, or the destination cannot be written.
+        """
+        until = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            found = self.read(path)
+            if found is None:
+                return None
+            changed = change(found[0])
+            try:
+                if changed != found[0]:
+                    self.replace(path, changed, found[1])
+            except ConflictError:
+                time.sleep(random.uniform(0, 0.1))
+                continue
+            return changed
+        raise PublicationError(
+            f"Others changed {self.destination}/{path} first for {PATIENCE_SECONDS:.0f} s. Run again later."
+        )
 
     def _put(self, path: str, data: bytes, mode: Any, refuse: Callable[[], None]) -> None:
         """Put an object under a condition; `refuse` raises if the server says that it does not hold."""

@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.query import interval, mask, parse, properties
+from stsr_core.catalog.query import interval, mask, parse, properties, touching
 from stsr_core.errors import ConfigurationError, StoreError
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return table.replace_schema_metadata({"geo": json.dumps(geo), "stac-geoparquet": json.dumps({"version": "1.1.0"})})
 
 
-def _joined(tables: Iterable[pa.Table | None]) -> pa.Table:
+def joined(tables: Iterable[pa.Table | None]) -> pa.Table:
+    """Join tables of rows whose columns may differ; at least one is there."""
     import pyarrow as pa
 
     there = [t for t in tables if t is not None]
@@ -126,9 +128,9 @@ def with_row(documents: Documents, product: str, collection: Document, item: Doc
         Assets of the collection that name it.
     """
     assets = dict(collection.get("assets", {}))
-    recent = _joined([_read(_opened(documents, product, assets.get(KEYS[1]))), _table([_row(item, href)])])
+    recent = joined([_read(_opened(documents, product, assets.get(KEYS[1]))), _table([_row(item, href)])])
     if recent.num_rows > RECENT:
-        full = _joined([_read(_opened(documents, product, assets.get(KEYS[0]))), recent.slice(0, RECENT)])
+        full = joined([_read(_opened(documents, product, assets.get(KEYS[0]))), recent.slice(0, RECENT)])
         assets[KEYS[0]] = _written(documents, product, full, "Index of all versions but the newest")
         recent = recent.slice(RECENT)
     assets[KEYS[1]] = _written(documents, product, recent, "Index of the newest versions")
@@ -155,6 +157,41 @@ def without_rows(documents: Documents, product: str, collection: Document, versi
     return assets
 
 
+def with_values(
+    documents: Documents, product: str, collection: Document, version: str, values: Mapping[str, bool | str | None]
+) -> dict[str, Any]:
+    """Write the index in which some properties of one version have other values, under fresh names.
+
+    Returns:
+        Assets of the collection that name it.
+    """
+    import pyarrow.compute as pc
+
+    assets = dict(collection.get("assets", {}))
+    for key in (k for k in KEYS if k in assets):
+        table = _read(_opened(documents, product, assets[key]))
+        if table is None:
+            continue
+        mine = pc.equal(table["version"], version)
+        if pc.any(mine).as_py():
+            assets[key] = _written(documents, product, _with_columns(table, mine, values), assets[key]["title"])
+    return assets
+
+
+def _with_columns(table: pa.Table, rows: Any, values: Mapping[str, bool | str | None]) -> pa.Table:
+    """Table with other values in some rows; columns that it lacks are empty elsewhere."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name, value in values.items():
+        kind = pa.bool_() if isinstance(value, bool) else pa.string()
+        old = table[name].cast(kind) if name in table.column_names else pa.nulls(table.num_rows, kind)
+        new = pc.if_else(rows, pa.scalar(value, kind), old)
+        place = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, new) if place is None else table.set_column(place, name, new)
+    return table
+
+
 def _written(documents: Documents, product: str, table: pa.Table, title: str) -> dict[str, Any]:
     raw = _encoded(table)
     path = f"index/{uuid.uuid4().hex[:12]}.parquet"
@@ -163,6 +200,17 @@ def _written(documents: Documents, product: str, table: pa.Table, title: str) ->
         "href": f"./{path}", "type": PARQUET, "title": title, "roles": ["index", "stac-items"],
         "file:checksum": f"1220{hashlib.sha256(raw).hexdigest()}", "file:size": len(raw), "stsr:rows": table.num_rows,
     }  # fmt: skip
+
+
+def created(documents: Documents, product: str, collection: Document) -> dict[str, datetime]:
+    """When each version that the index holds was made, oldest first.
+
+    Raises:
+        StoreError: the index is damaged.
+    """
+    table = read_index(documents, product, collection, ("created", "version"))
+    rows = [] if table is None else table.select(["version", "created"]).to_pylist()
+    return {row["version"]: row["created"] for row in rows}
 
 
 def named(collection: Mapping[str, Any]) -> set[str]:
@@ -181,6 +229,8 @@ class Query:
         sortby: properties, with `-` before those that descend; without it the newest version first.
         limit: most rows that are returned.
         offset: rows that are left out at the beginning.
+        ids: ids of items; without them all.
+        intersects: GeoJSON geometry; items whose footprint touches it.
     """
 
     bbox: tuple[float, float, float, float] | None = None
@@ -189,6 +239,8 @@ class Query:
     sortby: tuple[str, ...] = ()
     limit: int = 10
     offset: int = 0
+    ids: tuple[str, ...] = ()
+    intersects: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,33 +262,94 @@ def look_up(documents: Documents, product: str, collection: Document, query: Que
         ConfigurationError: the query is not understood.
         StoreError: the index is damaged.
     """
+    order = _order(query)
+    expression = parse(query.filter) if query.filter else None
+    table = read_index(documents, product, collection, _needed(expression, order, query))
+    if table is None:
+        _require_served(query)
+        return [], 0
+    rows, total = select(table, query)
+    return [Hit(**row) for row in table.select(["id", "version", "href"]).take(rows).to_pylist()], total
+
+
+def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
+    """Find rows of an index.
+
+    Args:
+        table: rows in order of publication.
+        query: what to look for.
+
+    Returns:
+        Numbers of the rows of the page that was asked for, in order, equal ones newest first; and how many there are
+        in all.
+
+    Raises:
+        ConfigurationError: the query is not understood.
+    """
+    import numpy as np
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    _require_served(query)
+    expression = parse(query.filter) if query.filter else None
+    order = _order(query)
+    if unknown := [name for name, _ in order if name not in table.column_names]:
+        raise ConfigurationError(f"Items have no property {unknown[0]!r} to sort by. `stsr catalog show` lists those.")
+    table = table.select([c for c in _needed(expression, order, query) if c in table.column_names])
+    table = table.append_column("__row", pa.array(np.arange(table.num_rows)))
+    parts = [_within(table, query.bbox), _during(table, query.datetime), _identified(table, query.ids)]
+    parts += [touching(table, query.intersects)] if query.intersects is not None else []
+    parts += [mask(table, expression)] if expression is not None else []
+    kept = reduce(pc.and_, [p for p in parts if p is not None], pa.array(np.ones(table.num_rows, bool)))
+    table = table.filter(kept)
+    keys = [*order, ("__row", "descending")]
+    found = pc.sort_indices(table, sort_keys=keys)[query.offset : query.offset + query.limit]
+    return table["__row"].take(found).combine_chunks(), table.num_rows
+
+
+def _require_served(query: Query) -> None:
     if not 1 <= query.limit <= MAX_LIMIT or query.offset < 0:
         raise ConfigurationError(
             f"Limit {query.limit} from {query.offset} is asked for; 1 to {MAX_LIMIT} from 0 is served."
         )
-    expression = parse(query.filter) if query.filter else None
-    order = [(name.lstrip("+-"), "descending" if name.startswith("-") else "ascending") for name in query.sortby]
-    order = [(n.removeprefix("properties."), d) for n, d in order]
-    columns = tuple(sorted({*ALWAYS, *properties(expression), *(name for name, _ in order)}))
-    table = _columns(documents, product, collection, columns)
-    if table is None:
-        return [], 0
-    kept = None
-    parts = [_within(table, query.bbox), _during(table, query.datetime)]
-    parts += [mask(table, expression)] if expression is not None else []
-    for part in (p for p in parts if p is not None):
-        kept = part if kept is None else pc.and_(kept, part)
-    table = table if kept is None else table.filter(kept)
-    return _page(table, order, query), table.num_rows
 
 
-def _columns(documents: Documents, product: str, collection: Document, columns: tuple[str, ...]) -> pa.Table | None:
-    """Columns of both files of an index."""
+def _order(query: Query) -> list[tuple[str, str]]:
+    """Columns to sort by, with their directions."""
+    return [
+        (name.lstrip("+-").removeprefix("properties."), "descending" if name.startswith("-") else "ascending")
+        for name in query.sortby
+    ]
+
+
+def _needed(expression: Mapping[str, Any] | None, order: list[tuple[str, str]], query: Query) -> list[str]:
+    """Columns that a search reads."""
+    shape = ("geometry",) if query.intersects is not None else ()
+    return sorted({*ALWAYS, *shape, *properties(expression), *(name for name, _ in order)})
+
+
+def _identified(table: pa.Table, ids: tuple[str, ...]) -> Any:
+    """Rows with one of some ids; all where none is asked for."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.is_in(table["id"], pa.array(ids, pa.string())) if ids else None
+
+
+def read_index(
+    documents: Documents, product: str, collection: Document, columns: Iterable[str] | None = None
+) -> pa.Table | None:
+    """Rows of both files of an index, in order of publication; of all columns without a choice.
+
+    Returns:
+        The rows, None where the collection names no index.
+
+    Raises:
+        StoreError: the index is damaged.
+    """
     assets = [collection["assets"][k] for k in KEYS if k in collection.get("assets", {})]  # in order of publication
     tables = [_read(_opened(documents, product, a), columns) for a in assets]
-    return _joined(tables) if tables else None
+    return joined(tables) if tables else None
 
 
 def _within(table: pa.Table, bbox: tuple[float, float, float, float] | None) -> Any:
@@ -265,19 +378,3 @@ def _during(table: pa.Table, text: str | None) -> Any:
     first = pc.coalesce(table["datetime"], table["start_datetime"])
     last = pc.coalesce(table["datetime"], table["end_datetime"])
     return pc.and_(pc.less_equal(first, end), pc.greater_equal(last, start))
-
-
-def _page(table: pa.Table, order: list[tuple[str, str]], query: Query) -> list[Hit]:
-    """The rows of one page, in order; equal ones by age, the newest first."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    unknown = [name for name, _ in order if name not in table.column_names]
-    if unknown:
-        raise ConfigurationError(f"Items have no property {unknown[0]!r} to sort by. `stsr catalog show` lists those.")
-    age = pa.array(-np.arange(table.num_rows))  # rows are in order of publication
-    keys = table.append_column("__age", age).select([*(n for n, _ in order), "__age"])
-    rows = pc.sort_indices(keys, sort_keys=[*order, ("__age", "ascending")])[query.offset : query.offset + query.limit]
-    page = table.select(["id", "version", "href"]).take(rows).to_pylist()
-    return [Hit(**row) for row in page]

@@ -128,14 +128,17 @@ def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:
     year, version = p["created"][:4], p["version"]
     title = p["title"].removesuffix(f", {version}")
     maker = p["providers"][0]["name"]
+    withdrawn = (
+        " WITHDRAWN: " + p["stsr:withdrawn"].translate({ord(c): None for c in "{}"}) if p.get("deprecated") else ""
+    )
     note = f"version {version}, manifest sha256 {digest}"
     text = (
         f"{title}, {note}, published {p['created'][:10]}, made by stsr {p['processing:software']['stsr']} with "
-        f"checkpoint {p['stsr:checkpoint']} ({p['stsr:checkpoint_digest'][:12]}) from data of {maker}. {url}"
+        f"checkpoint {p['stsr:checkpoint']} ({p['stsr:checkpoint_digest'][:12]}) from data of {maker}. {url}{withdrawn}"
     )
     fields = {
         "title": f"{{{title}}}", "author": f"{{{maker}}}", "year": year, "version": version, "url": url,
-        "note": f"Downscaled by stsr {p['processing:software']['stsr']}; manifest sha256 {digest}",
+        "note": f"Downscaled by stsr {p['processing:software']['stsr']}; manifest sha256 {digest}.{withdrawn}",
     }  # fmt: skip
     body = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
     return text, f"@dataset{{{item['id']},\n{body}\n}}"

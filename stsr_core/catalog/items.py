@@ -261,6 +261,7 @@ def _properties(
         "license": description.license,
         "providers": [{"name": provenance.source_attribution, "roles": ["producer", "licensor"]}],
         "version": version,
+        "deprecated": False,
         "processing:level": "L4",
         "processing:software": {"stsr": provenance.code_version},
         "processing:lineage": (

@@ -18,11 +18,12 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, Documents
 from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import (
     Description,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from stsr_core.store.layout import StoreLayout
     from stsr_core.store.verify import GateReport
 
-PATIENCE_SECONDS = 120.0  # how long a publisher goes on racing others
 GROUPS = ("ensemble", "series", "overview", "coarse")
 ITEM = re.compile(r"^\./data/([0-9a-f]+)/(v[1-9][0-9]*)\.json$")
 REMOVING = "stsr:removing"  # attempts and index files that a reconcile is about to remove
@@ -308,15 +308,14 @@ def link_successor(documents: Documents, product: str, predecessor: str | None, 
         href: address of its successor, relative to the collection.
     """
     link = {"rel": "successor-version", "href": f"../../{href.removeprefix('./')}", "type": "application/geo+json"}
-    found = documents.read(f"{product}/{predecessor}") if predecessor else None
-    if found is None or link in found[0]["links"]:
-        return
-    document, tag = found
-    links = [x for x in document["links"] if x["rel"] != "successor-version"]
-    try:
-        documents.replace(f"{product}/{predecessor}", {**document, "links": [*links, link]}, tag)
-    except ConflictError:
-        return  # a reconcile wrote the same link
+
+    def change(item: Document) -> Document:
+        if link in item["links"]:
+            return item
+        return {**item, "links": [*(x for x in item["links"] if x["rel"] != "successor-version"), link]}
+
+    if predecessor:
+        documents.amend(f"{product}/{predecessor}", change)
 
 
 def link_product(documents: Documents, product: str, title: str) -> None:
@@ -329,20 +328,14 @@ def link_product(documents: Documents, product: str, title: str) -> None:
 
 def add_to_root(documents: Documents, link: dict[str, str]) -> None:
     """Add a link to the catalogue's root unless it is there."""
-    while True:
-        try:
-            found = documents.read("catalog.json")
-            if found is None:
-                documents.create("catalog.json", root_catalog())
-                continue
-            document, tag = found
-            if any(x.get("href") == link["href"] for x in document["links"]):
-                return
-            documents.replace("catalog.json", {**document, "links": [*document["links"], link]}, tag)
-        except ConflictError:
-            time.sleep(random.uniform(0, 0.1))
-            continue
-        return
+
+    def change(root: Document) -> Document:
+        there = any(x.get("href") == link["href"] for x in root["links"])
+        return root if there else {**root, "links": [*root["links"], link]}
+
+    while documents.amend("catalog.json", change) is None:
+        with suppress(ConflictError):  # another publisher made the same
+            documents.create("catalog.json", root_catalog())
 
 
 def quality_json(report: GateReport) -> bytes:

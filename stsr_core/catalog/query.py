@@ -100,7 +100,7 @@ def mask(table: pa.Table, expression: Mapping[str, Any]) -> pa.Array:
 
     try:
         found = _evaluate(table, expression, 0)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError, ValueError, KeyError) as e:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError, ValueError, LookupError) as e:
         reason = str(e).split("\n")[0][:160]
         raise ConfigurationError(f"The filter cannot be applied ({reason}). Compare properties with their kind.") from e
     if isinstance(found, pa.Scalar):
@@ -236,8 +236,30 @@ def _spatial(table: pa.Table, name: str, args: list[Any]) -> pa.Array:
 
     if args[0] != {"property": "geometry"}:
         raise ConfigurationError(f"s_{name} is served for the property geometry first, then a literal geometry.")
-    literal = shapely.box(*args[1]["bbox"]) if "bbox" in args[1] else shapely.from_geojson(json.dumps(args[1]))
+    literal = shapely.box(*args[1]["bbox"]) if "bbox" in args[1] else _shape(args[1])
     return pa.array(getattr(shapely, name)(_geometries(table), literal))
+
+
+def touching(table: pa.Table, geometry: Mapping[str, Any]) -> pa.Array:
+    """Rows whose footprint touches a GeoJSON geometry, (rows,) booleans.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    import pyarrow as pa
+    import shapely
+
+    return pa.array(shapely.intersects(_geometries(table), _shape(geometry)))
+
+
+def _shape(geometry: Mapping[str, Any]) -> Any:
+    """Shapely geometry of a GeoJSON one."""
+    import shapely
+
+    try:
+        return shapely.from_geojson(json.dumps(geometry))
+    except (shapely.errors.ShapelyError, ValueError) as e:
+        raise ConfigurationError(f"The geometry is no GeoJSON ({str(e)[:80]}).") from e
 
 
 def _geometries(table: pa.Table) -> Any:

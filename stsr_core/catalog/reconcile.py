@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import named
 from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed
+from stsr_core.catalog.withdrawal import settle_item, withdrawals
 
 if TYPE_CHECKING:
-    from stsr_core.catalog.documents import Options
+    from stsr_core.catalog.documents import Document, Options
 
 GRACE = timedelta(hours=24)  # an attempt that wrote nothing for so long is dead
 ROUND = "stsr:reconciled"  # counts up: tags follow content, so a collection must never become what it was
@@ -59,7 +60,7 @@ def reconcile(
     dead = _announce(documents, path, dead)
     for name in dead:
         documents.remove(f"{product}/{name}")
-    _withdraw(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
+    _forget(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
     _mend(documents, product, current)
     return [f"{product}/{d}" for d in dead]
 
@@ -109,25 +110,24 @@ def _dead(documents: Documents, product: str, current: dict[str, Any], before: d
     return dead
 
 
-def _withdraw(documents: Documents, path: str, gone: set[str]) -> None:
+def _forget(documents: Documents, path: str, gone: set[str]) -> None:
     """Forget what is removed; a publisher of it finds its store not whole."""
-    while gone:
-        found = documents.read(path)
-        if found is None:
-            return
-        left = [name for name in found[0].get(REMOVING, []) if name not in gone]
-        rest = {k: v for k, v in found[0].items() if k != REMOVING}
-        try:
-            documents.replace(path, {**rest, **({REMOVING: left} if left else {})}, found[1])
-        except ConflictError:
-            continue
-        return
+
+    def change(collection: Document) -> Document:
+        left = [name for name in collection.get(REMOVING, []) if name not in gone]
+        rest = {k: v for k, v in collection.items() if k != REMOVING}
+        return {**rest, **({REMOVING: left} if left else {})}
+
+    if gone:
+        documents.amend(path, change)
 
 
 def _mend(documents: Documents, product: str, current: dict[str, Any]) -> None:
-    """Write the links that a publisher owed when it died after its swap."""
-    hrefs = list(listed(current).values())[-CHECKED:]
-    for predecessor, successor in pairwise(hrefs):
+    """Write the links, and what items say of their withdrawal, that somebody owed who died after a swap."""
+    there = dict(list(listed(current).items())[-CHECKED:])
+    for predecessor, successor in pairwise(there.values()):
         link_successor(documents, product, predecessor, successor)
-    if hrefs:
+    for version in {*there, *withdrawals(current)}:
+        settle_item(documents, product, current, version)
+    if there:
         link_product(documents, product, str(current.get("title", product)))

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.index import without_rows
+from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.index import created, without_rows
 from stsr_core.catalog.publish import listed
+from stsr_core.catalog.withdrawal import latest_good, withdrawals
 from stsr_core.errors import PublicationError
 
 if TYPE_CHECKING:
     from stsr_core.catalog.documents import Document, Options
 
-TRIES = 20  # publishers that may be faster
 
-
-def expired(created: Mapping[str, datetime], *, keep: int, age: timedelta, now: datetime) -> list[str]:
-    """Versions that retention lets go, oldest first; the latest one never goes.
+def expired(
+    created: Mapping[str, datetime],
+    *,
+    keep: int,
+    age: timedelta,
+    now: datetime,
+    withdrawn: Collection[str] = (),
+) -> list[str]:
+    """Versions that retention lets go, oldest first; neither the newest nor the latest good one ever goes.
 
     Args:
         created: when each listed version was made, oldest first.
-        keep: newest versions that stay, whatever their age.
+        keep: newest good versions that stay, whatever their age.
         age: versions younger than this stay.
         now: the time to count from.
+        withdrawn: versions that are withdrawn; they take no place among the good ones.
     """
-    names = list(created)[: -max(1, keep)]
-    return [name for name in names if now - created[name] >= age]
+    kept = {*[name for name in created if name not in withdrawn][-max(1, keep) :], *list(created)[-1:]}
+    return [name for name, when in created.items() if name not in kept and now - when >= age]
 
 
-def made(product: str, destination: str, options: Options | None = None) -> dict[str, datetime]:
-    """When each listed version of a product was made, oldest first.
+def expiring(product: str, destination: str, options: Options | None = None, *, keep: int, age: timedelta) -> list[str]:
+    """Versions of a product that retention lets go now, oldest first; see `expired`.
 
     Raises:
-        PublicationError: an item that its collection lists is not there.
+        StoreError: the index is damaged.
     """
     documents = Documents(destination.rstrip("/"), dict(options or {}))
     found = documents.read(f"{product}/collection.json")
-    dates = {}
-    for name, href in listed(found[0]).items() if found else ():
-        stored = documents.read(f"{product}/{href}")
-        if stored is None:
-            raise PublicationError(f"{product} lists {name}, but {href} is missing. Restore it from a backup.")
-        dates[name] = datetime.fromisoformat(stored[0]["properties"]["created"]).astimezone(UTC)
-    return dates
+    collection = found[0] if found else {}
+    made = created(documents, product, collection)
+    return expired(made, keep=keep, age=age, now=datetime.now(UTC), withdrawn=withdrawals(collection))
 
 
 def retire(
@@ -60,25 +63,18 @@ def retire(
     Their data stay until `reconcile` finds that nothing names them.
 
     Raises:
-        PublicationError: the latest version is among them, or too many publishers were faster.
+        PublicationError: the newest or the latest good version is among them, or others were faster for too long.
     """
     documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
-    path = f"{product}/collection.json"
-    for _ in range(TRIES if names else 0):
-        found = documents.read(path)
-        if found is None:
-            return
-        collection, tag = found
-        last = next(reversed(listed(collection)), None)
-        if last in names:
-            raise PublicationError(f"{last} is the latest version of {product}; it is never retired. Keep it.")
-        try:
-            documents.replace(path, _without(documents, product, collection, names), tag)
-        except ConflictError:
-            continue
-        return
+
+    def change(collection: Document) -> Document:
+        kept = {latest_good(collection), next(reversed(listed(collection)), None)}
+        if there := sorted(kept & set(names), key=str):
+            raise PublicationError(f"{there[0]} is the latest version of {product}; it is never retired. Keep it.")
+        return _without(documents, product, collection, names)
+
     if names:
-        raise PublicationError(f"{TRIES} publishers of {product} were faster each time. Run again later.")
+        documents.amend(f"{product}/collection.json", change)
 
 
 def _without(documents: Documents, product: str, collection: Document, names: Sequence[str]) -> dict[str, Any]:

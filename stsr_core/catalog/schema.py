@@ -145,6 +145,7 @@ class Properties(_Strict):
     license: str = Field(min_length=1)
     providers: list[Provider] = Field(min_length=1)
     version: str = Field(pattern=r"^v[1-9]\d*$")
+    deprecated: Literal[False]
     level: Literal["L4"] = Field(alias="processing:level")
     software: dict[str, str] = Field(alias="processing:software")
     lineage: str = Field(alias="processing:lineage")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from stsr_core.errors import StoreError
+from stsr_core.errors import StoreError, WithdrawnWarning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from stsr_core.catalog.documents import Document, Documents
     from stsr_core.catalog.index import Hit, Query
+    from stsr_core.catalog.withdrawal import Withdrawal
 
 READERS = 8  # items that are read at once
 
@@ -32,6 +34,11 @@ class Version:
     def folder(self) -> str:
         """Address of everything that belongs to the version."""
         return self.url.rsplit("/", 1)[0]
+
+    @property
+    def withdrawn(self) -> str | None:
+        """Why the version must no longer be used; None while it is good."""
+        return self.item["properties"].get("stsr:withdrawn")
 
     def asset_url(self, key: str) -> str:
         """Address of an asset.
@@ -83,43 +90,69 @@ def ls(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> 
 
 
 def find(product: str, version: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version:
-    """Find a version by name, or "latest".
+    """Find a version by name, or "latest": the newest that is not withdrawn.
 
     Raises:
         StoreError: no such product or version; the message says what there is.
     """
     from stsr_core.catalog.publish import listed
+    from stsr_core.catalog.withdrawal import latest_good, withdrawals
 
     documents = _documents(catalog, storage_options)
-    there = listed(_collection(documents, product))
+    collection = _collection(documents, product)
+    there = listed(collection)
     if not there:
         have = ", ".join(ls(catalog, storage_options=storage_options)) or "none"
         raise StoreError(f"No version of product {product!r} is published in {catalog}; its products are {have}.")
-    name = next(reversed(there)) if version == "latest" else version
+    name = latest_good(collection) if version == "latest" else version
+    if name is None:
+        why = "; ".join(f"{v}: {w.reason}" for v, w in withdrawals(collection).items())
+        raise StoreError(f"Every version of {product} is withdrawn ({why}). Name one if you must have it.")
     if name not in there:
         raise StoreError(f"{product} has no version {version!r}; it has {', '.join(there)}.")
-    return _version(documents, product, name, there[name])
+    return _version(documents, product, collection, name)
 
 
-def _version(documents: Documents, product: str, version: str, href: str) -> Version:
-    """Read the item of a version."""
-    path = f"{product}/{href.removeprefix('./')}"
+def _version(documents: Documents, product: str, collection: Document, version: str) -> Version:
+    """Read the item of a version; it says of its withdrawal what the collection says."""
+    from stsr_core.catalog.publish import listed
+    from stsr_core.catalog.withdrawal import as_withdrawn, withdrawals
+
+    path = f"{product}/{listed(collection)[version]}"
     found = documents.read(path)
     if found is None:
         raise StoreError(f"{documents.destination}/{path} is listed but missing. Restore it from a backup.")
-    return Version(product, version, found[0], f"{documents.destination}/{path}")
+    item = as_withdrawn(found[0], withdrawals(collection).get(version))
+    return Version(product, version, item, f"{documents.destination}/{path}")
 
 
 def latest(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version | None:
-    """Return the latest version of a product, None where nothing is published yet."""
+    """Return the latest good version of a product, None where there is none."""
+    from stsr_core.catalog.withdrawal import latest_good
+
+    documents = _documents(catalog, storage_options)
+    collection = _collection(documents, product)
+    name = latest_good(collection)
+    return None if name is None else _version(documents, product, collection, name)
+
+
+def newest(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version | None:
+    """Return the newest version of a product, withdrawn or not; None where nothing is published yet."""
     from stsr_core.catalog.publish import listed
 
     documents = _documents(catalog, storage_options)
-    there = listed(_collection(documents, product))
-    if not there:
-        return None
-    name = next(reversed(there))
-    return _version(documents, product, name, there[name])
+    collection = _collection(documents, product)
+    name = next(reversed(listed(collection)), None)
+    return None if name is None else _version(documents, product, collection, name)
+
+
+def withdrawn(
+    product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None
+) -> dict[str, Withdrawal]:
+    """Withdrawn versions of a product, oldest first, each with its reason."""
+    from stsr_core.catalog.withdrawal import withdrawals
+
+    return withdrawals(_collection(_documents(catalog, storage_options), product))
 
 
 def search(
@@ -142,21 +175,25 @@ def search(
         StoreError: no catalogue, or a damaged one.
     """
     documents = _documents(catalog, storage_options)
-    found = []
+    found: list[tuple[str, Document, str]] = []
     for name in [product] if product else _products(documents):
-        found += [(name, hit) for hit in _hits(documents, name, query)]
+        hits, collection = _hits(documents, name, query)
+        found += [(name, collection, hit.version) for hit in hits]
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda p: _version(documents, p[0], p[1].version, p[1].href), found))
+        return list(pool.map(lambda p: _version(documents, *p), found))
 
 
-def _hits(documents: Documents, product: str, query: Query) -> list[Hit]:
-    """Search one product; again where a publisher replaced the index meanwhile and a reconcile removed the old one."""
+def _hits(documents: Documents, product: str, query: Query) -> tuple[list[Hit], Document]:
+    """Search one product, as of the collection that is returned.
+
+    Again where a publisher replaced the index meanwhile and a reconcile removed the old one.
+    """
     from stsr_core.catalog.index import look_up
 
     collection = _collection(documents, product)
     while True:
         try:
-            return look_up(documents, product, collection, query)[0]
+            return look_up(documents, product, collection, query)[0], collection
         except StoreError:
             newer = _collection(documents, product)
             if newer.get("assets") == collection.get("assets"):
@@ -176,11 +213,14 @@ def open_version(
 
     Args:
         product: name of the product.
-        version: v1, v2, ... or "latest".
+        version: v1, v2, ... or "latest", the newest that is not withdrawn.
         catalog: folder or URL of the catalogue.
         group: "ensemble" (member, time, y, x); "series", the same laid out for time series at a point;
             "overview" (statistics over members); or "coarse" (the totals that every member conserves).
         storage_options: options of the fsspec filesystem, for s3.
+
+    Warns:
+        WithdrawnWarning: the version is withdrawn; the message says why.
 
     Raises:
         StoreError: no such product or version.
@@ -188,5 +228,8 @@ def open_version(
     import xarray as xr
 
     found = find(product, version, catalog, storage_options=storage_options)
+    if found.withdrawn:
+        message = f"{product} {found.version} is withdrawn: {found.withdrawn}. Open its latest version instead."
+        warnings.warn(message, WithdrawnWarning, stacklevel=2)
     options = dict(storage_options or {}) or None
     return xr.open_zarr(found.asset_url(group), storage_options=options, chunks=None)

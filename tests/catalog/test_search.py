@@ -13,7 +13,7 @@ import shapely
 import stsr_core.catalog
 from stsr_core.catalog import Query
 from stsr_core.catalog.documents import Documents, encode
-from stsr_core.catalog.index import KEYS, RECENT, _joined, _row, _table, _written, look_up
+from stsr_core.catalog.index import KEYS, RECENT, _row, _table, _written, joined, look_up
 from stsr_core.catalog.items import Lineage, item
 from stsr_core.errors import ConfigurationError, StoreError
 from tests.catalog.made import CHECKPOINT, DESCRIPTION, LAYOUT, PROVENANCE, publish_one
@@ -204,6 +204,6 @@ def test_rows_of_unlike_items_join():
     lineage = Lineage("v1", None, CHECKPOINT)
     made = item(DESCRIPTION, lineage, LAYOUT, PROVENANCE, {}, [], START)
     other = {**made, "properties": {**made["properties"], "stsr:new": {"a": 1}, "stsr:scores": {}}}
-    joined = _joined([_table([_row(made, "./a")]), _table([_row(other, "./b")])])
-    assert joined["stsr:new"].to_pylist() == [None, {"a": 1}]
-    assert joined["stsr:scores"].to_pylist() == [{"crps": 0.5}, None]
+    table = joined([_table([_row(made, "./a")]), _table([_row(other, "./b")])])
+    assert table["stsr:new"].to_pylist() == [None, {"a": 1}]
+    assert table["stsr:scores"].to_pylist() == [{"crps": 0.5}, None]
