@@ -33,6 +33,7 @@ def evaluate(
     cells: Annotated[int, Field(ge=8)] = 384,
     variable: str = "precipitation",
     ablations: bool = False,
+    reference: bool = False,
     warming: bool = False,
     record: bool = False,
     report: Path | None = None,
@@ -46,7 +47,8 @@ def evaluate(
         hours: fine steps that are scored, the wettest of each file.
         cells: fine cells along the square that is scored, in the middle.
         variable: variable that holds the amounts.
-        ablations: also score variants of sampler and f.
+        ablations: also score variants of sampler, windows and f.
+        reference: also score the authors' setting; slow.
         warming: also score the response to a wetter input.
         record: write the scores to the checkpoint's card.
         report: write a page with tables and pictures here.
@@ -57,7 +59,7 @@ def evaluate(
     workers = Settings().workers or os.cpu_count() or 1
     options = Options(
         members=members, hours=hours, cells=cells, variable=variable, workers=workers, ablations=ablations,
-        warming=warming,
+        reference=reference, warming=warming,
     )  # fmt: skip
     named = score.with_options(task_run_name=f"score ({factor.space},{factor.time}) on {len(data)} inputs")
     evaluation = named(data, factor, options, record=record, report=report)

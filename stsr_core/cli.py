@@ -285,7 +285,12 @@ def evaluate(
     hours: Annotated[int, typer.Option(help="Fine steps that are scored, the wettest of each file.")] = 24,
     cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,
     variable: Annotated[str, typer.Option(help="Variable that holds the amounts.")] = "precipitation",
-    ablations: Annotated[bool, typer.Option("--ablations", help="Also score variants of sampler and f.")] = False,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Also score variants of sampler, windows and f.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also score the authors' setting: 1000 evaluations, f by tile. Slow.")
+    ] = False,
     warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
     workers: Annotated[int, typer.Option(help="Threads; 0 is one per core.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
@@ -306,7 +311,7 @@ def evaluate(
 
     options = Options(
         members=members, hours=hours, cells=cells, variable=variable, workers=workers or os.cpu_count() or 1,
-        ablations=ablations, warming=warming,
+        ablations=ablations, reference=reference, warming=warming,
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,

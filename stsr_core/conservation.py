@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from stsr_core.factors import ConservationFunction, Factor
 
-SMOOTH_PASSES = 10  # passes of the smooth gain; more change less than the members differ
+SMOOTH_PASSES = 14  # passes of the smooth gain; more change less than the members differ
+RELAXATION = 1.8  # of a pass; 14 passes then do the work of 25, and with 2.2 they no longer converge
+FILLING_PASSES = 3  # passes that hand what capped cells may not hold to the others of their block
 CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few times in the world
-LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass
+LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
+LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
 
 
 def _blocks(fine: Tensor, factor: Factor) -> Tensor:
@@ -54,7 +57,7 @@ def _filled(values: Tensor, known: Tensor) -> Tensor:
     return torch.where(known, values, mean)
 
 
-def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor, limit: float) -> Tensor:
+def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
     """Gain, smooth from cell to cell, that brings blocks close to their coarse amounts.
 
     Ratios of wanted to found block amounts are interpolated, applied, and taken again, SMOOTH_PASSES times.
@@ -63,7 +66,6 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor, limit: float) ->
         shape: amount before, (N, T*t, Y*s, X*s), >= 0.
         wanted: coarse amount, (N, T, Y, X), >= 0, no NaN.
         factor: (s, t).
-        limit: largest gain.
 
     Returns:
         Gain, shaped like `shape`.
@@ -77,8 +79,16 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor, limit: float) ->
             .log()
             .clamp(-LARGEST_PASS, LARGEST_PASS)
         )
-        log_gain = (log_gain + _refined(_filled(ratio, known), factor)).clamp(max=math.log(limit))
+        change = RELAXATION * _refined(_filled(ratio, known), factor)
+        log_gain = (log_gain + change).clamp(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
     return log_gain.exp()
+
+
+def _largest(wanted: Tensor, factor: Factor, limit: float | None) -> Tensor:
+    """Most that a cell of a block may hold [mm per fine step], (N, T, 1, Y, 1, X, 1), see `ConservationFunction`."""
+    around = F.max_pool3d(wanted[:, None], 3, stride=1, padding=1)[:, 0] / factor.time
+    most = torch.full_like(around, CEILING_MM) if limit is None else (limit * around).clamp(max=CEILING_MM)
+    return most[:, :, None, :, None, :, None]
 
 
 def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
@@ -87,8 +97,8 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet keeps its
     amounts; one that was dry before too is filled evenly. A gain that is smooth across the borders of coarse
     cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells
-    do not show as squares. With a limit (tapered f), cells are amplified by the limit only and the remainder is
-    spread evenly over the block; so is what a cell would hold above CEILING_MM, with any f.
+    do not show as squares. What a cell would hold above the limit of f, or above CEILING_MM with any f, goes to
+    the other cells of its block in proportion, and evenly where they are full too.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32, >= 0.
@@ -113,7 +123,9 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
         raise ClosureError("Fine amounts to conserve are negative or not finite; the network's output is damaged.")
     whole = fine.reshape(-1, *fine.shape[-3:])
     amount = coarse.expand(*fine.shape[:-3], *coarse.shape[-3:]).reshape(-1, *coarse.shape[-3:])
-    raw, wanted = _blocks(whole, factor), amount[:, :, None, :, None, :, None]
+    wanted = amount[:, :, None, :, None, :, None]
+    most = _largest(amount.nan_to_num(), factor, function.limit)
+    raw = torch.minimum(_blocks(whole, factor), torch.where(most > 0, most, math.inf))
 
     def total(blocks: Tensor) -> Tensor:
         return blocks.sum(dim=(-5, -3, -1), keepdim=True) / factor.space**2
@@ -121,12 +133,14 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     cut = (raw - function.threshold_mm).clamp(min=0.0)
     raw_total = total(raw)
     shape = torch.where(total(cut) > 0, cut, torch.where(raw_total > 0, raw, torch.ones_like(raw)))
-    limit = math.inf if function.limit is None else function.limit
-    gain = _smooth_gain(shape.reshape(whole.shape), amount.nan_to_num(), factor, limit)
+    gain = _smooth_gain(shape.reshape(whole.shape), amount.nan_to_num(), factor)
     smooth = torch.where(raw_total > 0, shape * _blocks(gain, factor), shape)
     result = smooth * (wanted / total(smooth))
-    # A gain above the limit is taken only where there is something to amplify.
-    most = torch.where((raw_total > 0) & (shape > 0), limit * shape, math.inf).clamp(max=CEILING_MM)
+    for _ in range(FILLING_PASSES):
+        held = torch.minimum(result, most)
+        free = torch.where(held < most, held, 0.0)
+        lacking = (wanted - total(held)).clamp(min=0.0)
+        result = held + free * torch.nan_to_num(lacking / total(free), posinf=0.0)
     held = torch.minimum(result, most)
     result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
     result = result * torch.nan_to_num(wanted / total(result), nan=0.0)  # second pass removes float32 residue

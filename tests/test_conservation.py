@@ -69,12 +69,37 @@ def test_coarse_cells_do_not_show_as_squares():
 
 @settings(max_examples=100, deadline=None)
 @given(fields())
-def test_tapered_f_amplifies_no_cell_beyond_its_limit_plus_the_even_share(case):
+def test_tapered_f_holds_no_cell_beyond_its_limit_plus_the_even_share(case):
     factor, fine, coarse = case
     out = conserve(fine, coarse, factor, TAPERED)
-    share = (coarse / factor.time).repeat_interleave(factor.time, 0)
-    share = share.repeat_interleave(factor.space, 1).repeat_interleave(factor.space, 2)
-    assert (out <= TAPERED.limit * fine + share * (1 + 1e-4) + 1e-6).all()
+    rate = coarse / factor.time
+    around = torch.nn.functional.max_pool3d(rate[None], 3, stride=1, padding=1)[0]
+    most = TAPERED.limit * around + rate
+    for axis, parts in enumerate((factor.time, factor.space, factor.space)):
+        most = most.repeat_interleave(parts, axis)
+    assert (out <= most * (1 + 1e-4) + 1e-6).all()
+
+
+def test_what_a_cell_may_not_hold_goes_to_the_others_in_proportion():
+    fine = torch.full((1, 4, 4), 0.1)
+    fine[0, 0, 0], fine[0, 3, 3] = 100.0, 0.2
+    function = ConservationFunction(threshold_mm=0.0, limit=4.0)
+    out = conserve(fine, torch.ones(1, 1, 1), Factor(space=4, time=1), function)[0]
+    assert out[0, 0] == pytest.approx(4.0, rel=1e-4)
+    assert out[3, 3] == pytest.approx(2 * float(out[1, 1]), rel=1e-4)
+    assert out.sum() == pytest.approx(16.0, rel=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-12, 3))
+def test_no_field_however_far_from_its_totals_breaks_conservation(seed, exponent):
+    rng = np.random.default_rng(seed)
+    fine = 10.0**exponent * rng.gamma(0.05, 1.0, (2, 32, 32)) * (rng.random((2, 32, 32)) < 0.2)
+    coarse = (rng.gamma(0.1, 30.0, (1, 4, 4)) * (rng.random((1, 4, 4)) < 0.5)).astype(np.float32)
+    factor = Factor(space=8, time=2)
+    for function in (EXACT, TAPERED):
+        out = conserve(torch.from_numpy(fine.astype(np.float32)), torch.from_numpy(coarse), factor, function).numpy()
+        np.testing.assert_allclose(coarsen(out, factor), coarse, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("function", [EXACT, TAPERED])

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from stsr_core.diffusion import add_noise, largest_angle, loss_weight, noise_angle, sample, sampling_angles
+from stsr_core.diffusion import (
+    add_noise,
+    ancestral_sample,
+    largest_angle,
+    loss_weight,
+    noise_angle,
+    sample,
+    sampling_angles,
+)
 
 
 def test_noise_grows_along_the_schedule_and_with_beta():
@@ -57,6 +65,13 @@ def test_sampler_draws_the_covariance_of_an_analytic_gaussian(beta, evaluations,
     drawn = sample(gaussian_denoiser(covariance), noise, sampling_angles(beta, evaluations))
     assert drawn.mean(dim=0).abs().max() < 0.02
     np.testing.assert_allclose(drawn.T.cov(), covariance, atol=tolerance)
+
+
+def test_ancestral_sampling_draws_the_covariance_of_an_analytic_gaussian():
+    torch.manual_seed(0)
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+    drawn = ancestral_sample(gaussian_denoiser(covariance), lambda: torch.randn(50_000, 2), 0.02)
+    np.testing.assert_allclose(drawn.T.cov(), covariance, atol=0.03)
 
 
 def test_smaller_noise_amplitude_gives_less_spread():

@@ -44,7 +44,9 @@ def test_distance_is_a_metric_on_factors(a, b):
 def test_recipe_holds_for_the_whole_family(factor):
     configuration = recipe(factor)
     assert configuration.context_length * factor.time >= 10 or configuration.context_length == 3
-    assert (configuration.conservation.limit is None) == (factor.underdetermination < 9)
+    limit = configuration.conservation.limit
+    assert limit is not None
+    assert factor.time <= limit <= factor.time * factor.space**2
 
 
 def test_noise_amplitude_grows_with_the_underdetermination_as_in_the_paper():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,10 +17,12 @@ from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.evaluation.baselines import even_spreading, has_rainfarm, linear, rainfarm
 from stsr_core.evaluation.bootstrap import block_means, ratio_interval
+from stsr_core.evaluation.reference import reference_ensemble
 from stsr_core.evaluation.scores import WET_MM, crps_field, power_spectrum, rank_histogram, scores
 from stsr_core.evaluation.truth import Truth, read_truth
 from stsr_core.factors import ConservationFunction
 from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.networks.layers import Level
 from stsr_core.sources.cube import Cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.verify import closure_of
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 Table = dict[str, dict[str, float]]
 WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive downscaling
 OURS = "stsr"
+REFERENCE = "reference"
 BASELINES = ("even", "linear", "rainfarm")
 
 
@@ -46,7 +52,8 @@ class Options:
         variable: name of the amounts.
         seed: of the ensembles.
         workers: threads.
-        ablations: also score variants of the sampler and of conservation.
+        ablations: also score variants of sampler, windows and conservation.
+        reference: also score the authors' setting, see `evaluation.reference`.
         warming: also score the response to a wetter input.
     """
 
@@ -57,6 +64,7 @@ class Options:
     seed: int = 1
     workers: int = 1
     ablations: bool = False
+    reference: bool = False
     warming: bool = False
 
 
@@ -131,23 +139,39 @@ class _Runner:
 
 
 def variants(served: Served) -> dict[str, Served]:
-    """Sampler and conservation variants of what a checkpoint serves, by name."""
+    """Variants of what a checkpoint serves, by name; none is trained again."""
     c = served.configuration
-    other = ConservationFunction(
-        threshold_mm=c.conservation.threshold_mm, limit=4.0 if c.conservation.limit is None else None
-    )
+    exact = ConservationFunction(threshold_mm=c.conservation.threshold_mm)
     uncut = ConservationFunction(threshold_mm=0.0, limit=c.conservation.limit)
 
     def with_f(f: ConservationFunction) -> Served:
         return served.model_copy(update={"configuration": c.model_copy(update={"conservation": f})})
 
+    def with_c(**changes: float) -> Served:
+        return served.model_copy(update={"configuration": c.model_copy(update=changes)})
+
     return {
         "mean only": served.model_copy(update={"residual_scale": 0.0, "evaluations": 1}),
-        f"f {'exact' if other.limit is None else 'tapered'}": with_f(other),
+        "f exact": with_f(exact),
         "f without threshold": with_f(uncut),
         "half the evaluations": served.model_copy(update={"evaluations": max(1, served.evaluations // 2)}),
         "twice the evaluations": served.model_copy(update={"evaluations": 2 * served.evaluations}),
+        "half of beta": with_c(beta=c.beta / 2),
+        "twice beta": with_c(beta=c.beta * 2),
+        "half of L": with_c(context_length=max(1, c.context_length // 2)),
+        "twice L": with_c(context_length=2 * c.context_length),
     }
+
+
+def without_attention(downscaler: Downscaler) -> Downscaler:
+    """The same networks with attention over time switched off."""
+    networks = {}
+    for name in ("mean_network", "denoiser"):
+        networks[name] = copy.deepcopy(getattr(downscaler, name))
+        for module in networks[name].modules():
+            if isinstance(module, Level):
+                module.attention = None
+    return replace(downscaler, **networks)
 
 
 def evaluate(
@@ -163,17 +187,25 @@ def evaluate(
     truth = read_truth(paths, factor, hours=options.hours, cells=options.cells, variable=options.variable)
     report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
     runner = _Runner(checkpoint, downscaler, options)
-    fields, closure = {}, {}
-    fields[OURS], closure[OURS] = runner.ensemble(truth.coarse)
-    report(f"{OURS}: {options.members} members done")
+    fields: dict[str, NDArray[np.float32]] = {}
+    seconds: dict[str, float] = {}
+    with _timed(seconds, OURS, options.members):
+        fields[OURS], closure = runner.ensemble(truth.coarse)
+    report(f"{OURS}: {options.members} members done, {seconds[OURS]:.0f} s each")
     fields |= _baselines(truth, factor, options, report)
     extra = _ablations(runner, truth, report) if options.ablations else {}
+    if options.reference:
+        with _timed(seconds, REFERENCE, options.members):
+            extra[REFERENCE] = _reference(downscaler, truth, options, report)
+        report(f"{REFERENCE}: {options.members} members done, {seconds[REFERENCE]:.0f} s each")
     crps = {name: crps_field(f, truth.fine) for name, f in (fields | extra).items()}
     table = {
         name: {"crps": float(np.nanmean(crps[name], dtype=np.float64)), **scores(f, truth.fine, factor)}
         for name, f in (fields | extra).items()
     }
-    table[OURS]["closure_quanta"] = closure[OURS]
+    table[OURS]["closure_quanta"] = closure
+    for name, value in seconds.items():
+        table[name]["seconds_per_member"] = value
     blocks = {name: block_means(c) for name, c in crps.items()}
     others = [name for name in fields if name != OURS]
     for name in others:
@@ -215,7 +247,30 @@ def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> 
         report(f"{name}: done")
     found["without conservation"] = runner.ensemble(truth.coarse, conserve=False)[0]
     report("without conservation: done")
+    silent = _Runner(runner.checkpoint, without_attention(runner.downscaler), runner.options)
+    found["without attention over time"] = silent.ensemble(truth.coarse)[0]
+    report("without attention over time: done")
     return found
+
+
+def _reference(
+    downscaler: Downscaler, truth: Truth, options: Options, report: Callable[[str], None]
+) -> NDArray[np.float32]:
+    """The authors' setting on all places."""
+    places = [
+        reference_ensemble(downscaler, place, options.members, options.seed, progress=report) for place in truth.coarse
+    ]
+    found = np.stack(places, axis=1)
+    found[:, np.isnan(truth.fine)] = np.nan
+    return found
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, members: int) -> Iterator[None]:
+    """Note how long a member takes."""
+    started = time.monotonic()
+    yield
+    seconds[name] = (time.monotonic() - started) / members
 
 
 def _warming(

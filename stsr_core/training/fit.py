@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
-from stsr_core.diffusion import add_noise, largest_angle, loss_weight
+from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
 from stsr_core.networks.denoiser import Denoiser
@@ -33,7 +33,7 @@ EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 WARMUP_STEPS = 100
 SCALE_PATCHES = 24  # patches that the residual scale is measured on
-VALIDATION_PATCHES = 6  # patches per factor of the validation loss
+VALIDATION_PATCHES = 3  # patches per factor of the validation loss
 
 
 class TrainingError(OperatorError):
@@ -195,8 +195,7 @@ def mean_loss(
 def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
     """Return the denoising loss around a trained mean network.
 
-    Noise levels are uniform in angle up to the end of the schedule of beta, as the sampler visits them. Uniform
-    in schedule position, two draws in three would fall on nearly pure noise, where there is little to learn.
+    Noise levels are drawn as densely as the sampler visits them, up to the end of the schedule of beta.
     """
 
     def loss(
@@ -213,7 +212,7 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
         # One stratified draw per patch covers the schedule evenly even in small batches.
         n = len(fine)
         u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-        angle = (u * largest_angle(configuration.beta)).to(fine.device)
+        angle = sampling_angle(u, configuration.beta).to(fine.device)
         noise = torch.randn(residual.shape, generator=generator).to(fine.device)
         levels = angle[:, None, None, None, None]
         found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor)
@@ -239,7 +238,9 @@ class Training:
     def batch(self, stage: int, step: int) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
         """Draw the batch of one step on this rank: fine, conditions, configuration and noise generator."""
         shared = np.random.default_rng([self.seed, stage, step])
-        configuration = self.configurations[int(shared.integers(len(self.configurations)))]
+        # Factors with more missing detail have more to learn.
+        bits = np.array([max(1.0, c.factor.underdetermination) for c in self.configurations])
+        configuration = self.configurations[int(shared.choice(len(bits), p=bits / bits.sum()))]
         rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
         first = draw_patch(self.train, configuration, rng)
         count = max(1, round(self.preset.cells_per_step / first.fine.size))

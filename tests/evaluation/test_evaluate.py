@@ -72,9 +72,9 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path,
         checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
         device="cpu", report=lines.append,
     )  # fmt: skip
-    assert {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation"} <= set(
-        found.table
-    ) | {"f exact"}
+    methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation", "twice L"}
+    assert methods | {"without attention over time", "half of beta"} <= set(found.table)
+    assert all(found.table[name]["crps"] > 0 for name in methods)
     stsr = found.table["stsr"]
     assert stsr["closure_quanta"] == 0
     assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
