@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -136,6 +137,9 @@ def catalog_cite(product: str, catalog: CatalogOption, version: VersionOption = 
         typer.echo(f"{text}\n")
 
 
+PublicOption = Annotated[
+    str | None, typer.Option(help="Address of the catalogue's files for readers, where it is another.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
 
@@ -194,14 +198,27 @@ def catalog_retire(
     typer.echo(f"{', '.join(names) or 'No version'} {said} the catalogue of {product}.")
 
 
+@catalog_app.command("export")
+def catalog_export(
+    catalog: CatalogOption,
+    to: Annotated[Path, typer.Option(help="Folder that collections.ndjson and items.ndjson are written in.")],
+    public: PublicOption = None,
+) -> None:
+    """Write collections and items for the loader of a database, as `pypgstac load`."""
+    from stsr_core.catalog.documents import Documents
+    from stsr_core.catalog.snapshot import Loaded, place_of
+
+    snapshot = Loaded(Documents(catalog.rstrip("/"), _options(catalog))).current()
+    count = snapshot.export(to, place_of(public or catalog))
+    typer.echo(f"{len(snapshot.products)} collections and {count} items of {catalog} are in {to}.")
+
+
 @catalog_app.command("serve")
 def catalog_serve(
     catalog: CatalogOption,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8080,
-    public: Annotated[
-        str | None, typer.Option(help="Address of the catalogue's files for readers, where it is another.")
-    ] = None,
+    public: PublicOption = None,
     every: Annotated[float, typer.Option(help="Seconds after which changes are looked for.", min=0)] = 5.0,
 ) -> None:
     """Serve the STAC API over a catalogue, read-only, in memory. Needs the extra `serve`."""

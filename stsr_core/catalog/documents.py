@@ -15,10 +15,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,12 +31,27 @@ Options = Mapping[str, object]
 S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
 Document = dict[str, Any]
 PATIENCE_SECONDS = 120.0  # how long a writer goes on racing others
+FAIR_TRIES = 20  # and how often it tries at least
 RACERS = 4  # writers that race in the probe for conditional writes
 _probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
 
 
 class ConflictError(PublicationError):
     """Another publisher was faster."""
+
+
+def tries() -> Iterator[None]:
+    """Yield for each try at what others may win, and wait between them.
+
+    The time for it counts only after FAIR_TRIES, so that a machine that stood still is no reason to give up.
+    """
+    until, pause = time.monotonic() + PATIENCE_SECONDS, 0.01
+    for tried in count():
+        if tried >= FAIR_TRIES and time.monotonic() >= until:
+            return
+        yield
+        time.sleep(random.uniform(0, pause))
+        pause = min(2 * pause, 1.0)
 
 
 def encode(document: Document) -> bytes:
@@ -194,19 +210,15 @@ class Documents:
         Raises:
             PublicationError: others are faster for too long, or the destination cannot be written.
         """
-        until = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < until:
+        for _ in tries():
             found = self.read(path)
             if found is None:
                 return None
             changed = change(found[0])
-            try:
+            with suppress(ConflictError):
                 if changed != found[0]:
                     self.replace(path, changed, found[1])
-            except ConflictError:
-                time.sleep(random.uniform(0, 0.1))
-                continue
-            return changed
+                return changed
         raise PublicationError(
             f"Others changed {self.destination}/{path} first for {PATIENCE_SECONDS:.0f} s. Run again later."
         )

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, Documents
+from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, Documents, tries
 from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import (
     Description,
@@ -175,14 +173,10 @@ def publish(attempt: Attempt, publication: Publication) -> Published:
         MANIFEST, manifest, "application/json", "Size and sha256 of every object", "metadata"
     )
     side_files = {**publication.side_files, "manifest": side}
-    until = time.monotonic() + PATIENCE_SECONDS
-    pause = 0.01
-    while time.monotonic() < until:
+    for _ in tries():
         try:
             published = _try_publish(attempt, publication, side_files)
         except ConflictError:
-            time.sleep(random.uniform(0, pause))
-            pause = min(2 * pause, 1.0)
             continue
         link_product(attempt.documents, attempt.product, publication.description.title)
         return published

@@ -29,8 +29,7 @@ from stac_fastapi.types.errors import NotFoundError
 from stac_fastapi.types.requests import get_base_url
 
 from stsr_core.catalog.index import Query
-from stsr_core.catalog.snapshot import OTHER, TOP, Loaded, Product, Snapshot
-from stsr_core.catalog.withdrawal import as_withdrawn
+from stsr_core.catalog.snapshot import OTHER, TOP, Loaded, Product, Snapshot, place_of
 from stsr_core.errors import ConfigurationError, StoreError
 
 GEOJSON = "application/geo+json"
@@ -59,7 +58,7 @@ def make_app(loaded: Loaded, public: str | None = None) -> FastAPI:
         loaded: the catalogue.
         public: address of the catalogue's files for readers; without it the one that they are read from here.
     """
-    place = (public or loaded.documents.destination).rstrip("/")
+    place = place_of(public or loaded.documents.destination)
     extensions = [
         FilterExtension(client=Queryables(loaded), conformance_classes=[str(c) for c in FILTERS]),
         SortExtension(conformance_classes=[str(c) for c in SORTS]),
@@ -259,21 +258,17 @@ class Client(BaseCoreClient):
 
     def _served(self, item: Mapping[str, Any], snapshot: Snapshot, base: str) -> dict[str, Any]:
         """Item with the links of this server and absolute addresses of its files."""
-        product, href = str(item["collection"]), str(item["href"]).removeprefix("./")
-        there = snapshot.products[product]
+        product, version = str(item["collection"]), str(item["properties"]["version"])
+        found = snapshot.published(item, self.place)
         own = f"{base}collections/{product}"
-        folder = f"{self.place}/{product}/{href.rpartition('/')[0]}"
-        version = str(item["properties"]["version"])
-        predecessor, successor = there.neighbours(version)
+        predecessor, successor = snapshot.products[product].neighbours(version)
         neighbours = {"predecessor-version": predecessor, "successor-version": successor}
         links = [
             _link("self", f"{own}/items/{item['id']}", GEOJSON), _link("parent", own), _link("collection", own),
-            _link("root", base), _link("canonical", f"{self.place}/{product}/{href}", GEOJSON),
+            _link("root", base),
             *(_link(rel, f"{own}/items/{product}-{v}", GEOJSON) for rel, v in neighbours.items() if v),
         ]  # fmt: skip
-        assets = {k: {**a, "href": f"{folder}/{a['href'].removeprefix('./')}"} for k, a in item["assets"].items()}
-        said = as_withdrawn(dict(item), there.withdrawn.get(version))
-        return {**{k: v for k, v in said.items() if k != "href"}, "links": links, "assets": assets}
+        return {**found, "links": [*links, *found["links"]]}
 
 
 def _product(snapshot: Snapshot, name: str) -> Product:
@@ -285,21 +280,16 @@ def _product(snapshot: Snapshot, name: str) -> Product:
 
 def _collection(product: Product, base: str, place: str) -> dict[str, Any]:
     """Collection with the links of this server; its items are asked for, not listed."""
-    document = product.collection
+    document = product.published(place)
     name = str(document["id"])
     own = f"{base}collections/{name}"
     links = [
         _link("self", own), _link("parent", base), _link("root", base), _link("items", f"{own}/items", GEOJSON),
         _link("http://www.opengis.net/def/rel/ogc/1.0/queryables", f"{own}/queryables", "application/schema+json"),
-        _link("canonical", f"{place}/{name}/collection.json"),
     ]  # fmt: skip
     if "version" in document:
         links.append(_link("latest-version", f"{own}/items/{name}-{document['version']}", GEOJSON))
-    assets = {
-        k: {**a, "href": f"{place}/{name}/{a['href'].removeprefix('./')}"}
-        for k, a in document.get("assets", {}).items()
-    }
-    return {**document, "links": links, "assets": assets}
+    return {**document, "links": [*links, *document["links"]]}
 
 
 def _link(rel: str, href: str, media_type: str = "application/json") -> dict[str, Any]:

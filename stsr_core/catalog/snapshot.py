@@ -13,12 +13,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.documents import Documents, encode
 from stsr_core.catalog.index import TIMES, Query, joined, read_index, select
 from stsr_core.catalog.publish import listed
-from stsr_core.catalog.withdrawal import Withdrawal, withdrawals
+from stsr_core.catalog.withdrawal import Withdrawal, as_withdrawn, withdrawals
 from stsr_core.errors import StoreError, StsrError
 
 if TYPE_CHECKING:
@@ -58,6 +59,15 @@ class Product:
         names, place = self._names, self._places[version]
         return names[place - 1] if place else None, names[place + 1] if place + 1 < len(names) else None
 
+    def published(self, place: str) -> Document:
+        """Collection whose files have absolute addresses below `place`; its links lead to itself as published."""
+        name = str(self.collection["id"])
+        return {
+            **self.collection,
+            "assets": _placed(self.collection.get("assets", {}), f"{place}/{name}"),
+            "links": [{"rel": "canonical", "href": f"{place}/{name}/collection.json", "type": "application/json"}],
+        }
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -85,7 +95,7 @@ class Snapshot:
             products: where; without them everywhere.
 
         Returns:
-            The items of the page that was asked for, with addresses relative to `data_folder`; and how many there are.
+            The items of the page that was asked for, see `item_of`; and how many there are.
 
         Raises:
             ConfigurationError: the query is not understood.
@@ -98,6 +108,36 @@ class Snapshot:
             table = _of(table, products)
         rows, total = select(table, query)
         return [item_of(row) for row in table.take(rows).to_pylist()], total
+
+    def published(self, item: Mapping[str, Any], place: str) -> Document:
+        """Item whose files have absolute addresses below `place`; its links lead to itself as published."""
+        product, href = self.products[str(item["collection"])], str(item["href"]).removeprefix("./")
+        own = f"{place}/{item['collection']}/{href}"
+        said = as_withdrawn(dict(item), product.withdrawn.get(str(item["properties"]["version"])))
+        return {
+            **{k: v for k, v in said.items() if k != "href"},
+            "assets": _placed(item["assets"], own.rpartition("/")[0]),
+            "links": [{"rel": "canonical", "href": own, "type": "application/geo+json"}],
+        }
+
+    def export(self, folder: Path, place: str) -> int:
+        """Write collections.ndjson and items.ndjson, as loaders of databases take them; returns how many items."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [] if self.rows is None else self.rows.to_pylist()
+        items = [self.published(item_of(row), place) for row in rows]
+        collections = [product.published(place) for product in self.products.values()]
+        (folder / "collections.ndjson").write_bytes(b"".join(map(encode, collections)))
+        (folder / "items.ndjson").write_bytes(b"".join(map(encode, items)))
+        return len(items)
+
+
+def _placed(assets: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    return {k: {**a, "href": f"{folder}/{a['href'].removeprefix('./')}"} for k, a in assets.items()}
+
+
+def place_of(address: str) -> str:
+    """Absolute address of a catalogue's files."""
+    return address.rstrip("/") if "://" in address else str(Path(address).absolute())
 
 
 def _of(table: pa.Table, products: Sequence[str]) -> pa.Table:

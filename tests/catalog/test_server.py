@@ -322,6 +322,19 @@ def test_a_forged_address_in_the_index_is_refused(loaded, monkeypatch):
             snapshot._require_own("rain", collection, rows)
 
 
+def test_what_is_exported_is_valid_and_leads_to_the_files(loaded, tmp_path):
+    withdraw("rain", "v2", "Too wet.", loaded.documents.destination)
+    assert loaded.current().export(tmp_path / "to", STORED_AT) == 3
+    collections, items = ((tmp_path / "to" / f"{n}.ndjson").read_text().splitlines() for n in ("collections", "items"))
+    assert [json.loads(line)["id"] for line in collections] == ["rain"]
+    for line, version in zip(items, ("v1", "v2", "v3"), strict=True):
+        found = json.loads(line)
+        place = stsr_core.catalog.find("rain", version, loaded.documents.destination)
+        assert found["links"][0]["href"] == place.url.replace(loaded.documents.destination, STORED_AT)
+        assert found["assets"]["map"]["href"] == f"{found['links'][0]['href'].rpartition('/')[0]}/map.tif"
+        assert found["properties"].get("stsr:withdrawn") == ("Too wet." if version == "v2" else None)
+
+
 def test_nothing_to_serve_is_an_error_and_an_empty_catalogue_none(tmp_path):
     with pytest.raises(StoreError, match="No catalogue is at"):
         Loaded(Documents(str(tmp_path))).current()
