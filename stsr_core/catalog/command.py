@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -204,6 +205,7 @@ def catalog_serve(
     every: Annotated[float, typer.Option(help="Seconds after which changes are looked for.", min=0)] = 5.0,
 ) -> None:
     """Serve the STAC API over a catalogue, read-only, in memory. Needs the extra `serve`."""
+    logging.getLogger("stac_fastapi").setLevel(logging.ERROR)  # on import it asks for titles that are given later
     try:
         import uvicorn
 

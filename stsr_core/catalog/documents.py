@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -22,6 +21,8 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
+
+import orjson
 
 from stsr_core.errors import PublicationError
 
@@ -38,8 +39,8 @@ class ConflictError(PublicationError):
 
 
 def encode(document: Document) -> bytes:
-    """Encode a document as it is stored; on one line, because collections grow to ten thousand links."""
-    return (json.dumps(document, ensure_ascii=False) + "\n").encode()
+    """Encode a document as it is stored; on one line and fast, because collections grow to ten thousand links."""
+    return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Documents:
             return None
         raw, tag = found
         try:
-            document = json.loads(raw)
+            document = orjson.loads(raw)
         except ValueError as e:
             raise self._damaged(path, str(e)) from e
         if not isinstance(document, dict):

@@ -302,6 +302,8 @@ def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
     parts += [mask(table, expression)] if expression is not None else []
     kept = reduce(pc.and_, [p for p in parts if p is not None], pa.array(np.ones(table.num_rows, bool)))
     table = table.filter(kept)
+    started = pc.coalesce(table["datetime"], table["start_datetime"])  # a period is sorted by its start
+    table = table.set_column(table.column_names.index("datetime"), "datetime", started)
     keys = [*order, ("__row", "descending")]
     found = pc.sort_indices(table, sort_keys=keys)[query.offset : query.offset + query.limit]
     return table["__row"].take(found).combine_chunks(), table.num_rows

@@ -164,10 +164,10 @@ class Lineage:
     checkpoint: str
 
 
-def zarr_asset(group: str, title: str, role: str, media_type: str = ZARR) -> dict[str, Any]:
+def zarr_asset(group: str, title: str, role: str) -> dict[str, Any]:
     """Asset of a group of the version's store."""
     return {
-        "href": f"./data.zarr/{group}", "type": media_type, "title": title, "roles": [role],
+        "href": f"./data.zarr/{group}", "type": ZARR, "title": title, "roles": [role],
         "zarr:consolidated": True, "zarr:node_type": "group", "zarr:zarr_format": 3,
     }  # fmt: skip
 
@@ -176,9 +176,7 @@ def _assets(side_files: Mapping[str, SideFile]) -> dict[str, Any]:
     stores = {
         "ensemble": zarr_asset("ensemble", "All members", "data"),
         "series": zarr_asset("series", "All members, laid out for time series at a point", "data"),
-        "overview": zarr_asset(
-            "overview", "Mean, quantiles and exceedance probabilities over members", "overview", f"{ZARR}; version=3"
-        ),
+        "overview": zarr_asset("overview", "Mean, quantiles and exceedance probabilities over members", "overview"),
         "coarse": zarr_asset("coarse", "Coarse totals that every member conserves", "source"),
     }
     small = {

@@ -151,7 +151,7 @@ def listed(document: Mapping[str, Any]) -> dict[str, str]:
                     "damaged or foreign; restore it from a backup."
                 )
             found[match[2]] = match[0].removeprefix("./")
-    return dict(sorted(found.items(), key=lambda pair: int(pair[0][1:])))
+    return {version: found[version] for version in sorted(found, key=lambda version: int(version[1:]))}
 
 
 def versions(document: Mapping[str, Any]) -> list[str]:

@@ -76,7 +76,7 @@ def moment(text: str) -> datetime:
         ConfigurationError: it is none.
     """
     try:
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(text.upper())  # RFC 3339 allows t and z
     except ValueError as e:
         raise ConfigurationError(f"{text!r} is no date or time; write 2018-05-01 or 2018-05-01T06:00:00Z.") from e
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
@@ -177,7 +177,8 @@ def _unary(value: Value, args: list[Any], function: str) -> Any:
 def _between(value: Value, args: list[Any]) -> Any:
     import pyarrow.compute as pc
 
-    subject, low, high = (value(a) for a in args)
+    bounds = args[1] if isinstance(args[1], list) else args[1:]  # drafts of the standard had them in a list
+    subject, low, high = (value(a) for a in (args[0], *bounds))
     return pc.and_kleene(_compare("greater_equal", subject, low), _compare("less_equal", subject, high))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stsr_core.catalog.items import EXTENSIONS, ZARR
+from stsr_core.catalog.items import EXTENSIONS
 from stsr_core.errors import PublicationError
 
 
@@ -35,7 +35,7 @@ class ZarrAsset(_Strict):
     """A group of the version's store."""
 
     href: Inside
-    type: str = Field(pattern=rf"^{ZARR}(; version=3)?$")
+    type: Literal["application/vnd.zarr"]  # with a version behind it, xpystac does not know it
     title: str
     roles: list[str] = Field(min_length=1)
     consolidated: Literal[True] = Field(alias="zarr:consolidated")

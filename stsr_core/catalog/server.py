@@ -37,6 +37,9 @@ GEOJSON = "application/geo+json"
 MAX_ITEMS = 1000  # items of a page; more are asked for in pages
 MAX_BODY = 1_000_000  # bytes of a request
 MAX_IDS = 1000
+DEFAULT_FIELDS = (  # by the fields extension: for those who include nothing in so many words
+    "type", "stac_version", "id", "collection", "geometry", "bbox", "links", "assets", "properties.datetime",
+)  # fmt: skip
 FILTERS = [
     Cql2.FILTER, Cql2.SEARCH, Cql2.ITEMS, Cql2.BASIC_CQL2, Cql2.CQL2_JSON, Cql2.CQL2_TEXT,
     Cql2.ADVANCED_COMPARISON_OPERATORS, Cql2.BASIC_SPATIAL_FUNCTIONS, Cql2.ARITHMETIC,
@@ -211,25 +214,31 @@ class Client(BaseCoreClient):
         def following(token: str) -> dict[str, Any]:
             return _link("next", f"{base}{path}?{urlencode([*parameters, ('token', token)])}", GEOJSON)
 
-        return self._page(base, wanted, collections, chosen, following)
+        return self._page(base, path, wanted, collections, chosen, following)
 
     def post_search(self, search_request: Any, **kwargs: Any) -> Any:
         """Search by POST."""
-        asked = search_request.model_dump(mode="json")
+        asked = search_request.model_dump(mode="json", exclude_unset=True)
         base = get_base_url(kwargs["request"])
         order = [f"{'-' if s['direction'] == 'desc' else ''}{s['field']}" for s in asked.get("sortby") or ()]
-        fields = asked.get("fields") or {}
-        chosen = list(fields.get("include") or ()), list(fields.get("exclude") or ())
+        fields = asked.get("fields", {})
+        if fields is None:
+            raise ConfigurationError("Member fields is null. Give an object with include or exclude, or leave it out.")
+        include, exclude = list(fields.get("include") or ()), list(fields.get("exclude") or ())
+        if "include" in fields and not include:
+            include = [name for name in DEFAULT_FIELDS if name not in exclude]
+        chosen = include, exclude
 
         def following(token: str) -> dict[str, Any]:
             body = {"method": "POST", "body": {"token": token}, "merge": True}
             return {**_link("next", f"{base}search", GEOJSON), **body}
 
-        return self._page(base, {**asked, "sortby": order}, asked.get("collections") or [], chosen, following)
+        return self._page(base, "search", {**asked, "sortby": order}, asked.get("collections") or [], chosen, following)
 
     def _page(
         self,
         base: str,
+        path: str,
         asked: Mapping[str, Any],
         collections: Sequence[str],
         fields: tuple[Sequence[str], Sequence[str]],
@@ -239,7 +248,7 @@ class Client(BaseCoreClient):
         name, offset = _position(asked.get("token"))
         snapshot = self.loaded.of(name)
         found, total = snapshot.search(_query(asked, offset), collections)
-        links = [_link("root", base)]
+        links = [_link("root", base), _link("self", f"{base}{path}", GEOJSON)]
         if found and offset + len(found) < total:
             links.append(following(f"{snapshot.name}.{offset + len(found)}"))
         features = [pick(self._served(item, snapshot, base), *fields) for item in found]
@@ -338,11 +347,12 @@ def pick(item: Mapping[str, Any], include: Sequence[str], exclude: Sequence[str]
 
     Args:
         item: a STAC item.
-        include: names, nested ones by dots; `id` and `collection` are always there.
-        exclude: names to leave out; what is included by name stays.
+        include: names, nested ones by dots.
+        exclude: names to leave out; what is included by name, or has a part that is, stays.
     """
-    kept = [path.split(".") for path in (*include, "type", "id", "collection")] if include else []
-    dropped = [path.split(".") for path in exclude if path not in include]
+    kept = [path.split(".") for path in include]
+    dropped = [path.split(".") for path in exclude]
+    dropped = [path for path in dropped if not any(k[: len(path)] == path for k in kept)]
     return _without(_only(item, kept) if kept else item, dropped)
 
 

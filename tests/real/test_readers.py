@@ -2,6 +2,9 @@
 
 import subprocess
 import sysconfig
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,12 +13,16 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
+import uvicorn
 import xarray as xr
 from zarr.storage import FsspecStore, WrapperStore
 
 import stsr_core.catalog
 from stsr_core.catalog import Query
+from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.integrity import verify_version
+from stsr_core.catalog.server import make_app
+from stsr_core.catalog.snapshot import Loaded
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
 from stsr_core.store.overview import write_overview
@@ -50,10 +57,13 @@ def test_pystac_and_xarray_open_a_version_over_http(web):
 
 
 @pytest.mark.filterwarnings("default")
-def test_xpystac_opens_the_asset(web):
+@pytest.mark.parametrize(
+    ("group", "variable"), [(g, "precipitation") for g in ("ensemble", "series")] + [("overview", "mean")]
+)
+def test_xpystac_opens_the_assets(web, group, variable):
     item = item_of(web)
     item.make_asset_hrefs_absolute()
-    assert float(xr.open_dataset(item.assets["ensemble"], engine="stac")["precipitation"].max()) == pytest.approx(0.07)
+    assert float(xr.open_dataset(item.assets[group], engine="stac")[variable].max()) == pytest.approx(0.07)
 
 
 def test_pystac_client_walks_the_static_catalogue(web):
@@ -64,6 +74,32 @@ def test_pystac_client_walks_the_static_catalogue(web):
         client = Client.open(f"{web}/catalog.json")
         items = list(client.get_items(recursive=True))
     assert [i.id for i in items] == ["rain-v1"]
+
+
+def test_pystac_client_searches_the_api_and_the_assets_it_names_open(s3, web):
+    """As in the README: `stsr catalog serve` on the bucket, and assets by their address for everybody."""
+    from pystac_client import Client
+
+    bucket = Loaded(Documents(f"s3://{seaweed.PUBLIC}", s3.options))
+    with listening(make_app(bucket, public=web)) as url:
+        found = Client.open(url).search(collections=["rain"], bbox=(4, 44, 6, 46), filter="deprecated = false")
+        [item] = found.items()
+    data = xr.open_zarr(item.assets["ensemble"].href, chunks=None)
+    assert float(data["precipitation"].max()) == pytest.approx(0.07)
+
+
+@contextmanager
+def listening(app):
+    """Run an application on a port of this machine; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 def test_gdal_reads_the_map_over_http(web):
