@@ -41,6 +41,13 @@ class Preset(StrEnum):
     large = "large"
 
 
+class RecipeName(StrEnum):
+    """Whose beta and L a training takes."""
+
+    stsr = "stsr"
+    authors = "authors"
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

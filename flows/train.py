@@ -10,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from flows import artifacts
-from flows.parameters import FactorParameter, Preset
+from flows.parameters import FactorParameter, Preset, RecipeName
 from flows.stages import HOUR_S
 from stsr_core.checkpoint import Checkpoint
+from stsr_core.configuration import choose_catalog
 from stsr_core.settings import Settings
-from stsr_core.training.command import train_checkpoint
+from stsr_core.training.command import Data, train_checkpoint
 
-Paths = Annotated[list[Path], Field(min_length=1)]
 Factors = Annotated[list[FactorParameter], Field(min_length=1)]
 Steps = Annotated[int | None, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -24,12 +24,14 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 @flow(name="train", flow_run_name="train {name}", validate_parameters=True)
 def train(
-    train_on: Paths,
-    validate_on: Paths,
     factors: Factors,
     folder: Path,
+    archive: str | None = None,
+    train_on: list[Path] | None = None,
+    validate_on: list[Path] | None = None,
     name: Name = "stsr",
     preset: Preset = Preset.small,
+    recipe: RecipeName = RecipeName.stsr,
     mean_steps: Steps = None,
     denoiser_steps: Steps = None,
     seed: Annotated[int, Field(ge=0)] = 0,
@@ -37,12 +39,14 @@ def train(
     """Train one checkpoint for all factors. Kill it at any time: the same parameters go on from the last save.
 
     Args:
-        train_on: fine NetCDF files, or folders of them, to fit on.
-        validate_on: likewise, to watch the loss on.
         factors: factors that the checkpoint serves.
         folder: folder of the training and, in the end, of the checkpoint.
+        archive: archive of catalog.yaml to train on.
+        train_on: without an archive, fine files or folders of them to fit on.
+        validate_on: likewise, to watch the loss on.
         name: name of the checkpoint.
         preset: size of the networks.
+        recipe: beta and L of stsr, or of the authors as the reference.
         mean_steps: steps of the mean network; without it by preset.
         denoiser_steps: steps of the denoiser; without it by preset.
         seed: seed of weights and patches.
@@ -51,9 +55,11 @@ def train(
         Path of the checkpoint's card.
     """
     chosen = fit.with_options(task_run_name=f"fit {name} ({preset.value})")
+    catalog_file = choose_catalog(Settings().catalog_file)
     checkpoint = chosen(
-        train_on, validate_on, [(f.space, f.time) for f in factors],
-        folder=folder, name=name, preset=preset, mean_steps=mean_steps, denoiser_steps=denoiser_steps, seed=seed,
+        Data.of(archive, train_on or [], validate_on or [], catalog_file), [(f.space, f.time) for f in factors],
+        folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
+        denoiser_steps=denoiser_steps, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -68,19 +74,20 @@ def train(
 
 @task(name="fit", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=60, timeout_seconds=30 * 24 * HOUR_S)
 def fit(
-    train_on: list[Path],
-    validate_on: list[Path],
+    data: Data,
     factors: list[tuple[int, int]],
     *,
     folder: Path,
     name: str,
     preset: Preset,
+    recipe: RecipeName,
     mean_steps: int | None,
     denoiser_steps: int | None,
     seed: int,
 ) -> Checkpoint:
     """Fit; a retry resumes from the last save."""
     return train_checkpoint(
-        train_on, validate_on, factors, folder=folder, name=name, preset=preset.value, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, device=Settings().device, seed=seed, report=get_run_logger().info,
+        data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
+        mean_steps=mean_steps, denoiser_steps=denoiser_steps, device=Settings().device, seed=seed,
+        report=get_run_logger().info,
     )  # fmt: skip

@@ -49,6 +49,13 @@ class PresetName(StrEnum):
     large = "large"
 
 
+class RecipeName(StrEnum):
+    """Whose beta and L a training takes."""
+
+    stsr = "stsr"
+    authors = "authors"
+
+
 def say(text: str) -> None:
     """Print a line for the user."""
     typer.echo(text)
@@ -232,34 +239,55 @@ def _options(url: str, settings: Any) -> dict[str, object]:
 
 @app.command()
 def train(
-    train: Annotated[list[Path], typer.Option("--train", help="Fine NetCDF files, or folders of them, to fit on.")],
-    validation: Annotated[list[Path], typer.Option("--validation", help="Likewise, to watch the loss on.")],
+    archive: Annotated[str | None, typer.Option(help="Archive of catalog.yaml to train on.")] = None,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option("--train", help="Without an archive: fine files, or folders of them, to fit on."),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option("--validation", help="Likewise, to watch the loss on.")
+    ] = None,
+    space: Annotated[int | None, typer.Option(help="Factor in space.")] = None,
+    time: Annotated[int | None, typer.Option(help="Factor in time.")] = None,
     factors: Annotated[
-        list[str], typer.Option("--factor", help="Factor SPACExTIME, as 8x3; several train one checkpoint together.")
-    ],
+        list[str] | None,
+        typer.Option("--factor", help="Factor SPACExTIME, as 8x3; several train one checkpoint together."),
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Folder of the training; the same again resumes it.")] = Path(
         "runs/train"
     ),
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "stsr",
     preset: Annotated[PresetName, typer.Option(help="Size of the networks.")] = PresetName.small,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="beta and L: those of stsr, or of the authors as the reference.")
+    ] = RecipeName.stsr,
     mean_steps: Annotated[int | None, typer.Option(help="Steps of the mean network; default by preset.")] = None,
     denoiser_steps: Annotated[int | None, typer.Option(help="Steps of the denoiser; default by preset.")] = None,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of weights and patches.")] = 0,
+    catalog_file: Annotated[Path | None, typer.Option(help="catalog.yaml that names the archive.")] = None,
 ) -> None:
     """Train a checkpoint on fine precipitation; several processes or GPUs by `torchrun -m stsr_core.cli train ...`.
 
-    The networks see all factors asked for. Kill it at any time: the same command goes on from the last save.
+    One factor by --space and --time, or several together by --factor. Kill it at any time: the same command goes on
+    from the last save.
     """
-    from stsr_core.training.command import train_checkpoint
+    from stsr_core.configuration import choose_catalog
+    from stsr_core.settings import Settings
+    from stsr_core.training.command import Data, train_checkpoint
 
+    wanted = [_factor(f) for f in factors or []]
+    if (space is None) != (time is None) or bool(wanted) == (space is not None):
+        raise ConfigurationError("Name --space and --time, or --factor once or more; one of the two.")
+    if space is not None and time is not None:
+        wanted = [(space, time)]
     checkpoint = train_checkpoint(
-        train,
-        validation,
-        [_factor(f) for f in factors],
+        Data.of(archive, train or [], validation or [], choose_catalog(catalog_file or Settings().catalog_file)),
+        wanted,
         folder=folder,
         name=name,
         preset=preset.value,
+        recipe_name=recipe.value,
         mean_steps=mean_steps,
         denoiser_steps=denoiser_steps,
         device=device.value,
@@ -278,7 +306,7 @@ def _factor(text: str) -> tuple[int, int]:
 
 @app.command()
 def evaluate(
-    data: Annotated[list[Path], typer.Argument(help="Fine NetCDF files, or folders of them.")],
+    data: Annotated[list[Path], typer.Argument(help="Fine files, or folders of NetCDF files.")],
     space: Annotated[int, typer.Option(help="Factor in space.")],
     time: Annotated[int, typer.Option(help="Factor in time.")],
     members: Annotated[int, typer.Option(help="Members.")] = 8,

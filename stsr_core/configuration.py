@@ -1,4 +1,4 @@
-"""catalog.yaml: the sources, target grids and products that an operator edits."""
+"""catalog.yaml: the sources, target grids, products and archives that an operator edits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class Source(_Frozen):
-    """Coarse model output: where it is, and what the files do not say themselves."""
+class _Data(_Frozen):
+    """What the files of a source or an archive do not say themselves."""
 
-    url: str = Field(description="Path (relative to catalog.yaml), fsspec URL, or package:FILE for shipped files.")
     variable: str
     description: str
     license: str = Field(description="SPDX identifier or name of the licence.")
@@ -57,6 +56,30 @@ class Source(_Frozen):
     def declared(self) -> Declared:
         """What the files do not say themselves."""
         return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)})
+
+
+class Source(_Data):
+    """Coarse model output: where it is, and what the files do not say themselves."""
+
+    url: str = Field(description="Path (relative to catalog.yaml), fsspec URL, or package:FILE for shipped files.")
+
+
+class Archive(_Data):
+    """Fine precipitation that networks learn from: where it is, and what the files do not say themselves."""
+
+    train: tuple[str, ...] = Field(
+        strict=False, min_length=1, description="Paths, globs or URLs to fit on; every file is a place of its own."
+    )
+    validation: tuple[str, ...] = Field(
+        strict=False, min_length=1, description="Likewise, to watch the loss on; other places or years than `train`."
+    )
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        both = sorted(set(self.train) & set(self.validation))
+        if both:
+            raise ValueError(f"{', '.join(both)} is named by train and by validation; keep them apart")
+        return self
 
 
 class TargetGrid(_Frozen):
@@ -118,6 +141,7 @@ class Configuration(_Frozen):
     sources: dict[str, Source]
     grids: dict[str, TargetGrid]
     products: dict[str, Product]
+    archives: dict[str, Archive] = {}
 
     @model_validator(mode="after")
     def _references(self) -> Self:
@@ -157,6 +181,17 @@ class Configuration(_Frozen):
             have = ", ".join(self.sources) or "none"
             raise ConfigurationError(f"No source {name!r} in catalog.yaml; there are {have}. Name one of these.")
         return self.sources[name]
+
+    def archive(self, name: str) -> Archive:
+        """Return an archive.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if name not in self.archives:
+            have = ", ".join(self.archives) or "none"
+            raise ConfigurationError(f"No archive {name!r} in catalog.yaml; there are {have}. Name one of these.")
+        return self.archives[name]
 
     def product(self, name: str) -> Product:
         """Return a product.

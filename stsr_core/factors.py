@@ -96,6 +96,29 @@ def recipe(factor: Factor, *, fine_step_h: float = 1.0) -> FactorConfiguration:
     )
 
 
+AUTHORS = {  # factor: beta, L (settings of the public research code of arXiv 2604.21903)
+    (1, 3): (0.015, 4),
+    (10, 1): (0.010, 10),
+    (10, 3): (0.020, 5),
+    (25, 6): (0.035, 3),
+}
+
+
+def authors_recipe(factor: Factor) -> FactorConfiguration:
+    """The authors' beta and L with our f; their own f, which closes whole tiles, is in `evaluation.reference`.
+
+    Raises:
+        FactorError: a factor that they give no setting for.
+    """
+    found = AUTHORS.get((factor.space, factor.time))
+    if found is None:
+        have = ", ".join(f"({s},{t})" for s, t in AUTHORS)
+        raise FactorError(f"The authors give no setting for factor {factor}; they do for {have}. Ask for one of these.")
+    beta, context_length = found
+    ours = recipe(factor)
+    return FactorConfiguration(factor=factor, beta=beta, context_length=context_length, conservation=ours.conservation)
+
+
 @dataclass(frozen=True)
 class Match:
     """What `Family.nearest` answers: what was asked for, what serves it, and how far apart they are."""

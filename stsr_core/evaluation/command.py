@@ -11,7 +11,6 @@ from stsr_core.checkpoint import Library, with_scores
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report
-from stsr_core.training.command import netcdf_files
 
 
 def evaluate_checkpoint(
@@ -32,7 +31,7 @@ def evaluate_checkpoint(
     factor = library.family.exact(space, time)
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
-    evaluation = evaluate(checkpoint, downscaler, netcdf_files(data), options, report=report)
+    evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report)
     if record:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
         checkpoint = with_scores(checkpoint, factor, scores)

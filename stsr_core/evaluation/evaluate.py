@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,14 +176,14 @@ def without_attention(downscaler: Downscaler) -> Downscaler:
 def evaluate(
     checkpoint: Checkpoint,
     downscaler: Downscaler,
-    paths: Sequence[Path],
+    urls: Sequence[str],
     options: Options,
     *,
     report: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Score a checkpoint and the baselines on fine files, all files as one sample."""
     factor = downscaler.factor
-    truth = read_truth(paths, factor, hours=options.hours, cells=options.cells, variable=options.variable)
+    truth = read_truth(urls, factor, hours=options.hours, cells=options.cells, variable=options.variable)
     report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
     runner = _Runner(checkpoint, downscaler, options)
     fields: dict[str, NDArray[np.float32]] = {}

@@ -16,59 +16,36 @@ import torch
 from torch import Tensor
 
 from stsr_core.diffusion import SCHEDULE_STEPS, ancestral_sample
-from stsr_core.errors import FactorError
+from stsr_core.factors import authors_recipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.downscaler import Downscaler
-    from stsr_core.factors import Factor
 
 TILE_KM = 100  # fine cells along a tile, before rounding to whole coarse cells
 SCALE_MM = 100.0  # amount per fine step that their f sees as 1
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The authors' hyperparameters of a factor.
+class TileFunction:
+    """The f of the authors: max(x - threshold, 0), or max(sqrt(x) - threshold, 0), of amounts over SCALE_MM."""
 
-    Attributes:
-        beta: noise amplitude.
-        context_length: L; the last of the L coarse frames is downscaled.
-        root: whether f is max(sqrt(x) - threshold, 0) instead of max(x - threshold, 0).
-        threshold: in units of SCALE_MM.
-    """
-
-    beta: float
-    context_length: int
     root: bool
     threshold: float
 
-    def shape(self, amount: Tensor) -> Tensor:
+    def __call__(self, amount: Tensor) -> Tensor:
         """Apply f to amounts [mm per fine step]."""
         scaled = amount / SCALE_MM
         return ((scaled.sqrt() if self.root else scaled) - self.threshold).clamp(min=0.0)
 
 
-REFERENCES = {
-    (1, 3): Reference(0.015, 4, True, 0.01),
-    (10, 1): Reference(0.010, 10, True, 0.01),
-    (10, 3): Reference(0.020, 5, False, 0.02),
-    (25, 6): Reference(0.035, 3, False, 0.04),
+TILE_FUNCTIONS = {
+    (1, 3): TileFunction(root=True, threshold=0.01),
+    (10, 1): TileFunction(root=True, threshold=0.01),
+    (10, 3): TileFunction(root=False, threshold=0.02),
+    (25, 6): TileFunction(root=False, threshold=0.04),
 }
-
-
-def reference_of(factor: Factor) -> Reference:
-    """Return the authors' setting of a factor.
-
-    Raises:
-        FactorError: they give none.
-    """
-    found = REFERENCES.get((factor.space, factor.time))
-    if found is None:
-        have = ", ".join(f"({s},{t})" for s, t in REFERENCES)
-        raise FactorError(f"The authors give no setting for factor {factor}; they do for {have}. Ask for one of these.")
-    return found
 
 
 def reference_ensemble(
@@ -92,9 +69,13 @@ def reference_ensemble(
 
     Returns:
         Amount [mm per fine step], (M, T*t, Y*s, X*s), float32.
+
+    Raises:
+        FactorError: a factor that the authors give no setting for.
     """
     factor = downscaler.factor
-    setting = reference_of(factor)
+    setting = authors_recipe(factor)
+    function = TILE_FUNCTIONS[factor.space, factor.time]
     s, t, n = factor.space, factor.time, max(1, round(TILE_KM / factor.space))
     first = setting.context_length - 1
     # Steps before the first are taken to be like it; one cell around every tile serves the interpolation.
@@ -107,7 +88,9 @@ def reference_ensemble(
                 window = padded[step : step + first + 3, y : y + n + 2, x : x + n + 2]
                 if not window[-2, 1:-1, 1:-1].any():
                     continue
-                tile = _tile(downscaler, setting, torch.from_numpy(window), members, generator, evaluations)
+                tile = _tile(
+                    downscaler, setting.beta, function, torch.from_numpy(window), members, generator, evaluations
+                )
                 place = np.s_[:, step * t : (step + 1) * t, y * s : (y + n) * s, x * s : (x + n) * s]
                 out[place] = tile.cpu().numpy()
             progress(f"reference: tile at row {y} and column {x} done")
@@ -116,7 +99,8 @@ def reference_ensemble(
 
 def _tile(
     downscaler: Downscaler,
-    setting: Reference,
+    beta: float,
+    function: TileFunction,
     window: Tensor,
     members: int,
     generator: torch.Generator,
@@ -130,12 +114,12 @@ def _tile(
     residual = ancestral_sample(
         lambda noisy, angle: downscaler.expected_residual(noisy, angle, means, several),
         lambda: torch.randn(means.shape, generator=generator).to(mean.device),
-        setting.beta,
+        beta,
         evaluations,
     )
     t, s = downscaler.factor.time, downscaler.factor.space
     amount = downscaler.amounts(means, residual)[:, -t:, 0]
-    shape = setting.shape(amount)
+    shape = function(amount)
     wanted = float(window[-2, 1:-1, 1:-1].sum()) * s * s
     total = shape.sum(dim=(1, 2, 3), keepdim=True)
     return torch.where(total > 0, shape * (wanted / total.clamp(min=1e-12)), wanted / math.prod(shape.shape[1:]))

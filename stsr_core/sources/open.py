@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.errors import SourceError
+from stsr_core.sources import geotiff
 from stsr_core.sources.remote import patiently, shown
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Location:
 def open_dataset(
     url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None
 ) -> xr.Dataset:
-    """Open NetCDF, GRIB, Zarr or kerchunk references lazily; a glob of files is joined along time or member.
+    """Open NetCDF, GRIB, GeoTIFF, Zarr or kerchunk references lazily; a glob of files is joined along time or member.
 
     Args:
         url: local path, `package:` file or any fsspec URL; `*`, `?` and `[` make it a glob.
@@ -150,6 +151,10 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
 
         data = open_grib(_on_disk(place))
         return data if chunks is None else data.chunk(chunks)
+    if start[:4] in geotiff.STARTS:
+        return geotiff.open_geotiffs([geotiff.record_of(_on_disk(place))])
+    if place.path.endswith(".tar"):
+        return geotiff.open_geotiffs(geotiff.records_in_tar(_on_disk(place)))
     if start[:1] == b"{" or place.path.endswith((".json", ".parq")):
         return _open_references(place)
     if start[:3] == b"CDF":
@@ -163,8 +168,8 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
         engine: Any = "netcdf4" if place.local else "h5netcdf"
         return xr.open_dataset(file, engine=engine, chunks=chunks, decode_timedelta=False)
     raise SourceError(
-        f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB nor kerchunk "
-        "JSON. Fetch it again, or convert it."
+        f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB, GeoTIFF nor "
+        "kerchunk JSON. Fetch it again, or convert it."
     )
 
 
@@ -175,7 +180,8 @@ def _on_disk(place: Location) -> str:
     key = hashlib.sha256(f"{place.url} {_stamp(place.filesystem.info(place.path))}".encode()).hexdigest()[:32]
     folder = Path(tempfile.gettempdir()) / f"stsr-sources-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    copy = folder / key
+    copy = folder / key / Path(place.path).name
+    copy.parent.mkdir(exist_ok=True)
     if not copy.exists():
         partial = copy.with_suffix(f".{id(place)}")
         place.filesystem.get_file(place.path, str(partial))
@@ -215,6 +221,8 @@ def _joined(place: Location) -> xr.Dataset:
         raise SourceError(
             f"Nothing matches {shown(place.url)}. Check the pattern, and the credentials if it is a bucket."
         )
+    if all(geotiff.NAME.search(p) for p in paths):
+        return geotiff.open_geotiffs([geotiff.record_of(_on_disk(place.at(p))) for p in paths])
     found = [_lazily(place.at(p)) for p in paths]
     if len(found) == 1:
         return found[0]

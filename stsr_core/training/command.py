@@ -3,42 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from stsr_core.checkpoint import Checkpoint
+from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
-from stsr_core.errors import SourceError
-from stsr_core.factors import Factor, recipe
+from stsr_core.errors import ConfigurationError
+from stsr_core.factors import Factor, authors_recipe, recipe
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import NOTHING
 from stsr_core.training.fit import PRESETS, Run, Training, fit
-from stsr_core.training.patches import load_archive
+from stsr_core.training.patches import Region, load_archive
+
+RecipeName = Literal["stsr", "authors"]
 
 
-def netcdf_files(paths: Sequence[Path]) -> list[Path]:
-    """Expand folders to the NetCDF files in them.
+@dataclass(frozen=True)
+class Data:
+    """Fine data to train on.
 
-    Raises:
-        SourceError: a path that is not there, or a folder without NetCDF files.
+    Attributes:
+        train: files, folders, globs or URLs to fit on.
+        validation: likewise, to watch the loss on.
+        variable: name of the amounts.
+        declared: what the files do not say themselves.
+        base: folder that relative paths start from.
+        name: of the archive, for the card.
     """
-    files = []
-    for path in paths:
-        found = sorted(path.glob("*.nc")) if path.is_dir() else [path] if path.is_file() else []
-        if not found:
-            raise SourceError(f"{path} is no NetCDF file and no folder of them. Name existing files.")
-        files += found
-    return files
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    variable: str = "precipitation"
+    declared: Declared = NOTHING
+    base: Path | None = None
+    name: str = ""
+
+    @classmethod
+    def of(cls, archive: str | None, train: Sequence[Path], validation: Sequence[Path], catalog_file: Path) -> Data:
+        """Data of an archive of catalog.yaml, or of files that are named.
+
+        Raises:
+            ConfigurationError: neither or both are given, or no archive of that name.
+        """
+        if (archive is None) == (not train and not validation):
+            raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
+        if archive is None:
+            return cls([str(p) for p in train], [str(p) for p in validation])
+        found = Configuration.load(catalog_file).archive(archive)
+        return cls(
+            found.train, found.validation, found.variable, found.declared, catalog_file.resolve().parent, archive
+        )
+
+    def regions(self, urls: Sequence[str], cache: Path) -> list[Region]:
+        """Read the regions of `train` or `validation`."""
+        return load_archive(urls, self.variable, self.declared, base=self.base, cache=cache)
 
 
 def train_checkpoint(
-    train: Sequence[Path],
-    validation: Sequence[Path],
+    data: Data,
     factors: Sequence[tuple[int, int]],
     *,
     folder: Path,
     name: str,
     preset: str,
+    recipe_name: RecipeName = "stsr",
     mean_steps: int | None,
     denoiser_steps: int | None,
     device: str,
@@ -49,22 +82,34 @@ def train_checkpoint(
     joined = Run.join(choose_device(device))
     if joined.device.type == "cpu" and joined.world > 1:
         torch.set_num_threads(1)
-    fitted, watched = load_archive(netcdf_files(train)), load_archive(netcdf_files(validation))
+    cache = folder / "archive"
+    if joined.rank > 0:  # rank 0 reads the archive; the others map what it has kept
+        dist.barrier()
+    fitted, watched = data.regions(data.train, cache), data.regions(data.validation, cache)
+    if joined.world > 1 and joined.rank == 0:
+        dist.barrier()
     chosen = PRESETS[preset]
     chosen = replace(
         chosen,
         mean_steps=mean_steps or chosen.mean_steps,
         denoiser_steps=denoiser_steps or chosen.denoiser_steps,
     )
+    configure = recipe if recipe_name == "stsr" else authors_recipe
     training = Training(
         train=fitted,
         validation=watched,
-        configurations=[recipe(Factor(space=s, time=t)) for s, t in factors],
+        configurations=[configure(Factor(space=s, time=t)) for s, t in factors],
         preset=chosen,
         folder=folder,
         run=joined,
         seed=seed,
         report=report,
     )
-    provenance = {"train": [r.name for r in fitted], "validation": [r.name for r in watched], "preset": preset}
+    provenance = {
+        "archive": data.name,
+        "train": [r.name for r in fitted],
+        "validation": [r.name for r in watched],
+        "preset": preset,
+        "recipe": recipe_name,
+    }
     return fit(training, name, provenance)

@@ -6,6 +6,8 @@ as it is: flips, transposition, a change of amplitude, and a coarser grid that s
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,10 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.factors import Factor, FactorConfiguration
 from stsr_core.grids import coarsen
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.fine import FineRun, fine_runs, places_of
+from stsr_core.sources.harmonise import NOTHING
+from stsr_core.sources.open import fingerprint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,11 +36,12 @@ SPACINGS = (1, 2, 3)  # grid coarsening that stands for other radars ...
 SPACING_SHARES = (0.8, 0.12, 0.08)  # ... and how often
 AMPLITUDE = 0.5  # log amplitude scaling is uniform within +- this
 ATTEMPTS = 200
+READ_STEPS = 48  # fine steps that are read at a time
 
 
 @dataclass(frozen=True)
 class Region:
-    """One gap-free piece of an archive: amounts as uint16 quanta (T, Y, X), and the weights of the draw."""
+    """One gap-free piece of an archive: amounts as uint16 quanta (T, Y, X), maybe on disk, and weights of the draw."""
 
     name: str
     quanta: NDArray[np.uint16]
@@ -42,49 +49,89 @@ class Region:
 
 
 def _weights(quanta: NDArray[np.uint16]) -> NDArray[np.float64]:
+    """Mean square root of the amount in blocks of WEIGHT_BLOCK; block by block, for the quanta may be on disk."""
     steps, cells = WEIGHT_BLOCK
     t, y, x = (n // b for n, b in zip(quanta.shape, (steps, cells, cells), strict=True))
-    amount = quanta[: t * steps, : y * cells, : x * cells].astype(np.float32)
-    amount[amount == MISSING] = 0.0
-    blocks = np.sqrt(amount * QUANTUM_MM).reshape(t, steps, y, cells, x, cells).mean(axis=(1, 3, 5))
-    return blocks.astype(np.float64)
+    weights = np.empty((t, y, x))
+    for i in range(t):
+        amount = quanta[i * steps : (i + 1) * steps, : y * cells, : x * cells].astype(np.float32)
+        amount[amount == MISSING] = 0.0
+        weights[i] = np.sqrt(amount * QUANTUM_MM).reshape(steps, y, cells, x, cells).mean(axis=(0, 2, 4))
+    return weights
 
 
-def load_archive(paths: Sequence[Path], variable: str = "precipitation") -> list[Region]:
-    """Read fine NetCDF files into memory, one region for each gap-free run of each file.
+def load_archive(
+    urls: Sequence[str],
+    variable: str = "precipitation",
+    declared: Declared = NOTHING,
+    *,
+    base: Path | None = None,
+    cache: Path | None = None,
+) -> list[Region]:
+    """Read fine files, one region for each gap-free run of each file.
 
     Args:
-        paths: NetCDF files with dims (time, y, x), mm per step; an optional `segment` (time) numbers the
-            gap-free runs.
+        urls: files, folders of NetCDF files, globs or tars of GeoTIFFs, see `sources.fine`.
         variable: name of the amounts.
+        declared: what the files do not say themselves.
+        base: folder that relative paths start from.
+        cache: folder where regions are kept as they are used and mapped into memory, so that archives larger than
+            memory serve, and several processes share them; without it they are held in memory.
 
     Raises:
         SourceError: no files, a missing variable, or amounts that do not fit the quantum's range.
     """
-    import xarray as xr
-
-    if not paths:
-        raise SourceError("No training files were found. Name NetCDF files with --train and --validation.")
+    if not urls:
+        raise SourceError("No training files are named. Name them with --archive, or --train and --validation.")
     regions = []
-    for path in paths:
-        with xr.open_dataset(path, decode_timedelta=False) as data:
-            if variable not in data:
-                raise SourceError(f"{path} has no variable {variable!r}; it has {sorted(map(str, data.data_vars))}.")
-            segment = data["segment"].values if "segment" in data else np.zeros(data.sizes["time"], int)
-            pieces = [data[variable].isel(time=np.flatnonzero(segment == number)) for number in np.unique(segment)]
-            regions += [region_of(path.stem, piece.values) for piece in pieces]
+    for place in places_of(urls, base):
+        identity = f"{fingerprint(place)} {variable} {declared}"
+        key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        for number, run in enumerate(fine_runs(place, variable, declared)):
+            kept = None if cache is None else cache / f"{run.name}-{number}-{key}.npy"
+            regions.append(_region(run, kept))
     return regions
 
 
-def region_of(name: str, amount: NDArray[np.floating]) -> Region:
-    """Wrap one gap-free piece of amounts [mm per step], (T, Y, X), NaN where missing.
+def _region(run: FineRun, kept: Path | None) -> Region:
+    """Read a run in blocks of time, into a file where one is named."""
+    if kept is not None and kept.is_file():
+        quanta = np.load(kept, mmap_mode="r")
+        return Region(run.name, quanta, _weights(quanta))
+    shape = (run.steps, *run.read(0, 1).shape[1:])
+    if kept is None:
+        quanta = np.empty(shape, np.uint16)
+        _fill(quanta, run)
+        return Region(run.name, quanta, _weights(quanta))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
+    quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
+    _fill(quanta, run)
+    quanta.flush()
+    part.replace(kept)
+    return _region(run, kept)
+
+
+def _fill(quanta: NDArray[np.uint16], run: FineRun) -> None:
+    for first in range(0, run.steps, READ_STEPS):
+        quanta[first : first + READ_STEPS] = to_quanta(run.name, run.read(first, first + READ_STEPS))
+
+
+def to_quanta(name: str, amount: NDArray[np.floating]) -> NDArray[np.uint16]:
+    """Amounts [mm per step] in quanta, MISSING where NaN.
 
     Raises:
         SourceError: amounts that do not fit the quantum's range.
     """
-    if np.nanmax(amount) > (int(MISSING) - 1) * QUANTUM_MM or np.nanmin(amount) < 0:
+    held = np.nan_to_num(amount)
+    if held.max(initial=0.0) > (int(MISSING) - 1) * QUANTUM_MM or held.min(initial=0.0) < 0:
         raise SourceError(f"{name} holds amounts outside 0..655 mm per step; check units and fill value.")
-    quanta = np.where(np.isnan(amount), MISSING, np.rint(np.nan_to_num(amount) / QUANTUM_MM)).astype(np.uint16)
+    return np.where(np.isnan(amount), MISSING, np.rint(held / QUANTUM_MM)).astype(np.uint16)
+
+
+def region_of(name: str, amount: NDArray[np.floating]) -> Region:
+    """Wrap one gap-free piece of amounts in memory [mm per step], (T, Y, X), NaN where missing."""
+    quanta = to_quanta(name, amount)
     return Region(name, quanta, _weights(quanta))
 
 

@@ -17,12 +17,18 @@ from stsr_core.factors import Factor
 FACTOR = Factor(space=4, time=3)
 
 
-def write(path: Path, hours: int = 12, cells: int = 40, seed: int = 0, **extra: np.ndarray) -> Path:
+def write(path: Path, hours: int = 12, cells: int = 40, seed: int = 0, **extra: np.ndarray) -> str:
     rng = np.random.default_rng(seed)
     amount = rng.gamma(0.3, 3.0, (hours, cells, cells + 3)).astype(np.float32)
-    data = xr.Dataset({"precipitation": (("time", "y", "x"), amount)} | {k: ("time", v) for k, v in extra.items()})
-    data.to_netcdf(path)
-    return path
+    xr.Dataset(
+        {"precipitation": (("time", "y", "x"), amount, {"units": "mm"})} | {k: ("time", v) for k, v in extra.items()},
+        coords={
+            "time": np.datetime64("2018-01-01T01", "ns") + np.arange(hours) * np.timedelta64(1, "h"),
+            "y": ("y", 1000.0 * np.arange(cells), {"units": "m", "standard_name": "projection_y_coordinate"}),
+            "x": ("x", 1000.0 * np.arange(cells + 3), {"units": "m", "standard_name": "projection_x_coordinate"}),
+        },
+    ).to_netcdf(path)
+    return str(path)
 
 
 def test_places_share_one_size_and_whole_coarse_cells(tmp_path):
@@ -68,7 +74,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path,
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     lines: list[str] = []
     found = evaluate_checkpoint(
-        [path], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
+        [Path(path)], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
         checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
         device="cpu", report=lines.append,
     )  # fmt: skip
@@ -99,7 +105,7 @@ def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
     folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     found = evaluate_checkpoint(
-        [path], 4, 3, Options(members=2, hours=6, cells=24),
+        [Path(path)], 4, 3, Options(members=2, hours=6, cells=24),
         checkpoints=folder, record=True, json_file=None, html_file=None, device="cpu", report=lambda _: None,
     )  # fmt: skip
     card = Library.open(folder).serving(FACTOR).card.serving(FACTOR)

@@ -5,8 +5,8 @@ import torch
 from stsr_core.checkpoint import Library
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import FactorError
-from stsr_core.evaluation.reference import Reference, reference_ensemble, reference_of
-from stsr_core.factors import Factor
+from stsr_core.evaluation.reference import TileFunction, reference_ensemble
+from stsr_core.factors import Factor, authors_recipe
 
 
 def test_tiles_keep_their_totals_but_coarse_cells_do_not(library: Library):
@@ -31,10 +31,10 @@ def test_a_dry_tile_stays_dry(library: Library):
 
 def test_f_takes_its_threshold_off_the_root_or_the_amount():
     amount = torch.tensor([0.0, 4.0, 25.0])
-    torch.testing.assert_close(Reference(0.01, 10, True, 0.1).shape(amount), torch.tensor([0.0, 0.1, 0.4]))
-    torch.testing.assert_close(Reference(0.01, 10, False, 0.04).shape(amount), torch.tensor([0.0, 0.0, 0.21]))
+    torch.testing.assert_close(TileFunction(True, 0.1)(amount), torch.tensor([0.0, 0.1, 0.4]))
+    torch.testing.assert_close(TileFunction(False, 0.04)(amount), torch.tensor([0.0, 0.0, 0.21]))
 
 
 def test_a_factor_that_the_authors_do_not_give_is_refused():
     with pytest.raises(FactorError, match=r"no setting for factor \(8,3\)"):
-        reference_of(Factor(space=8, time=3))
+        authors_recipe(Factor(space=8, time=3))

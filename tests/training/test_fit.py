@@ -18,6 +18,19 @@ CONFIGURATION = recipe(Factor(space=8, time=1))
 TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 1, save_every=2)
 
 
+def fine_dataset(rain: np.ndarray) -> xr.Dataset:
+    """Hourly amounts (time, y, x) [mm] on a projected 1 km grid."""
+    nt, ny, nx = rain.shape
+    return xr.Dataset(
+        {"precipitation": (("time", "y", "x"), rain, {"units": "mm"})},
+        coords={
+            "time": np.datetime64("2018-01-01T01", "ns") + np.arange(nt) * np.timedelta64(1, "h"),
+            "y": ("y", 1000.0 * np.arange(ny)[::-1], {"units": "m", "standard_name": "projection_y_coordinate"}),
+            "x": ("x", 1000.0 * np.arange(nx), {"units": "m", "standard_name": "projection_x_coordinate"}),
+        },
+    )
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """Two files of moving showers; the second has a gap in time and a hole in place."""
@@ -30,10 +43,8 @@ def archive(tmp_path_factory):
         if name == "b":
             rain[:, :20, :20] = np.nan
             segment[20:] = 1
-        xr.Dataset({"precipitation": (("time", "y", "x"), rain), "segment": ("time", segment)}).to_netcdf(
-            folder / f"{name}.nc"
-        )
-    return sorted(folder.glob("*.nc"))
+        fine_dataset(rain).assign(segment=("time", segment)).to_netcdf(folder / f"{name}.nc")
+    return [str(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""Fine precipitation, as radar archives hold it: gap-free runs that are read block by block."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stsr_core.errors import SourceError
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.geotiff import NAME
+from stsr_core.sources.harmonise import NOTHING, read_cube
+from stsr_core.sources.open import GLOB, Location, open_dataset
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+
+RUNS = ("segment", "event")  # variables along time that number gap-free runs
+
+
+@dataclass(frozen=True)
+class FineRun:
+    """A gap-free run of fine steps at one place.
+
+    Attributes:
+        name: of the file, for cards and messages.
+        dataset: the steps of the run, not yet read.
+        variable: name of the amounts.
+        declared: what the file does not say itself.
+    """
+
+    name: str
+    dataset: xr.Dataset
+    variable: str
+    declared: Declared
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return int(self.dataset.sizes["time"])
+
+    def read(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """Amounts of some steps [mm per step], (T, Y, X), NaN where missing; raises like `read_cube`."""
+        part = self.dataset.isel(time=slice(first, last))
+        return read_cube(part, self.variable, self.declared).amount
+
+
+def fine_runs(
+    url: str,
+    variable: str,
+    declared: Declared = NOTHING,
+    *,
+    base: Path | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> list[FineRun]:
+    """Find the gap-free runs of a file or a series of GeoTIFFs: what `segment` or `event` number, and even steps.
+
+    Raises:
+        SourceError: no such variable, no time, or what `open_dataset` refuses.
+    """
+    dataset = open_dataset(url, base=base, storage_options=storage_options)
+    name = Path(url).stem
+    if variable not in dataset.data_vars:
+        have = sorted(map(str, dataset.data_vars))
+        raise SourceError(f"{url} has no variable {variable!r}; it has {have}. Name one of these.")
+    if "time" not in dataset[variable].dims or "time" not in dataset.coords:
+        raise SourceError(f"{url} has dimensions {tuple(dataset[variable].dims)}; (time, y, x) with dates are needed.")
+    stamps = dataset["time"].values
+    steps = np.diff(stamps)
+    if not len(steps):
+        raise SourceError(f"{url} holds {len(stamps)} steps; at least two are needed.")
+    step = min(steps)
+    new = steps != step
+    for marker in RUNS:
+        if marker in dataset.variables and dataset[marker].dims == ("time",):
+            new = new | (np.diff(dataset[marker].values) != 0)
+    bounds = [0, *(np.flatnonzero(new) + 1).tolist(), len(stamps)]
+    seconds = step / np.timedelta64(1, "s") if isinstance(step, np.timedelta64) else step.total_seconds()
+    # The label does not matter here, for coarse amounts are made of the fine ones; nor do amounts ever run on.
+    whole = replace(
+        declared,
+        time_label=declared.time_label or "end",
+        step_h=float(seconds) / 3600,
+        accumulated=declared.accumulated or "none",
+    )
+    return [FineRun(name, dataset.isel(time=slice(a, b)), variable, whole) for a, b in itertools.pairwise(bounds)]
+
+
+def places_of(urls: Sequence[str], base: Path | None = None) -> list[str]:
+    """Expand folders and globs to one URL for each place: every file is one, a glob of GeoTIFFs is one series.
+
+    Raises:
+        SourceError: a URL at which nothing is.
+    """
+    found: list[str] = []
+    for url in urls:
+        place = Location.of(url, base, None)
+        if any(c in place.path for c in GLOB):
+            paths = sorted(place.filesystem.glob(place.path))
+        elif place.filesystem.isdir(place.path) and not place.path.rstrip("/").endswith(".zarr"):
+            paths = sorted(place.filesystem.glob(f"{place.path.rstrip('/')}/*.nc"))
+        else:
+            paths = [place.path] if place.filesystem.exists(place.path) else []
+        if not paths:
+            raise SourceError(f"Nothing is at {place.url}, or no NetCDF file is in it. Name existing files.")
+        if len(paths) > 1 and all(NAME.search(p) for p in paths):
+            found.append(place.url)
+        else:
+            found += [place.at(p).url if not place.local else p for p in paths]
+    return found
