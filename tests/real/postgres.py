@@ -1,0 +1,84 @@
+"""A real PostgreSQL server on loopback, from Debian's packages, with a data folder of its own.
+
+with start(folder) as server:
+    psycopg.connect(server.url)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+USER = "stsr"
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A running server."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Address of its database, for libpq."""
+        return f"postgresql://{USER}@127.0.0.1:{self.port}/postgres"
+
+
+def programs() -> Path | None:
+    """Folder of `initdb` and `pg_ctl`, None where PostgreSQL is not installed."""
+    found = shutil.which("initdb")
+    if found is not None:
+        return Path(found).resolve().parent
+    return next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+
+
+def has_postgis() -> bool:
+    """Whether databases can have the extension PostGIS."""
+    return any(Path("/usr/share/postgresql").glob("*/extension/postgis.control"))
+
+
+@contextmanager
+def start(folder: Path) -> Iterator[Postgres]:
+    """Run a server that keeps its data under `folder`; it ends with the block.
+
+    Raises:
+        RuntimeError: PostgreSQL is not installed.
+        subprocess.CalledProcessError: it does not start.
+    """
+    there = programs()
+    if there is None:
+        raise RuntimeError("PostgreSQL is not installed. Install Debian's package `postgresql`.")
+    folder.mkdir(parents=True)
+    owner = _owner(folder)
+    data = folder / "data"
+    _run([there / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"], owner)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
+    _run([there / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start"], owner)
+    try:
+        yield Postgres(port)
+    finally:
+        _run([there / "pg_ctl", "-D", data, "-m", "immediate", "stop"], owner)
+
+
+def _owner(folder: Path) -> str | None:
+    """User to run as: PostgreSQL refuses root, which leaves it to the package's own user."""
+    if os.geteuid() != 0:
+        return None
+    shutil.chown(folder, "postgres")
+    for above in folder.parents:  # which pytest closes to others
+        if above.owner() == "root" and str(above).startswith("/tmp/"):
+            above.chmod(above.stat().st_mode | 0o011)
+    return "postgres"
+
+
+def _run(command: list[object], user: str | None) -> None:
+    subprocess.run([str(c) for c in command], check=True, stdout=subprocess.DEVNULL, user=user, cwd="/")
