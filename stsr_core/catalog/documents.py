@@ -31,7 +31,8 @@ Options = Mapping[str, object]
 S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
 Document = dict[str, Any]
 PATIENCE_SECONDS = 120.0  # how long a writer goes on racing others
-FAIR_TRIES = 20  # and how often it tries at least
+FAIR_TRIES = 100  # and how often it tries at least: one of eight that race without end loses 100 times in 600,000
+PAUSE_SECONDS = 0.2  # longest wait between two tries; a longer one favours those that came last
 RACERS = 4  # writers that race in the probe for conditional writes
 _probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
 
@@ -45,13 +46,12 @@ def tries() -> Iterator[None]:
 
     The time for it counts only after FAIR_TRIES, so that a machine that stood still is no reason to give up.
     """
-    until, pause = time.monotonic() + PATIENCE_SECONDS, 0.01
+    until = time.monotonic() + PATIENCE_SECONDS
     for tried in count():
         if tried >= FAIR_TRIES and time.monotonic() >= until:
             return
         yield
-        time.sleep(random.uniform(0, pause))
-        pause = min(2 * pause, 1.0)
+        time.sleep(random.uniform(0, PAUSE_SECONDS))
 
 
 def encode(document: Document) -> bytes:
