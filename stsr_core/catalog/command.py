@@ -234,7 +234,8 @@ def catalog_serve(
 
     loaded = Loaded(Documents(catalog.rstrip("/"), _options(catalog)), every)
     snapshot = loaded.current()
-    typer.echo(f"{len(snapshot.products)} collections of {catalog} in memory; the STAC API is at http://{host}:{port}/")
+    there = f"{len(snapshot.products)} collection{'s' if len(snapshot.products) != 1 else ''}"
+    typer.echo(f"{there} of {catalog} in memory; the STAC API is at http://{host}:{port}/")
     uvicorn.run(make_app(loaded, public), host=host, port=port, log_level="warning", proxy_headers=True)
 
 
