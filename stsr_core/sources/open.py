@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -177,13 +178,15 @@ def _on_disk(place: Location) -> str:
     """Path of a local file, or of a local copy: GRIB and NetCDF3 libraries read only those."""
     if place.local:
         return str(place.path)
-    key = hashlib.sha256(f"{place.url} {_stamp(place.filesystem.info(place.path))}".encode()).hexdigest()[:32]
-    folder = Path(tempfile.gettempdir()) / f"stsr-sources-{os.getuid()}"
+    server = place.options.get("endpoint_url", "")
+    named = f"{server} {place.url} {_stamp(place.filesystem.info(place.path))}"
+    key = hashlib.sha256(named.encode()).hexdigest()[:32]
+    folder = Path(tempfile.gettempdir()) / f"stsr-copies-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     copy = folder / key / Path(place.path).name
     copy.parent.mkdir(exist_ok=True)
     if not copy.exists():
-        partial = copy.with_suffix(f".{id(place)}")
+        partial = copy.with_suffix(f".{uuid.uuid4().hex}")
         place.filesystem.get_file(place.path, str(partial))
         partial.replace(copy)
     return str(copy)
