@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,14 +34,6 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class TimeLabelName(StrEnum):
-    """Which point of its interval a time stamp names."""
-
-    start = "start"
-    middle = "middle"
-    end = "end"
-
-
 class PresetName(StrEnum):
     """Size of the networks."""
 
@@ -54,6 +47,17 @@ class RecipeName(StrEnum):
 
     stsr = "stsr"
     authors = "authors"
+
+
+DeclareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--declare",
+        metavar="LINE",
+        help="What the file does not say, as a line of a source in catalog.yaml: 'units: mm/h', 'time_label: end', "
+        "'select: {number: 0}'. Repeat it for more; `stsr inspect` says which are needed.",
+    ),
+]
 
 
 def say(text: str) -> None:
@@ -154,28 +158,24 @@ def downscale(
         bool, typer.Option("--extend", help="Let OUTPUT grow to more members or a longer INPUT; the rest stays.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
-    units: Annotated[str | None, typer.Option(help="Units, where the file does not say them.")] = None,
-    time_label: Annotated[
-        TimeLabelName, typer.Option(help="What a time stamp names, where there are no time bounds.")
-    ] = TimeLabelName.end,
+    declare: DeclareOption = None,
 ) -> None:
     """Downscale a file without a catalogue.
 
     OUTPUT gets `precipitation` (member, time, y, x) in mm per fine step. The amount of an input cell is the sum
     over its fine steps of the area mean of its fine cells. The same command again finishes what was interrupted.
     """
+    from stsr_core.configuration import Declarations
     from stsr_core.ensemble.cluster import Cluster
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
-    from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import read_cube
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     with open_dataset(source, storage_options=_options(source, settings)) as dataset:
-        label: Any = time_label.value
-        cube = read_cube(dataset, variable, Declared(units=units, time_label=label))
+        cube = read_cube(dataset, variable, Declarations.of(declare or []).declared)
     plan, downscaler = prepared(
         cube,
         space=space,
@@ -209,6 +209,7 @@ def inspect(
     url: Annotated[str, typer.Argument(help="NetCDF, GRIB, Zarr or kerchunk references: path, glob or URL.")],
     variable: Annotated[str | None, typer.Option(help="The precipitation; several that add up as 'cp + lsp'.")] = None,
     source: Annotated[str | None, typer.Option(help="Source of catalog.yaml whose declarations hold.")] = None,
+    declare: DeclareOption = None,
     product: Annotated[str | None, typer.Option(help="Product whose factor is shown; without it all of them.")] = None,
     catalog_file: Annotated[
         Path | None, typer.Option(help="catalog.yaml; else ./catalog.yaml or the shipped one.")
@@ -216,15 +217,16 @@ def inspect(
 ) -> None:
     """Say what a file is, how it would be read, and what catalog.yaml must declare before it can be."""
     from stsr_core.checkpoint import Library
-    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.configuration import Configuration, Declarations, choose_catalog
     from stsr_core.inspection import inspect as look
     from stsr_core.settings import Settings
-    from stsr_core.sources.declared import Declared
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     configuration = Configuration.load(choose_catalog(catalog_file or settings.catalog_file))
-    declared = configuration.source(source).declared if source else Declared()
+    given = Declarations.of(declare or [])
+    declared = configuration.source(source).declared if source else Declarations().declared
+    declared = replace(declared, **{name: getattr(given.declared, name) for name in given.model_fields_set})
     with open_dataset(url, storage_options=_options(url, settings)) as dataset:
         found = look(
             dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +20,9 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-class _Data(_Frozen):
-    """What the files of a source or an archive do not say themselves."""
+class Declarations(_Frozen):
+    """What files do not say themselves, each as a line of catalog.yaml or of `--declare`."""
 
-    variable: str
-    description: str
-    license: str = Field(description="SPDX identifier or name of the licence.")
-    attribution: str
     units: str | None = Field(default=None, description="Units by the CF rules, where the file is silent or wrong.")
     crs: str | None = Field(
         default=None, description="EPSG code, PROJ string or WKT, where the file is silent or wrong."
@@ -56,6 +53,37 @@ class _Data(_Frozen):
     def declared(self) -> Declared:
         """What the files do not say themselves."""
         return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)})
+
+    @classmethod
+    def of(cls, lines: Sequence[str]) -> Self:
+        """Read declarations from lines as catalog.yaml has them, such as `units: mm/h`.
+
+        Raises:
+            ConfigurationError: a line that is no declaration.
+        """
+        try:
+            found: dict[str, object] = {}
+            for line in lines:
+                read = yaml.safe_load(line)
+                if not isinstance(read, dict):
+                    raise ConfigurationError(f"{line!r} is no declaration. Write NAME: VALUE, as 'units: mm/h'.")
+                found |= read
+            return cls.model_validate(found)
+        except yaml.YAMLError as e:
+            raise ConfigurationError(f"A declaration is no YAML ({e}). Write NAME: VALUE, as 'units: mm/h'.") from e
+        except ValidationError as e:
+            have = ", ".join(cls.model_fields)
+            said = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+            raise ConfigurationError(f"What is declared cannot be used ({said}). There are {have}.") from e
+
+
+class _Data(Declarations):
+    """Data by what it is and whose, and what its files do not say themselves."""
+
+    variable: str
+    description: str
+    license: str = Field(description="SPDX identifier or name of the licence.")
+    attribution: str
 
 
 class Source(_Data):

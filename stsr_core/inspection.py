@@ -73,7 +73,7 @@ class Inspection:
         lines += ["", *self.picture] if self.picture else []
         if not self.doubts:
             return "\n".join([*lines, "", "No doubts: it reads as it is."])
-        lines += ["", "Doubts, and the lines for catalog.yaml that settle them:"]
+        lines += ["", "Doubts, and the lines for catalog.yaml (or --declare) that settle them:"]
         for doubt in self.doubts:
             lines += [f"- {doubt.what}", *([f"      {doubt.line}"] if doubt.line else [])]
         return "\n".join(lines)

@@ -29,7 +29,19 @@ def coarse(tmp_path, rain):
     return tmp_path / "in.nc"
 
 
-REQUEST = ("--variable", "rain", "--space", 4, "--time", 1, "--members", 2, "--seed", 1, "--workers", 1)
+REQUEST = ("--variable", "rain", "--space", 4, "--time", 1, "--members", 2, "--seed", 1, "--workers", 1,
+           "--declare", "time_label: end")  # fmt: skip
+
+
+def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(coarse):
+    seen = stsr("inspect", coarse, "--variable", "rain")
+    assert "time_label: end" in seen.stdout
+    assert "EPSG:4326" in seen.stdout
+    settled = stsr("inspect", coarse, "--variable", "rain", "--declare", "time_label: middle")
+    assert "stamps name the middle" in settled.stdout
+    refused = stsr("downscale", coarse, "out.zarr", *REQUEST[:-2])
+    assert refused.returncode == 1
+    assert "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare" in refused.stderr
 
 
 def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, tmp_path, rain):

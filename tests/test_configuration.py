@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from stsr_core.configuration import Configuration, shipped_catalog
+from stsr_core.configuration import Configuration, Declarations, shipped_catalog
 from stsr_core.errors import ConfigurationError
 
 
@@ -39,3 +39,24 @@ def test_a_missing_file_and_product_are_named(tmp_path):
         Configuration.load(tmp_path / "none.yaml")
     with pytest.raises(ConfigurationError, match="No product 'x'.*arpege-provence-1km"):
         Configuration.load(shipped_catalog()).product("x")
+
+
+def test_declarations_are_lines_of_the_catalogue():
+    found = Declarations.of(["units: mm/h", "select: {number: 0, scenario: ssp585}", "missing_values: [-9999]"])
+    assert found.declared.units == "mm/h"
+    assert found.declared.select == {"number": 0, "scenario": "ssp585"}
+    assert found.declared.missing_values == (-9999.0,)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("units", "no declaration"),
+        ("unit: mm", "unit: .*There are units"),
+        ("step_h: -1", "step_h"),
+        ("a: [", "no YAML"),
+    ],
+)
+def test_what_is_no_declaration_is_refused(line, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Declarations.of([line])

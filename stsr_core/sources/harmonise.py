@@ -208,7 +208,7 @@ def _too_many(array: xr.DataArray, dims: tuple[str, ...]) -> str:
         )
     return (
         f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
-        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml: {'; '.join(lines)}."
+        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {'; '.join(lines)}."
     )
 
 
@@ -234,8 +234,8 @@ def _units(array: xr.DataArray, declared: Declared) -> str:
     units = str(array.attrs.get("units", "")).strip()
     if not units or units == "unknown":
         raise SourceError(
-            "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), or "
-            "--units."
+            "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), "
+            "or by --declare."
         )
     check_agreement(units, str(array.attrs.get("standard_name", "")), str(array.attrs.get("cell_methods", "")))
     return units
@@ -325,10 +325,10 @@ def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> 
     what = "Negative precipitation" if value < 0 else "Implausible precipitation"
     hint = (
         f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in "
-        "catalog.yaml (in the units of the file)."
+        "catalog.yaml (in the units of the file), or by --declare."
         if same > 1
         else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
-        "`max_negative_mm:` of the source in catalog.yaml accepts more."
+        "`max_negative_mm:` of the source in catalog.yaml, or by --declare, accepts more."
     )
     return f"{what}: {value:.4g} mm at step {first + step}, cell {cell}, {why}. {hint}"
 
@@ -343,5 +343,5 @@ def _check_not_accumulated(out: NDArray[np.float32], layout: Layout, steps: Step
         if not (rises < 0).any() and int((rises > 0).sum()) >= 10:
             raise SourceError(
                 "The amounts never fall from one step to the next, in any cell: they look like a running sum. Declare "
-                "`accumulated: run`, `day` or `none` of the source in catalog.yaml."
+                "`accumulated: run`, `day` or `none` of the source in catalog.yaml, or by --declare."
             )

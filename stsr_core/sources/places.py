@@ -66,7 +66,8 @@ def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
         return ys[0], xs[0]
     raise SourceError(
         f"Dimensions {dims} were found beside time; y and x are needed, under their names, as lat and lon, or with "
-        "the attribute `axis`. Declare `select:` of the source in catalog.yaml for others, as `select: {level: 0}`."
+        "the attribute `axis`. Declare `select:` of the source in catalog.yaml, or by --declare, for others, as "
+        "`select: {level: 0}`."
     )
 
 
@@ -124,7 +125,9 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
                 return CRS.from_cf(attributes)
     except (CRSError, KeyError, ValueError, TypeError) as e:
         what = f"The declared CRS {declared!r}" if declared is not None else f"The grid mapping {mapping!r}"
-        raise GridError(f"{what} is not understood ({e}). Declare `crs:` of the source in catalog.yaml.") from e
+        raise GridError(
+            f"{what} is not understood ({e}). Declare `crs:` of the source in catalog.yaml, or by --declare."
+        ) from e
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)
     return None

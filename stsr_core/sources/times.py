@@ -94,13 +94,14 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     if declared.time_label is None:
         raise SourceError(
             f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
-            "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or --time-label."
+            "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare."
         )
     if declared.step_h is not None:
         step = timedelta(hours=declared.step_h)
     elif len(stamps) < 2:
         raise SourceError(
-            "One time step without time bounds has no length. Declare `step_h:` of the source in catalog.yaml."
+            "One time step without time bounds has no length. Declare `step_h:` of the source in catalog.yaml, or by "
+            "--declare."
         )
     else:
         step = stamps[1] - stamps[0]
@@ -212,12 +213,12 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
         if end <= start:
             raise SourceError(
                 f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
-                "the source in catalog.yaml, which then replace them."
+                "the source in catalog.yaml, or by --declare, which then replace them."
             )
         if not start <= stamp <= end:
             raise SourceError(
                 f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare "
-                "`time_label:` and `step_h:` of the source in catalog.yaml, which then replace them."
+                "`time_label:` and `step_h:` of the source in catalog.yaml, or by --declare, which then replace them."
             )
 
 

@@ -79,4 +79,4 @@ def length_in(units: str, metres: float) -> float | None:
 
 
 def _declare() -> str:
-    return "Declare `units:` of the source in catalog.yaml, or --units."
+    return "Declare `units:` of the source in catalog.yaml, or by --declare."

@@ -31,7 +31,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(source: Path, output: Path, checkpoints: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "stsr_core.cli", "downscale", str(source), str(output), "--variable", "rain"]
-    options = ["--space", "4", "--time", "1", "--members", str(MEMBERS), "--device", "cpu", "--workers", "2"]
+    options = ["--space", "4", "--time", "1", "--members", str(MEMBERS), "--device", "cpu", "--workers", "2",
+               "--declare", "time_label: end"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STSR_CHECKPOINTS": str(checkpoints)}
     return subprocess.Popen(
         [*command, *options], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

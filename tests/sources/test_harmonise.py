@@ -112,7 +112,7 @@ STAMPS = pd.to_datetime(["2001-01-01 01:00", "2001-01-01 02:00", "2001-01-01 04:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (array(None), "no units.*--units"),
+        (array(None), "no units.*--declare"),
         (array("widget"), "'widget' are not understood; known are such as mm"),
         (array(values=values_with(-1.0)), r"Negative precipitation: -1 mm at step 2, cell 8"),
         (array(values=values_with(np.inf)), "1 values are infinite"),
