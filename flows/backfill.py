@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version as code_version
 from typing import TYPE_CHECKING
 
 import httpx
@@ -25,20 +22,29 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
 from flows import artifacts
+from flows.attempts import begin
 from flows.jobs import jobs
 from flows.nightly import NightlyResult
 from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces
 from flows.stages import HOUR_S, patient, show_plan, show_published, stage
-from flows.tasks import Job, check, complete, make_plan, make_shards, match, publish_version, read, resolve, to_lattice
+from flows.tasks import (
+    Job,
+    begun,
+    check,
+    complete,
+    make_plan,
+    make_shards,
+    match,
+    publish_version,
+    read,
+    resolve,
+    to_lattice,
+)
 from stsr_core.catalog.publish import Attempt
-from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.ensemble.downscale import ARRAY, layout_of
-from stsr_core.ensemble.generate import Target, remaining
 from stsr_core.settings import Settings
 from stsr_core.sources.period import within
-from stsr_core.store.layout import create_ensemble, is_whole
 
 if TYPE_CHECKING:
     from stsr_core.ensemble.plan import Plan, Shard
@@ -98,22 +104,22 @@ def backfill(
     settings = Settings()
     job = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)[0]
     named = _named(job, publish_as, period)
-    digest = stage(resolve, named.name)(named, force=True)
-    assert digest is not None
+    new = stage(resolve, named.name)(named, force=True)
+    assert new is not None
     library = Library.open(settings.checkpoints)
     coarse = within(stage(read, named.name)(job), period.first, period.last)
     found = stage(match, named.name)(coarse, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, named.name)(coarse, job.target, found)
     plan = stage(make_plan, named.name)(lattice, found, library, named.product, settings)
-    attempt = _attempt(named, plan, digest, sole_publisher=settings.sole_publisher)
-    if _is_published(named, attempt):
+    attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
+    if attempt is None:
         get_run_logger().info("Nothing to do: %s is published from the same source and recipe.", named.name)
         return None
     cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers)
     work = Work(named, plan, library, attempt, cluster)
     _make_all(work, pieces, found, settings)
     report = stage(check, named.name)(plan, attempt, named.product)
-    version, picture = stage(publish_version, named.name)(named, plan, found, digest, library, attempt, report)
+    version, picture = stage(publish_version, named.name)(named, plan, found, new.fingerprint, library, attempt, report)
     show_published(named, version, picture)
     return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
 
@@ -132,10 +138,7 @@ def complete_ensemble(work: Work) -> None:
 
 def _make_all(work: Work, pieces: Pieces, found: Match, settings: Settings) -> None:
     plan, attempt, name = work.plan, work.attempt, work.job.name
-    options = attempt.documents.options
-    if not is_whole(attempt.ensemble_url, options):
-        create_ensemble(attempt.ensemble_url, layout_of(plan), array=ARRAY, options=options)
-    todo = remaining(plan, Target(attempt.ensemble_url, ARRAY, options))
+    todo = begun(plan, attempt)
     show_plan(name, plan, found, settings, len(todo))
     cut = list(cut_pieces(plan, pieces.days, pieces.order))
     for number, piece in enumerate(cut):
@@ -176,21 +179,6 @@ def _named(job: Job, publish_as: str | None, period: Period) -> Job:
     name = publish_as or f"{job.name}-{period.first:%Y%m%d}-{period.last:%Y%m%d}"
     titled = job.product.model_copy(update={"title": f"{job.product.title}, {period.first} to {period.last}"})
     return replace(job, name=name, product=titled)
-
-
-def _attempt(job: Job, plan: Plan, digest: str, *, sole_publisher: bool) -> Attempt:
-    """The attempt of exactly this source, period and recipe: the same again is found again."""
-    bounds = plan.cube.times.bounds
-    identity = json.dumps([
-        digest, str(bounds[0, 0]), str(bounds[-1, 1]), plan.fine_shape, plan.recipe.identity(), code_version("stsr"),
-    ], default=str)  # fmt: skip
-    begun = Attempt.begin(job.destination, job.name, job.options, sole_publisher=sole_publisher)
-    return replace(begun, name=hashlib.sha256(identity.encode()).hexdigest()[:12])
-
-
-def _is_published(job: Job, attempt: Attempt) -> bool:
-    last = newest(job.name, job.destination, storage_options=job.options)
-    return last is not None and f"/data/{attempt.name}/" in last.url
 
 
 def _let_nightly_pass() -> None:

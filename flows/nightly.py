@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prefect import flow, get_run_logger
 from pydantic import BaseModel
 
 from flows import artifacts
+from flows.attempts import begin
 from flows.jobs import jobs
 from flows.parameters import ALL, CatalogFile, Destination, Members, ProductName
 from flows.stages import show_plan, show_published, stage
@@ -20,7 +23,6 @@ from flows.tasks import (
     resolve,
     to_lattice,
 )
-from stsr_core.catalog.publish import Attempt
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.errors import OperatorError, StsrError
@@ -80,19 +82,21 @@ def nightly(
 
 def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult | None:
     name, library = job.name, Library.open(settings.checkpoints)
-    digest = stage(resolve, name)(job, force=force)
-    if digest is None:
+    new = stage(resolve, name)(job, force=force)
+    if new is None:
         return None
     cube = stage(read, name)(job)
     found = stage(match, name)(cube, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, name)(cube, job.target, found)
     plan = stage(make_plan, name)(lattice, found, library, job.product, settings)
-    show_plan(name, plan, found, settings)
-    attempt = Attempt.begin(job.destination, name, job.options, sole_publisher=settings.sole_publisher)
+    attempt = begin(job, plan, new.fingerprint, after=new.after, sole_publisher=settings.sole_publisher)
+    if attempt is None:
+        get_run_logger().info("Another run has just published this version of %s.", name)
+        return None
     cluster = Cluster(settings.scheduler_address, settings.device, settings.workers)
-    stage(generate_ensemble, name)(plan, library, attempt, cluster)
+    stage(generate_ensemble, name)(plan, library, attempt, cluster, partial(show_plan, name, plan, found, settings))
     report = stage(check, name)(plan, attempt, job.product)
-    version, picture = stage(publish_version, name)(job, plan, found, digest, library, attempt, report)
+    version, picture = stage(publish_version, name)(job, plan, found, new.fingerprint, library, attempt, report)
     show_published(job, version, picture)
     return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
 

@@ -72,9 +72,8 @@ def patient(task: Task[P, R], name: str, *, hours: float) -> Callable[P, R]:
     )
 
 
-def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: int | None = None) -> None:
-    """Table of what is about to be made."""
-    remaining = len(plan.shards) if todo is None else todo
+def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: int) -> None:
+    """Table of what is about to be made; `todo` counts the shards that are not done yet."""
     values: dict[str, str | int | float] = {
         "factor needed (space, time)": f"{found.requested_space:.2f}, {found.requested_time:.2f}",
         "factor matched (space, time)": str(found.factor),
@@ -82,8 +81,8 @@ def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: 
         "members": plan.recipe.members,
         "fine shape (member, time, y, x)": " x ".join(map(str, plan.fine_shape)),
         **dict(Cost.of(plan, settings.device_rate).rows(settings.price_per_device_hour)),
-        "shards done before": len(plan.shards) - remaining,
-        "shards to make": remaining,
+        "shards done before": len(plan.shards) - todo,
+        "shards to make": todo,
     }
     artifacts.facts(artifacts.key_of("plan", product), values, f"Plan of {product}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +12,11 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts
+from flows.attempts import owner
 from stsr_core.catalog.checkpoints import publish_checkpoint
+from stsr_core.catalog.claims import release, require_claim
 from stsr_core.catalog.items import Description, Provenance, SideFile
-from stsr_core.catalog.publish import Attempt, Publication, Published, publish, quality_json
+from stsr_core.catalog.publish import GROUPS, Attempt, Publication, Published, publish, quality_json
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
@@ -56,9 +58,22 @@ class Job:
     source_options: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class New:
+    """Something to do.
+
+    Attributes:
+        fingerprint: of the source.
+        after: newest version there is, "" where there is none.
+    """
+
+    fingerprint: str
+    after: str
+
+
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def resolve(job: Job, *, force: bool) -> str | None:
-    """Return the fingerprint of the source if there is something to do, else None.
+def resolve(job: Job, *, force: bool) -> New | None:
+    """Look whether there is something to do; None if there is not.
 
     A withdrawn version counts: the same source would make the same again.
     """
@@ -69,7 +84,7 @@ def resolve(job: Job, *, force: bool) -> str | None:
         logger.info("Nothing new: %s %s was made from the same source.", job.name, last.version)
         return None
     logger.info("Source %s, fingerprint %s, last version %s.", job.source.url, found[:12], last and last.version)
-    return found
+    return New(found, last.version if last is not None else "")
 
 
 @task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -120,12 +135,26 @@ def make_plan(cube: Cube, found: Match, library: Library, wanted: Product, setti
 
 
 @task(name="generate", cache_policy=NO_CACHE)
-def generate_ensemble(plan: Plan, library: Library, attempt: Attempt, cluster: Cluster) -> None:
-    """Generate all shards on the cluster, then what readers get beside them: series, overview and coarse totals."""
-    layout, options = layout_of(plan), attempt.documents.options
-    create_ensemble(attempt.ensemble_url, layout, array=ARRAY, options=options)
-    make_shards(plan, remaining(plan, Target(attempt.ensemble_url, ARRAY, options)), library, attempt, cluster)
+def generate_ensemble(
+    plan: Plan, library: Library, attempt: Attempt, cluster: Cluster, show: Callable[[int], None]
+) -> None:
+    """Generate all shards on the cluster, then what readers get beside them: series, overview and coarse totals.
+
+    A retry, or a run that goes on with a dead one's attempt, makes what is missing; `show` is told how many shards.
+    """
+    todo = begun(plan, attempt)
+    show(len(todo))
+    if todo:
+        make_shards(plan, todo, library, attempt, cluster)
     complete(plan, attempt)
+
+
+def begun(plan: Plan, attempt: Attempt) -> list[Shard]:
+    """Write an ensemble's metadata unless it is whole, and return the shards that are missing."""
+    options = attempt.documents.options
+    if not is_whole(attempt.ensemble_url, options):
+        create_ensemble(attempt.ensemble_url, layout_of(plan), array=ARRAY, options=options)
+    return remaining(plan, Target(attempt.ensemble_url, ARRAY, options))
 
 
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
@@ -149,16 +178,21 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:
-    """Close the ensemble and write what readers get beside it; a retry may find some of it done."""
+    """Close the ensemble and write what readers get beside it, as far as it is not there."""
     layout, options = layout_of(plan), attempt.documents.options
-    if not is_whole(attempt.ensemble_url, options):
-        finish(attempt.ensemble_url, layout.attributes, options)
-    for group in ("series", "overview", "coarse"):
-        remove_store(attempt.group_url(group), options)
-    write_series(attempt.ensemble_url, ARRAY, attempt.group_url("series"), layout, options)
-    write_overview(attempt.ensemble_url, ARRAY, attempt.overview_url, layout, options)
-    cube = plan.cube
-    write_coarse(attempt.group_url("coarse"), cube.amount, cube.times, cube.grid, layout.attributes, options)
+    ensemble, series, overview, coarse = (attempt.group_url(group) for group in GROUPS)
+    if not is_whole(ensemble, options):
+        finish(ensemble, layout.attributes, options)
+    missing = {url for url in (series, overview, coarse) if not is_whole(url, options)}
+    for url in missing:
+        remove_store(url, options)
+    if series in missing:
+        write_series(ensemble, ARRAY, series, layout, options)
+    if overview in missing:
+        write_overview(ensemble, ARRAY, overview, layout, options)
+    if coarse in missing:
+        cube = plan.cube
+        write_coarse(coarse, cube.amount, cube.times, cube.grid, layout.attributes, options)
 
 
 @task(name="verify", cache_policy=NO_CACHE)
@@ -209,7 +243,9 @@ def publish_version(
         publish_checkpoint(attempt.documents, library.serving(found.factor)),
         _shard_digests(plan, attempt),
     )
+    require_claim(attempt, owner())
     published = publish(attempt, publication)
+    release(attempt)
     get_run_logger().info("Published %s %s: %s", published.product, published.version, published.item_url)
     documents = attempt.documents
     removed = reconcile(documents.destination, job.name, documents.options, sole_publisher=documents.sole_publisher)

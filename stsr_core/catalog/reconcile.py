@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import named
 from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed
@@ -92,19 +93,21 @@ def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
 
 
 def _dead(documents: Documents, product: str, current: dict[str, Any], before: datetime) -> list[str]:
-    """Attempts and index files that nothing names and that wrote nothing since `before`; relative to the product.
+    """Attempts, index files and claims that nothing names and that wrote nothing since `before`.
 
-    Those that an interrupted reconcile announced are among them.
+    Places are relative to the product. A claim lives as long as its attempt writes. Those that an interrupted
+    reconcile announced are among them.
     """
     kept = _named(current)
     announced = set(current.get(REMOVING, []))
     candidates = [
-        f"{folder}/{name}" for folder in ("data", "index") for name in documents.names(f"{product}/{folder}")
+        f"{folder}/{name}" for folder in ("data", "index", FOLDER) for name in documents.names(f"{product}/{folder}")
         if name not in kept
     ]  # fmt: skip
     dead = []
     for place in candidates:
-        times = [written for _, written in documents.files(f"{product}/{place}").values()]
+        places = [place, f"data/{_name(place).removesuffix('.json')}"] if place.startswith(f"{FOLDER}/") else [place]
+        times = [written for p in places for _, written in documents.files(f"{product}/{p}").values()]
         if _name(place) in announced or (times and max(times) <= before):
             dead.append(place)
     return dead

@@ -16,7 +16,8 @@ from stsr_core.errors import ConfigurationError
 if TYPE_CHECKING:
     from distributed import Client
 
-ONE = {"GPU": 1.0}  # every shard asks for one slot, on CPU workers too, so that submissions are the same
+ONE = {"GPU": 1.0}  # what every worker offers, CPU workers too, so that submissions are the same
+SLOT = {"GPU": 0.5}  # what a shard takes until it is written: while one is written, the next is computed
 # One thread a worker: more workers use the cores better, and results do not depend on their number.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 

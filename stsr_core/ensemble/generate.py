@@ -1,35 +1,37 @@
 """Driving the work: shards as plain Dask futures, a receipt for each, only what is missing.
 
 Workers write shard and receipt themselves; the driver sees receipts only. No more than a few shards per
-worker are in flight, so memory does not grow with the plan.
+worker are in flight, so memory does not grow with the plan: one is computed, one is written, one waits.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from distributed import Client, Future, WorkerPlugin, as_completed, get_worker
+from distributed import Client, Future, KilledWorker, WorkerPlugin, as_completed, get_worker, secede
 
 from stsr_core.downscaler import Downscaler, choose_device
-from stsr_core.ensemble.cluster import ONE
-from stsr_core.ensemble.shard import Progress, make_shard
+from stsr_core.ensemble.cluster import SLOT
+from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
 from stsr_core.errors import StoreError, StsrError
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
 
 if TYPE_CHECKING:
+    from dask.typing import Key
     from distributed import Worker
 
     from stsr_core.ensemble.plan import Plan, Shard, ShardTask
 
-IN_FLIGHT = 2  # shards per worker that are submitted at a time
+IN_FLIGHT = 3  # shards per worker that are submitted at a time
 RETRIES = 2  # times that a shard is tried on another worker
-TOPIC = "stsr-progress"
 
 
 class ShardError(StsrError):
@@ -60,30 +62,57 @@ class Networks(WorkerPlugin):
         self.downscaler = replace(self.downscaler, device=device)
 
 
-def _on_worker(task: ShardTask, name: str, target: Target) -> Receipt:
-    """Make, write and vouch for one shard; runs on a worker."""
+@dataclass(frozen=True)
+class _Run:
+    """What all shards of one call have in common: the worker's plugin, the topic of progress, the store."""
+
+    plugin: str
+    topic: str
+    target: Target
+
+
+def _on_worker(task: ShardTask, run: _Run) -> Receipt:
+    """Make, write and vouch for one shard; runs on a worker, which goes on with the next while this one is written."""
     worker = get_worker()
-    plugin = worker.plugins[name]
+    plugin = worker.plugins[run.plugin]
     assert isinstance(plugin, Networks)
-    downscaler = plugin.downscaler
     torch.set_num_threads(1)
+    key = worker.get_current_task()
+
+    def progress(evaluations: int, seconds: float) -> None:
+        _raise_if_cancelled(worker, key)
+        worker.log_event(run.topic, (evaluations, seconds))
+
     try:
-        result = make_shard(task, downscaler, lambda *done: worker.log_event(TOPIC, done))
-        region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
-        digest = write_shard(target.url, target.array, region, result.quanta, target.options)
-        receipt = Receipt(
-            shard=task.shard.key,
-            plan_digest=task.digest,
-            bytes_digest=digest,
-            closure_quanta=result.closure_quanta,
-            network_evaluations=result.evaluations,
-            **result.statistics(),
-        )
-        write_receipt(target.url, target.array, receipt, target.options)
+        result = make_shard(task, plugin.downscaler, progress)
+        secede()
+        return _written(task, result, plugin.downscaler, run.target)
     except StsrError:
         raise
     except Exception as e:
         raise ShardError(f"Shard {task.shard.key} failed: {type(e).__name__}: {e}") from e
+
+
+def _raise_if_cancelled(worker: Worker, key: Key) -> None:
+    """Stop a shard that nobody waits for any more: Dask itself lets a running task run to its end."""
+    state = worker.state.tasks.get(key)
+    if state is None or state.state != "executing":
+        raise ShardError(f"{key} was cancelled.")
+
+
+def _written(task: ShardTask, result: ShardResult, downscaler: Downscaler, target: Target) -> Receipt:
+    """Write a shard, then its receipt."""
+    region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
+    digest = write_shard(target.url, target.array, region, result.quanta, target.options)
+    receipt = Receipt(
+        shard=task.shard.key,
+        plan_digest=task.digest,
+        bytes_digest=digest,
+        closure_quanta=result.closure_quanta,
+        network_evaluations=result.evaluations,
+        **result.statistics(),
+    )
+    write_receipt(target.url, target.array, receipt, target.options)
     return receipt
 
 
@@ -145,29 +174,46 @@ def generate(
             thread.
 
     Raises:
-        ShardError: a shard failed on every try; shards that were finished stay.
+        ShardError: a shard failed on every try, or the scheduler went away; shards that were finished stay.
     """
     todo = (plan.task(shard) for shard in shards)
     plugin = Networks(plan.recipe.checkpoint_digest, downscaler, "auto" if downscaler.device.type == "cuda" else "cpu")
     client.register_plugin(plugin)
-    with _reported(client, progress):
-        submitted = _submitted(client, todo, plugin.name, target)
+    run = _Run(plugin.name, f"stsr-progress-{uuid.uuid4().hex}", target)
+    with _reported(client, run.topic, progress):
+        submitted = _submitted(client, todo, run)
         pool = as_completed(next(submitted, ()))
         try:
             for future in pool:
-                future.result()
+                _result(future)
                 for more in next(submitted, ()):
                     pool.add(more)
         finally:
             client.cancel(list(pool.futures))
 
 
-def _submitted(client: Client, todo: Iterator[ShardTask], name: str, target: Target) -> Iterator[list[Future[Receipt]]]:
+def _result(future: Future[Receipt]) -> Receipt:
+    """Receipt of a shard; what Dask raises becomes an error that says what to do."""
+    try:
+        return future.result()
+    except KilledWorker as e:
+        raise ShardError(
+            f"{future.key} was on {e.allowed_failures + 1} workers when they died. Look for what kills them, most "
+            "likely memory; the same command goes on with what is missing."
+        ) from e
+    except CancelledError as e:
+        raise ShardError(
+            f"The Dask scheduler went away, or cancelled {future.key}. Start it again; the same command goes on with "
+            "what is missing."
+        ) from e
+
+
+def _submitted(client: Client, todo: Iterator[ShardTask], run: _Run) -> Iterator[list[Future[Receipt]]]:
     """Yield a first handful of futures that fills the cluster, then one more at a time."""
 
     def submit(count: int) -> list[Future[Receipt]]:
         return [
-            client.submit(_on_worker, task, name, target, resources=ONE, retries=RETRIES, pure=False, key=_key(task))
+            client.submit(_on_worker, task, run, resources=SLOT, retries=RETRIES, pure=False, key=_key(task))
             for _, task in zip(range(count), todo, strict=False)
         ]
 
@@ -181,14 +227,14 @@ def _key(task: ShardTask) -> str:
 
 
 @contextmanager
-def _reported(client: Client, progress: Progress) -> Iterator[None]:
+def _reported(client: Client, topic: str, progress: Progress) -> Iterator[None]:
     """Pass on what workers log about their network evaluations."""
 
     def handler(event: tuple[float, tuple[int, float]]) -> None:
         progress(*event[1])
 
-    client.subscribe_topic(TOPIC, handler)
+    client.subscribe_topic(topic, handler)
     try:
         yield
     finally:
-        client.unsubscribe_topic(TOPIC)
+        client.unsubscribe_topic(topic)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stsr_core.errors import StoreError
 from stsr_core.store.layout import filesystem
 
 if TYPE_CHECKING:
@@ -60,20 +60,13 @@ def write_receipt(url: str, array: str, receipt: Receipt, options: Options | Non
 def read_receipts(url: str, array: str, options: Options | None = None) -> dict[str, Receipt]:
     """Read all receipts of an array, by shard key; none where nothing is written yet.
 
-    Raises:
-        StoreError: a receipt that is damaged.
+    One that cannot be read counts as absent: its writer was killed, so its shard is made again.
     """
     fs, path = filesystem(url, options)
-    folder = f"{path}/{_folder(array)}"
-    if not fs.exists(folder):
-        return {}
+    names = sorted(fs.glob(f"{path}/{_folder(array)}/*.json"))
     found = {}
-    for name, raw in fs.cat(sorted(fs.glob(f"{folder}/*.json"))).items() if fs.glob(f"{folder}/*.json") else ():
-        try:
+    for raw in fs.cat(names).values() if names else ():
+        with suppress(ValidationError):
             receipt = Receipt.model_validate_json(raw)
-        except ValidationError as e:
-            raise StoreError(
-                f"Receipt {name} is damaged ({e.error_count()} errors). Remove it; its shard is redone."
-            ) from e
-        found[receipt.shard] = receipt
+            found[receipt.shard] = receipt
     return found

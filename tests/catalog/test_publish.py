@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pystac
 import pytest
 
 import stsr_core.catalog
+from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.items import instant
 from stsr_core.catalog.publish import publish
@@ -93,6 +95,19 @@ def test_what_a_crash_left_is_invisible_and_reconcile_removes_it(tmp_path):
     assert float(stsr_core.catalog.open("rain", catalog=str(tmp_path))["precipitation"].max()) > 0
     assert reconcile(str(tmp_path), "rain", grace=NOW) == []
     assert publish_one(tmp_path) == "v2"
+
+
+def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):
+    publish_one(tmp_path)
+    begun = prepared(tmp_path)
+    assert claim(begun, "run", lambda _: False)
+    place = tmp_path / "rain" / "claims" / f"{begun.name}.json"
+    os.utime(place, (0, 0))
+    assert reconcile(str(tmp_path), "rain") == []
+    for path in Path(begun.url).rglob("*"):
+        os.utime(path, (0, 0))
+    assert set(reconcile(str(tmp_path), "rain")) == {begun.prefix, f"rain/claims/{begun.name}.json"}
+    assert not place.exists()
 
 
 def test_a_publisher_that_was_taken_for_dead_publishes_nothing(tmp_path):
