@@ -33,6 +33,7 @@ from stsr_core.store.layout import (
     reopen,
     shape_of,
 )
+from stsr_core.store.patience import require_answer
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -214,9 +215,10 @@ def downscale_to_store(
         progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
-        StoreError: `output` is whole already, holds another ensemble, or cannot be written.
+        StoreError: `output` is whole already, holds another ensemble, or cannot be reached or written.
     """
     options = storage_options or {}
+    require_answer(output, options)
     if overwrite:
         remove_store(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)

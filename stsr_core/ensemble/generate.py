@@ -9,12 +9,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from distributed import Client, Future, KilledWorker, WorkerPlugin, as_completed, get_worker, secede
+from distributed.comm.core import CommClosedError
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import SLOT
@@ -188,23 +189,24 @@ def generate(
                 _result(future)
                 for more in next(submitted, ()):
                     pool.add(more)
+        except (CancelledError, CommClosedError) as e:
+            raise ShardError(
+                "The Dask scheduler went away, or cancelled the run. Start it again; the same command goes on with "
+                "what is missing."
+            ) from e
         finally:
-            client.cancel(list(pool.futures))
+            with suppress(CommClosedError):
+                client.cancel(list(pool.futures))
 
 
 def _result(future: Future[Receipt]) -> Receipt:
-    """Receipt of a shard; what Dask raises becomes an error that says what to do."""
+    """Receipt of a shard; raises ShardError if it killed its workers."""
     try:
         return future.result()
     except KilledWorker as e:
         raise ShardError(
             f"{future.key} was on {e.allowed_failures + 1} workers when they died. Look for what kills them, most "
             "likely memory; the same command goes on with what is missing."
-        ) from e
-    except CancelledError as e:
-        raise ShardError(
-            f"The Dask scheduler went away, or cancelled {future.key}. Start it again; the same command goes on with "
-            "what is missing."
         ) from e
 
 

@@ -22,7 +22,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from stsr_core.errors import StoreError
 from stsr_core.grids import Grid, TimeAxis
-from stsr_core.store.patience import made_patient, require_answer
+from stsr_core.store.patience import made_patient
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -87,22 +87,16 @@ def _divisor(size: int) -> int:
 
 
 def filesystem(url: str, options: Options | None = None) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of a URL, and the path in it.
-
-    Raises:
-        StoreError: an object store that does not answer, or refuses the keys.
-    """
+    """Return the fsspec filesystem of a URL, and the path in it."""
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(url, **dict(options or {}))
-    require_answer(fs, path)
     return made_patient(fs), path
 
 
 def open_store(url: str, options: Options | None = None) -> Store:
     """Return the Zarr store at a local path or fsspec URL."""
     if "://" in url:
-        filesystem(url, options)  # asks for an answer, which the asynchronous filesystem of a store cannot
         store = FsspecStore.from_url(url, storage_options=dict(options or {}) or None)
         made_patient(store.fs)
         return store

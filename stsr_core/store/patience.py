@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from stsr_core.errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fsspec import AbstractFileSystem
 
 # s3fs waits 0.1 s * 1.7^n, at most 15 s, between requests: 90 s in all. Servers that restart take less.
@@ -14,29 +16,9 @@ TRIES = 15
 BUSY = (429, 500, 502, 503, 504)  # HTTP status of a server that may answer a moment later
 
 
-def require_answer(fs: AbstractFileSystem, path: str) -> None:
-    """Ask an object store for a path once, before there is any patience: a wrong address is found in seconds.
-
-    Raises:
-        StoreError: the server does not answer, or refuses the keys.
-    """
-    if not _is_s3(fs) or fs.retries == TRIES:
-        return
-    try:
-        fs.exists(path)
-    except Exception as e:
-        if not (may_pass(e) or isinstance(e, PermissionError)):
-            raise
-        server = fs.client_kwargs.get("endpoint_url") or fs.endpoint_url or "its server"
-        raise StoreError(
-            f"s3://{path} cannot be reached at {server}: {e}. Check STSR_S3_ENDPOINT, the keys and the bucket; "
-            "`stsr doctor` tries them."
-        ) from None  # the cause may hold a signed URL
-
-
 def made_patient(fs: AbstractFileSystem) -> AbstractFileSystem:
     """Return the filesystem, which from now on outlasts an object store that is away for a minute."""
-    if _is_s3(fs):
+    if "s3" in fs.protocol:
         from s3fs.core import set_custom_error_handler
 
         set_custom_error_handler(may_pass)
@@ -44,8 +26,28 @@ def made_patient(fs: AbstractFileSystem) -> AbstractFileSystem:
     return fs
 
 
-def _is_s3(fs: AbstractFileSystem) -> bool:
-    return "s3" in fs.protocol
+def require_answer(url: str, options: Mapping[str, object] | None = None) -> None:
+    """Ask an object store for a path, without patience: a wrong address is found in seconds.
+
+    Raises:
+        StoreError: the server does not answer, or refuses the keys.
+    """
+    from fsspec.core import url_to_fs
+
+    if not url.startswith("s3://"):
+        return
+    fs, path = url_to_fs(url, **{**(options or {}), "skip_instance_cache": True})
+    fs.retries = 2
+    try:
+        fs.exists(path)
+    except Exception as e:
+        if not (may_pass(e) or isinstance(e, PermissionError)):
+            raise
+        server = fs.client_kwargs.get("endpoint_url") or fs.endpoint_url or "its server"
+        raise StoreError(
+            f"{url} cannot be reached at {server}: {e}. Check STSR_S3_ENDPOINT, the keys and the bucket; "
+            "`stsr doctor` tries them."
+        ) from None  # the cause may hold a signed URL
 
 
 def may_pass(error: Exception) -> bool:

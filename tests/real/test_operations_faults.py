@@ -1,0 +1,155 @@
+"""Servers killed in the middle of a nightly run, on PostgreSQL: the run ends honestly, and a rerun finishes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stsr_core.catalog import find, ls
+from stsr_core.catalog.integrity import verify_version
+from tests.real import postgres
+from tests.real.prefect_api import Api
+from tests.real.site import PRODUCT, ROOT, free_port, small_catalog
+
+pytestmark = pytest.mark.slow
+AWAY_S = 10.0  # seconds that a server is away
+WAIT_S = 240.0
+
+
+@dataclass
+class Site:
+    """Database, Prefect server and worker as processes that can be killed one by one."""
+
+    folder: Path
+    database: postgres.Postgres
+    environment: dict[str, str]
+    port: int
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def api(self) -> Api:
+        return Api(f"http://127.0.0.1:{self.port}/api")
+
+    @property
+    def catalogue(self) -> Path:
+        return self.folder / "catalogue"
+
+    def run(self, name: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *arguments], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def run_server(self) -> None:
+        self.run("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        wait_for(lambda: answers(f"{self.api.url}/health"), "the server to answer")
+
+    def run_worker(self) -> None:
+        self.run("worker", "prefect", "worker", "start", "--pool", "stsr", "--type", "process", "--name", "test")
+
+    def kill(self, name: str) -> None:
+        """Kill a process at once, and only that one."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def receipts(self) -> int:
+        return len(list((self.catalogue / PRODUCT / "data").rglob("receipts/*.json")))
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def wait_for(happens: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + WAIT_S
+    while not happens():
+        assert time.monotonic() < until, f"waited {WAIT_S:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Site]:
+    if postgres.programs() is None:
+        pytest.skip("PostgreSQL is not installed")
+    folder = tmp_path_factory.mktemp("operations")
+    small_catalog(folder / "catalog.yaml")
+    port = free_port()
+    with postgres.start(folder / "postgres") as database:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STSR_"))} | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "STSR_CATALOG_FILE": str(folder / "catalog.yaml"),
+            "STSR_CHECKPOINTS": str(checkpoints),
+            "STSR_DESTINATION": str(folder / "catalogue"),
+            "STSR_DEVICE": "cpu",
+            "STSR_WORKERS": "1",
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+            "PREFECT_API_DATABASE_CONNECTION_URL": database.url.replace("postgresql:", "postgresql+asyncpg:"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "DO_NOT_TRACK": "1",
+        }
+        site = Site(folder, database, environment, port)
+        try:
+            site.run_server()
+            deploy = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder)]
+            done = subprocess.run(deploy, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            site.run_worker()
+            yield site
+        finally:
+            for process in site.processes.values():
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill_worker(site: Site) -> None:
+    site.kill("worker")
+    site.run_worker()
+
+
+def kill_server(site: Site) -> None:
+    site.kill("server")
+    time.sleep(AWAY_S)
+    site.run_server()
+
+
+def crash_database(site: Site) -> None:
+    site.database.crash()
+    time.sleep(AWAY_S)
+    site.database.restart()
+
+
+@pytest.mark.parametrize("fault", [kill_worker, kill_server, crash_database])
+def test_a_fault_in_the_middle_of_a_run_is_told_and_a_rerun_finishes(site: Site, fault: Callable[[Site], None]) -> None:
+    before, made = versions(site), site.receipts()
+    run = site.api.start("nightly/nightly", members=48, force=True)
+    wait_for(lambda: site.receipts() > made, "the first receipt")
+    fault(site)
+    found = site.api.finished(run)
+    completed = found["state_type"] == "COMPLETED"
+    assert len(versions(site)) == len(before) + completed, found["state"]["message"]
+    again = site.api.finished(site.api.start("nightly/nightly", members=48, force=True))
+    assert again["state_type"] == "COMPLETED", again["state"]["message"]
+    assert len(versions(site)) == len(before) + completed + 1
+    newest = find(PRODUCT, "latest", str(site.catalogue))
+    assert verify_version(newest.url.rpartition("/")[0]).flaws == ()
+
+
+def versions(site: Site) -> list[str]:
+    if not (site.catalogue / "catalog.json").is_file():
+        return []
+    return ls(str(site.catalogue)).get(PRODUCT, [])
