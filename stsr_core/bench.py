@@ -31,6 +31,7 @@ from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import recipe
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
+from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
@@ -47,6 +48,15 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class Source:
+    """A coarse file; without more the shipped forecast."""
+
+    url: str = SAMPLE
+    variable: str = "precipitation"
+    declared: Declared = Declared()  # noqa: RUF009  it is frozen
+
+
+@dataclass(frozen=True)
 class Options:
     """What is measured.
 
@@ -59,6 +69,7 @@ class Options:
         device: auto, cpu or cuda.
         output: folder or bucket prefix that the stores are written below; None is a temporary folder.
         storage_options: of the output's filesystem.
+        source: coarse file whose cells are taken as they are, and how it is read.
     """
 
     factor: Factor
@@ -69,15 +80,16 @@ class Options:
     device: str = "auto"
     output: str | None = None
     storage_options: Mapping[str, object] | None = None
+    source: Source = Source()
 
 
 def sample_rain(options: Options) -> NDArray[np.float32]:
-    """Coarse amounts [mm per coarse step] of the size asked for: the shipped forecast around its wettest place.
+    """Coarse amounts [mm per coarse step] of the size asked for: the source around its wettest place.
 
-    Where the forecast ends it is repeated.
+    Where the source ends it is repeated.
     """
-    with open_dataset(SAMPLE) as data:
-        rain = np.nan_to_num(read_cube(data, "precipitation").amount)
+    with open_dataset(options.source.url) as data:
+        rain = np.nan_to_num(read_cube(data, options.source.variable, options.source.declared).amount)
     s, t = options.factor.space, options.factor.time
     shape = (max(1, options.steps // t), max(1, options.cells // s), max(1, options.cells // s))
     wettest = [int(rain.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
@@ -110,6 +122,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "checkpoint": checkpoint.card.name,
         "factor": [options.factor.space, options.factor.time],
         "fine_shape": list(plan.fine_shape),
+        "windows_skipped": plan.skipped,
         "evaluations_per_member": served.evaluations,
         "runs": runs,
         "speedup": first["seconds"] / last["seconds"],

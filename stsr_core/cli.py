@@ -362,6 +362,9 @@ def bench(
     workers: Annotated[list[int] | None, typer.Option(help="Local workers; several for several runs.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
+    source: Annotated[str | None, typer.Option("--input", help="Coarse file; without it the shipped forecast.")] = None,
+    variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
+    declare: DeclareOption = None,
     training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of one shard goes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
@@ -370,6 +373,7 @@ def bench(
     import json
 
     from stsr_core import bench as benchmark
+    from stsr_core.configuration import Declarations
     from stsr_core.factors import Factor
     from stsr_core.settings import Settings
 
@@ -379,6 +383,7 @@ def bench(
         factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
         workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value, output=output,
         storage_options=_options(output or "", settings),
+        source=benchmark.Source(source or benchmark.SAMPLE, variable, Declarations.of(declare or []).declared),
     )  # fmt: skip
     if profile:
         say(benchmark.profile_shard(options, checkpoints=settings.checkpoints))

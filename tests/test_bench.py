@@ -1,5 +1,7 @@
 import json
 
+import numpy as np
+import xarray as xr
 from typer.testing import CliRunner
 
 from stsr_core import bench
@@ -25,6 +27,23 @@ def test_the_engine_is_measured_for_every_number_of_workers(checkpoints, tmp_pat
     assert "1 workers" in lines[0]
     assert list(tmp_path.iterdir()) == []
     json.dumps(figures)
+
+
+def test_a_file_of_the_users_own_is_measured_and_dry_windows_are_counted(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(checkpoints))
+    amount = np.zeros((48, 10, 10), np.float32)
+    amount[2, 3, 4] = 5.0
+    coords = {"time": xr.date_range("2001-01-01", periods=48, freq="1h"), "y": 4000.0 * np.arange(10.0, 0, -1),
+              "x": 4000.0 * np.arange(10.0)}  # fmt: skip
+    rain = xr.DataArray(amount, coords, ("time", "y", "x"), "rain", {"units": "mm"})
+    rain.to_netcdf(tmp_path / "rain.nc")
+    command = ["bench", "--factor", "4x1", "--cells", "40", "--steps", "48", "--members", "1", "--workers", "1"]
+    of = ["--input", str(tmp_path / "rain.nc"), "--variable", "rain", "--declare", "time_label: end"]
+    done = CliRunner().invoke(app, [*command, *of, "--json", str(tmp_path / "figures.json")])
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["fine_shape"] == [1, 48, 40, 40]
+    assert 0.3 < figures["windows_skipped"] < 1
 
 
 def test_training_steps_are_measured():

@@ -209,16 +209,25 @@ class Plan:
         return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
 
     @cached_property
-    def _counts(self) -> dict[Box, int]:
-        """Numbers of wet windows by box, filled as they are asked for; all member blocks share them."""
+    def _counts(self) -> dict[Box, tuple[int, int]]:
+        """Numbers of wet and of all windows by box, filled as they are asked for; all member blocks share them."""
         return {}
+
+    def _count(self, shard: Shard) -> tuple[int, int]:
+        if shard.box not in self._counts:
+            self._counts[shard.box] = len(self.wet_windows(shard)), len(self.windows(shard))
+        return self._counts[shard.box]
 
     def evaluations(self, shard: Shard) -> int:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
-        if shard.box not in self._counts:
-            self._counts[shard.box] = len(self.wet_windows(shard))
         members = shard.members[1] - shard.members[0]
-        return self._counts[shard.box] * (1 + members * self.recipe.served.evaluations)
+        return self._count(shard)[0] * (1 + members * self.recipe.served.evaluations)
+
+    @property
+    def skipped(self) -> float:
+        """Share of all windows that need no network, because no rain falls in them."""
+        wet, windows = np.sum([self._count(shard) for shard in self.shards], axis=0)
+        return float(1 - wet / windows)
 
     def task(self, shard: Shard) -> ShardTask:
         """Cut out what a worker needs to make a shard."""

@@ -49,6 +49,7 @@ class Cost:
     Attributes:
         shards: their number.
         dry: shards that need no network.
+        skipped: share of all windows that need no network.
         evaluations: network evaluations on windows.
         cell_evaluations: fine cell-steps of all of them.
         bytes: size of the ensemble, uncompressed; rain packs about 3 to 10 times smaller.
@@ -57,6 +58,7 @@ class Cost:
 
     shards: int
     dry: int
+    skipped: float
     evaluations: int
     cell_evaluations: int
     bytes: int
@@ -74,6 +76,7 @@ class Cost:
         return cls(
             shards=len(plan.shards),
             dry=sum(plan.is_dry(shard) for shard in plan.shards),
+            skipped=plan.skipped,
             evaluations=evaluations,
             cell_evaluations=cells,
             bytes=BYTES_PER_CELL * members * nt * ny * nx,
@@ -85,6 +88,7 @@ class Cost:
         rows = [
             ("shards", f"{self.shards}"),
             ("dry shards", f"{self.dry}"),
+            ("dry windows, skipped", f"{self.skipped:.0%}"),
             ("network evaluations", f"{self.evaluations}"),
             ("ensemble, uncompressed", f"{self.bytes / 1e9:.2f} GB"),
             ("device hours", f"{self.device_hours:.2f}"),
