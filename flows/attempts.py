@@ -11,10 +11,11 @@ from uuid import UUID
 
 import httpx
 import numpy as np
-from prefect import get_client, get_run_logger
+from prefect import get_client
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
+from flows.log import event
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.publish import Attempt
 from stsr_core.catalog.search import newest
@@ -43,7 +44,7 @@ def begin(job: Job, plan: Plan, digest: str, *, after: str, sole_publisher: bool
     fresh = Attempt.begin(job.destination, job.name, job.options, sole_publisher=sole_publisher)
     named = replace(fresh, name=_name(plan, digest, after))
     if not claim(named, owner(), _is_over):
-        get_run_logger().info("Another run makes the same version; this one begins an attempt of its own.")
+        event("attempt_taken", attempt=named.name, instead=fresh.name)
         return fresh
     last = newest(job.name, job.destination, storage_options=job.options)
     return None if last is not None and f"/data/{named.name}/" in last.url else named

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import httpx
-from prefect import flow, get_client, get_run_logger, task
+from prefect import flow, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -24,6 +24,7 @@ from prefect.exceptions import PrefectException
 from flows import artifacts
 from flows.attempts import begin
 from flows.jobs import jobs
+from flows.log import event
 from flows.nightly import NightlyResult
 from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces
 from flows.stages import HOUR_S, patient, show_plan, show_published, stage
@@ -113,13 +114,16 @@ def backfill(
     plan = stage(make_plan, named.name)(lattice, found, library, named.product, settings)
     attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
     if attempt is None:
-        get_run_logger().info("Nothing to do: %s is published from the same source and recipe.", named.name)
+        event("nothing_new", product=named.name)
         return None
     cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers)
     work = Work(named, plan, library, attempt, cluster)
     _make_all(work, pieces, found, settings)
     report = stage(check, named.name)(plan, attempt, named.product)
-    version, picture = stage(publish_version, named.name)(named, plan, found, new.fingerprint, library, attempt, report)
+    made = stage(publish_version, named.name)(named, plan, found, new, library, attempt, report)
+    if made is None:
+        return None
+    version, picture = made
     show_published(named, version, picture)
     return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
 
@@ -185,7 +189,7 @@ def _let_nightly_pass() -> None:
     """Wait while a nightly run is at work; without a server that answers, go on."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until and _nightly_runs():
-        get_run_logger().info("A nightly run is at work; the next piece waits for it.")
+        event("waits", reason="a nightly run is at work")
         time.sleep(LOOK_EVERY_S)
 
 

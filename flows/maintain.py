@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Annotated
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, Field
 
 from flows import artifacts
 from flows.jobs import options_of
+from flows.log import event
 from flows.parameters import ALL, Destination, ProductName, Retention, Withdrawal
 from flows.stages import patient
 from stsr_core.catalog.integrity import verify_version
@@ -96,7 +98,7 @@ def take_back(product: str, destination: str, withdrawal: Withdrawal, *, dry_run
         product, withdrawal.version, withdrawal.reason, destination, options_of(destination, settings),
         dry_run=dry_run, sole_publisher=settings.sole_publisher,
     )  # fmt: skip
-    get_run_logger().warning("%s %s is withdrawn; latest is %s.", product, withdrawal.version, latest or "none")
+    event("withdrawn", level=logging.WARNING, product=product, version=withdrawal.version, latest=latest or "none")
 
 
 @task(name="let go", cache_policy=NO_CACHE)
@@ -126,7 +128,7 @@ def verify(product: str, version: str, destination: str) -> list[str]:
     options = options_of(destination, Settings())
     found = find(product, version, destination, storage_options=options)
     verdict = verify_version(found.url.rsplit("/", 1)[0], options)
-    get_run_logger().info("%s %s: %d objects, %d flaws.", product, version, verdict.objects, len(verdict.flaws))
+    event("verified", product=product, version=version, objects=verdict.objects, flaws=len(verdict.flaws))
     return [f"{product} {version}: {flaw}" for flaw in verdict.flaws]
 
 

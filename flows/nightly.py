@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from pydantic import BaseModel
 
 from flows import artifacts
 from flows.attempts import begin
 from flows.jobs import jobs
+from flows.log import event
 from flows.parameters import ALL, CatalogFile, Destination, Members, ProductName
 from flows.stages import show_plan, show_published, stage
 from flows.tasks import (
@@ -26,6 +28,7 @@ from flows.tasks import (
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.errors import OperatorError, StsrError
+from stsr_core.events import about
 from stsr_core.settings import Settings
 
 
@@ -65,11 +68,12 @@ def nightly(
     published, failed = [], {}
     for job in todo:
         try:
-            result = _publish_next(job, settings, force=force)
+            with about(product=job.name):
+                result = _publish_next(job, settings, force=force)
         except StsrError as e:
             if len(todo) == 1:
                 raise
-            get_run_logger().error("%s failed: %s", job.name, e)
+            event("failed", level=logging.ERROR, product=job.name, why=e)
             failed[job.name] = str(e)
         else:
             published += [result] if result is not None else []
@@ -91,12 +95,15 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     plan = stage(make_plan, name)(lattice, found, library, job.product, settings)
     attempt = begin(job, plan, new.fingerprint, after=new.after, sole_publisher=settings.sole_publisher)
     if attempt is None:
-        get_run_logger().info("Another run has just published this version of %s.", name)
+        event("published_meanwhile")
         return None
     cluster = Cluster(settings.scheduler_address, settings.device, settings.workers)
     stage(generate_ensemble, name)(plan, library, attempt, cluster, partial(show_plan, name, plan, found, settings))
     report = stage(check, name)(plan, attempt, job.product)
-    version, picture = stage(publish_version, name)(job, plan, found, new.fingerprint, library, attempt, report)
+    made = stage(publish_version, name)(job, plan, found, new, library, attempt, report)
+    if made is None:
+        return None
+    version, picture = made
     show_published(job, version, picture)
     return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
 

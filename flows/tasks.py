@@ -8,15 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from prefect import get_run_logger, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows import artifacts
 from flows.attempts import owner
+from flows.log import event, shards_to_stderr
 from stsr_core.catalog.checkpoints import publish_checkpoint
 from stsr_core.catalog.claims import release, require_claim
 from stsr_core.catalog.items import Description, Provenance, SideFile
-from stsr_core.catalog.publish import GROUPS, Attempt, Publication, Published, publish, quality_json
+from stsr_core.catalog.publish import GROUPS, Attempt, Publication, Published, RedundantError, publish, quality_json
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
@@ -29,7 +30,7 @@ from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Shard
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
-from stsr_core.regrid import coarse_grid, native_factor, reach
+from stsr_core.regrid import native_factor, reach
 from stsr_core.settings import Settings
 from stsr_core.sources.cube import Coarse, Cube
 from stsr_core.sources.harmonise import read_coarse
@@ -79,12 +80,12 @@ def resolve(job: Job, *, force: bool) -> New | None:
     """
     found = fingerprint(job.source.url, base=job.base, storage_options=_source_options(job))
     last = newest(job.name, job.destination, storage_options=job.options)
-    logger = get_run_logger()
+    before = last.version if last is not None else None
     if last is not None and last.item["properties"].get("stsr:source_fingerprint") == found and not force:
-        logger.info("Nothing new: %s %s was made from the same source.", job.name, last.version)
+        event("nothing_new", source=job.source.url, version=before)
         return None
-    logger.info("Source %s, fingerprint %s, last version %s.", job.source.url, found[:12], last and last.version)
-    return New(found, last.version if last is not None else "")
+    event("new_source", source=job.source.url, fingerprint=found[:12], after=before)
+    return New(found, before or "")
 
 
 @task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
@@ -94,9 +95,7 @@ def read(job: Job) -> Coarse:
     with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
         coarse = read_coarse(dataset, source.variable, source.declared, near=reach(job.target))
     set_to_zero = coarse.attributes.get("negatives_set_to_zero", "0")
-    get_run_logger().info(
-        "%d steps of %s; %s small negatives set to 0.", coarse.times.size, coarse.times.step, set_to_zero
-    )
+    event("read", steps=coarse.times.size, step=coarse.times.step, negatives_set_to_zero=set_to_zero)
     return coarse
 
 
@@ -105,21 +104,16 @@ def match(cube: Coarse, target: TargetGrid, library: Library, limit: float) -> M
     """Match the factor that the source would need to the nearest one that is served."""
     space, time = native_factor(cube, target)
     found = library.family.nearest(space, time, limit=limit)
-    get_run_logger().info(
-        "Factor (%.2f,%.2f) is needed; (%s) is nearest, log distance %.3f.", space, time, found.factor, found.distance
-    )
+    event("matched", needed=f"({space:.2f},{time:.2f})", factor=found.factor, log_distance=found.distance)
     return found
 
 
 @task(name="regrid", cache_policy=NO_CACHE)
 def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
     """Regrid conservatively onto the coarse lattice of the matched factor."""
-    grid = coarse_grid(target, found.factor)
     lattice = product.to_lattice(cube, target, found.factor)
-    get_run_logger().info(
-        "Regridded to %d x %d cells of %g km and to steps of %s (from %s).",
-        *grid.shape, grid.x.step / 1000, lattice.times.step, cube.times.step,
-    )  # fmt: skip
+    rows, columns = lattice.grid.shape
+    event("regridded", rows=rows, columns=columns, km=lattice.grid.x.step / 1000, step=lattice.times.step)
     return lattice
 
 
@@ -128,8 +122,11 @@ def make_plan(cube: Cube, found: Match, library: Library, wanted: Product, setti
     """Plan the shards; a plan above the limit of device hours is refused."""
     plan = product.plan_product(cube, found, library, wanted)
     cost = product.Cost.of(plan, settings.device_rate)
-    rows = ", ".join(f"{name} {value}" for name, value in cost.rows(settings.price_per_device_hour))
-    get_run_logger().info("Fine shape %s; %s.", plan.fine_shape, rows)
+    members, steps, rows, columns = plan.fine_shape
+    event(
+        "planned", members=members, steps=steps, rows=rows, columns=columns, shards=cost.shards, dry=cost.dry,
+        windows_skipped=cost.skipped, evaluations=cost.evaluations, device_hours=cost.device_hours,
+    )  # fmt: skip
     cost.check(settings.max_device_hours)
     return plan
 
@@ -165,6 +162,7 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
     target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (
+        shards_to_stderr(),
         cluster.client() as client,
         progress_bar("network evaluations", total) as advance,
         artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
@@ -213,7 +211,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
     for gate in report.gates:
-        get_run_logger().info("Gate %s: %s (needed %s).", gate.name, gate.found, gate.needed)
+        event("gate", gate=gate.name, passed=gate.passed, found=gate.found, needed=gate.needed)
     rows = [{**gate.model_dump(exclude={"passed"}), "passed": "yes" if gate.passed else "NO"} for gate in report.gates]
     artifacts.table(artifacts.key_of("gates", attempt.product), rows, f"Gates of {attempt.product}")
     report.raise_if_failed()
@@ -222,36 +220,45 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
 
 @task(name="publish", cache_policy=NO_CACHE)
 def publish_version(
-    job: Job, plan: Plan, found: Match, digest: str, library: Library, attempt: Attempt, report: GateReport
-) -> tuple[Published, str]:
-    """Draw the pictures, publish the attempt and clean what crashes left; returns the version and its quick look."""
-    description = Description(
-        job.name,
-        job.product.title,
-        job.product.description,
-        job.source.license,
-        job.source.attribution,
-        job.product.keywords,
-    )
-    provenance = _provenance(job, plan, found, digest, library)
+    job: Job, plan: Plan, found: Match, new: New, library: Library, attempt: Attempt, report: GateReport
+) -> tuple[Published, str] | None:
+    """Draw the pictures, publish the attempt and clean what crashes left.
+
+    Returns:
+        The version and its quick look; None where another run has published the same meanwhile.
+    """
     publication = Publication(
-        description,
+        _description(job),
         layout_of(plan),
-        provenance,
+        _provenance(job, plan, found, new.fingerprint, library),
         report,
         _side_files(job, plan, attempt, report),
         publish_checkpoint(attempt.documents, library.serving(found.factor)),
         _shard_digests(plan, attempt),
+        new.after,
     )
     require_claim(attempt, owner())
-    published = publish(attempt, publication)
-    release(attempt)
-    get_run_logger().info("Published %s %s: %s", published.product, published.version, published.item_url)
     documents = attempt.documents
+    try:
+        published = publish(attempt, publication)
+    except RedundantError as e:
+        event("published_meanwhile", why=e)
+        documents.remove(attempt.prefix)
+        release(attempt)
+        return None
+    release(attempt)
+    event("published", version=published.version, item=published.item_url)
     removed = reconcile(documents.destination, job.name, documents.options, sole_publisher=documents.sole_publisher)
     if removed:
-        get_run_logger().info("Removed what crashes left: %s", ", ".join(removed))
+        event("reconciled", removed=",".join(removed))
     return published, f"{attempt.url}/quicklook.png"
+
+
+def _description(job: Job) -> Description:
+    product, source = job.product, job.source
+    return Description(
+        job.name, product.title, product.description, source.license, source.attribution, product.keywords
+    )
 
 
 def _side_files(job: Job, plan: Plan, attempt: Attempt, report: GateReport) -> dict[str, SideFile]:

@@ -101,6 +101,10 @@ class Attempt:
         return SideFile(f"./{name}", media_type, hashlib.sha256(data).hexdigest(), len(data), title, roles)
 
 
+class RedundantError(PublicationError):
+    """Another run has just published a version made from the same by the same."""
+
+
 @dataclass(frozen=True)
 class Publication:
     """All that a version consists of besides its stores.
@@ -113,6 +117,7 @@ class Publication:
         side_files: assets besides the stores and the manifest, by key.
         checkpoint: path of the checkpoint's item below the destination.
         known_digests: sha256 of objects that were hashed when they were written, by path below the attempt.
+        after: version that was the newest when the work began, "" where there was none; None if that does not matter.
     """
 
     description: Description
@@ -122,6 +127,7 @@ class Publication:
     side_files: Mapping[str, SideFile]
     checkpoint: str
     known_digests: Mapping[str, str]
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ def publish(attempt: Attempt, publication: Publication) -> Published:
 
     Raises:
         GateError: a gate is not passed.
+        RedundantError: a version of the same provenance has appeared since `publication.after`.
         PublicationError: the stores are not whole, the item is not valid, or other publishers win for too long.
     """
     publication.report.raise_if_failed()
@@ -210,6 +217,8 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     _require_not_removed(attempt, current)
     number = 1 + max((int(v[1:]) for v in there), default=0)
     predecessor = next(reversed(there), None)
+    if predecessor is not None and publication.after not in (None, predecessor):
+        _require_different(documents, f"{product}/{there[predecessor].removeprefix('./')}", publication.provenance)
     lineage = Lineage(
         f"v{number}",
         f"../../{there[predecessor]}" if predecessor else None,
@@ -236,6 +245,15 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         raise
     link_successor(documents, product, there.get(predecessor or ""), href)
     return Published(product, lineage.version, f"{attempt.url}/{lineage.version}.json")
+
+
+def _require_different(documents: Documents, path: str, provenance: Provenance) -> None:
+    found = documents.read(path)
+    if found is None:
+        return
+    there = found[0]["properties"]
+    if all(there.get(f"stsr:{name}") == value for name, value in provenance.model_dump(mode="json").items()):
+        raise RedundantError(f"{found[0]['id']} was published meanwhile from the same source by the same recipe.")
 
 
 def _collection(documents: Documents, path: str, first: Document) -> tuple[Document, str]:

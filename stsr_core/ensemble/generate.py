@@ -6,6 +6,7 @@ worker are in flight, so memory does not grow with the plan: one is computed, on
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -21,6 +22,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import SLOT
 from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
 from stsr_core.errors import StoreError, StsrError
+from stsr_core.events import line
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 3  # shards per worker that are submitted at a time
 RETRIES = 2  # times that a shard is tried on another worker
+_log = logging.getLogger("stsr.shard")
 
 
 class ShardError(StsrError):
@@ -186,7 +189,7 @@ def generate(
         pool = as_completed(next(submitted, ()))
         try:
             for future in pool:
-                _result(future)
+                _log.info(_made(_result(future)))
                 for more in next(submitted, ()):
                     pool.add(more)
         except (CancelledError, CommClosedError) as e:
@@ -208,6 +211,13 @@ def _result(future: Future[Receipt]) -> Receipt:
             f"{future.key} was on {e.allowed_failures + 1} workers when they died. Look for what kills them, most "
             "likely memory; the same command goes on with what is missing."
         ) from e
+
+
+def _made(receipt: Receipt) -> str:
+    return line(
+        "shard_made", shard=receipt.shard, evaluations=receipt.network_evaluations, closure=receipt.closure_quanta,
+        max_mm=receipt.max_mm,
+    )  # fmt: skip
 
 
 def _submitted(client: Client, todo: Iterator[ShardTask], run: _Run) -> Iterator[list[Future[Receipt]]]:

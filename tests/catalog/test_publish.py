@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import stsr_core.catalog
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.items import instant
-from stsr_core.catalog.publish import publish
+from stsr_core.catalog.publish import RedundantError, publish
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.errors import GateError, PublicationError, StoreError
 from stsr_core.store.verify import Gate, GateReport
-from tests.catalog.made import prepared, publication, publish_one
+from tests.catalog.made import PROVENANCE, prepared, publication, publish_one
 
 NOW = timedelta(0)
 
@@ -95,6 +96,18 @@ def test_what_a_crash_left_is_invisible_and_reconcile_removes_it(tmp_path):
     assert float(stsr_core.catalog.open("rain", catalog=str(tmp_path))["precipitation"].max()) > 0
     assert reconcile(str(tmp_path), "rain", grace=NOW) == []
     assert publish_one(tmp_path) == "v2"
+
+
+def test_of_two_that_made_the_same_at_once_one_is_published(tmp_path):
+    first, second, later = (prepared(tmp_path) for _ in range(3))
+    assert publish(first, replace(publication(first), after="")).version == "v1"
+    with pytest.raises(
+        RedundantError, match=r"rain-v1 was published meanwhile from the same source by the same recipe"
+    ):
+        publish(second, replace(publication(second), after=""))
+    other = replace(publication(second), after="", provenance=PROVENANCE.model_copy(update={"seed": 2}))
+    assert publish(second, other).version == "v2"
+    assert publish(later, replace(publication(later), after="v2")).version == "v3"  # asked for again, as by --force
 
 
 def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):

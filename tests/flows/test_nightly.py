@@ -1,6 +1,7 @@
 """The nightly flow against a real, temporary Prefect server."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,14 @@ def test_new_data_is_published_old_is_not_and_force_makes_version_2(published):
     assert "version='v1'" in results[0]
     assert results[1] == "RESULT None"
     assert "version='v2'" in results[2]
-    assert "Nothing new" in done.stdout + done.stderr
+    log = done.stdout + done.stderr
+    assert re.search(
+        r" new_source product=arpege-provence-1km run=[0-9a-f-]{36} source=package:\S+ fingerprint=\w+\n", log
+    )
+    assert re.search(r" published product=arpege-provence-1km run=\S+ version=v1 item=\S+/v1.json\n", log)
+    assert re.search(r" nothing_new product=arpege-provence-1km run=\S+ source=\S+ version=v1\n", log)
+    made = set(re.findall(r" shard_made product=arpege-provence-1km run=\S+ shard=(\S+) evaluations=", log))
+    assert made == {"m0-t0-y0-x0"}
 
 
 def test_the_published_versions_are_valid_linked_and_open(published):

@@ -110,6 +110,12 @@ def test_the_declaration_is_valid_and_complete():
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
 
 
+def test_schedules_are_in_utc_so_that_a_clock_change_neither_skips_nor_repeats_a_night():
+    schedules = [s for d in Declared.load(shipped_declaration()).deployments for s in d.schedules]
+    assert schedules
+    assert {s.timezone for s in schedules} == {"UTC"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

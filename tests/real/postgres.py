@@ -1,6 +1,6 @@
 """A real PostgreSQL server on loopback, from Debian's packages, with a data folder of its own.
 
-with start(folder) as server:
+with start() as server:
     psycopg.connect(server.url)
 """
 
@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def has_postgis() -> bool:
 
 
 @contextmanager
-def start(folder: Path) -> Iterator[Postgres]:
-    """Run a server that keeps its data under `folder`; it ends with the block.
+def start() -> Iterator[Postgres]:
+    """Run a server with a temporary data folder; both end with the block.
 
     Raises:
         RuntimeError: PostgreSQL is not installed.
@@ -69,30 +70,22 @@ def start(folder: Path) -> Iterator[Postgres]:
     there = programs()
     if there is None:
         raise RuntimeError("PostgreSQL is not installed. Install Debian's package `postgresql`.")
-    folder.mkdir(parents=True)
-    owner = _owner(folder)
-    data = folder / "data"
-    _run([there / "initdb", "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"], owner)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = Postgres(port, folder, there / "pg_ctl", owner)
-    server.restart()
-    try:
-        yield server
-    finally:
-        server.crash()
-
-
-def _owner(folder: Path) -> str | None:
-    """User to run as: PostgreSQL refuses root, which leaves it to the package's own user."""
-    if os.geteuid() != 0:
-        return None
-    shutil.chown(folder, "postgres")
-    for above in folder.parents:  # which pytest closes to others
-        if above.owner() == "root" and str(above).startswith("/tmp/"):
-            above.chmod(above.stat().st_mode | 0o011)
-    return "postgres"
+    # not below pytest's folders: PostgreSQL refuses root, and they are closed to the package's own user
+    with tempfile.TemporaryDirectory(prefix="stsr-postgres-", ignore_cleanup_errors=True) as name:
+        folder, owner = Path(name), "postgres" if os.geteuid() == 0 else None
+        if owner:
+            shutil.chown(folder, owner)
+        initdb = [there / "initdb", "-D", folder / "data", "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"]
+        _run(initdb, owner)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        server = Postgres(port, folder, there / "pg_ctl", owner)
+        server.restart()
+        try:
+            yield server
+        finally:
+            server.crash()
 
 
 def _run(command: list[object], user: str | None) -> None:

@@ -43,7 +43,7 @@ def test_pgstac_takes_the_export_and_finds_the_same_items(tmp_path):
     collection, _ = documents.read("rain/collection.json")
     done = CliRunner().invoke(app, ["catalog", "export", "--catalog", str(catalog), "--to", str(written)])
     assert done.exit_code == 0, done.output
-    with postgres.start(tmp_path / "postgres") as database:
+    with postgres.start() as database:
         load(database, "migrate")
         for _ in range(2):  # the same export again changes nothing
             load(database, "load", "collections", str(written / "collections.ndjson"), "--method", "upsert")

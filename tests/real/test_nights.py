@@ -1,8 +1,10 @@
-"""Servers killed in the middle of a nightly run, on PostgreSQL: the run ends honestly, and a rerun finishes."""
+"""Nights that do not go as planned, on PostgreSQL: servers killed in the middle of a run, two runs at once, a source
+that shrinks or vanishes."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import xarray as xr
+import yaml
 
 from stsr_core.catalog import find, ls
 from stsr_core.catalog.integrity import verify_version
@@ -80,14 +84,31 @@ def wait_for(happens: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
+def own_source(folder: Path) -> None:
+    """A catalog.yaml whose source is a file of the folder, which tests rewrite."""
+    small_catalog(folder / "catalog.yaml")
+    catalog = yaml.safe_load((folder / "catalog.yaml").read_text())
+    (source,) = {p["source"] for p in catalog["products"].values()}
+    shutil.copy(ROOT / "stsr_core" / "samples" / "arpege_fc1h_20180501_SE.nc", folder / "source.nc")
+    catalog["sources"][source]["url"] = "source.nc"
+    (folder / "catalog.yaml").write_text(yaml.safe_dump(catalog))
+
+
+def rewrite(site: Site, change: Callable[[xr.Dataset], xr.Dataset]) -> None:
+    """Replace the source at once, as producers do."""
+    with xr.open_dataset(site.folder / "source.nc", decode_cf=False) as data:
+        change(data.load()).to_netcdf(site.folder / "next.nc")
+    (site.folder / "next.nc").replace(site.folder / "source.nc")
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterator[Site]:
     if postgres.programs() is None:
         pytest.skip("PostgreSQL is not installed")
     folder = tmp_path_factory.mktemp("operations")
-    small_catalog(folder / "catalog.yaml")
+    own_source(folder)
     port = free_port()
-    with postgres.start(folder / "postgres") as database:
+    with postgres.start() as database:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STSR_"))} | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
@@ -145,11 +166,55 @@ def test_a_fault_in_the_middle_of_a_run_is_told_and_a_rerun_finishes(site: Site,
     again = site.api.finished(site.api.start("nightly/nightly", members=48, force=True))
     assert again["state_type"] == "COMPLETED", again["state"]["message"]
     assert len(versions(site)) == len(before) + completed + 1
-    newest = find(PRODUCT, "latest", str(site.catalogue))
-    assert verify_version(newest.url.rpartition("/")[0]).flaws == ()
+    sound(site)
 
 
 def versions(site: Site) -> list[str]:
     if not (site.catalogue / "catalog.json").is_file():
         return []
     return ls(str(site.catalogue)).get(PRODUCT, [])
+
+
+def test_two_runs_at_once_publish_one_version(site: Site) -> None:
+    before = versions(site)
+    rewrite(site, lambda data: data.assign(precipitation=data["precipitation"] * 2))
+    code = f"from flows.nightly import nightly; nightly(product={PRODUCT!r})"  # past the deployment's queue
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=site.folder, env=site.environment) for _ in range(2)]
+    assert [run.wait(300) for run in runs] == [0, 0]
+    assert len(versions(site)) == len(before) + 1
+    sound(site)
+
+
+def test_a_nightly_run_and_a_backfill_at_once_both_publish(site: Site) -> None:
+    before = versions(site)
+    day = {"first": "2018-05-01", "last": "2018-05-01"}
+    runs = [
+        site.api.start("backfill/backfill", product=PRODUCT, period=day),
+        site.api.start("nightly/nightly", product=PRODUCT, force=True),
+    ]
+    found = [site.api.finished(run) for run in runs]
+    assert [run["state_type"] for run in found] == ["COMPLETED", "COMPLETED"], found
+    assert len(versions(site)) == len(before) + 1
+    assert ls(str(site.catalogue))[f"{PRODUCT}-20180501-20180501"] == ["v1"]
+
+
+def test_a_source_that_shrinks_becomes_a_shorter_version_and_one_that_vanishes_none(site: Site) -> None:
+    before = versions(site)
+    rewrite(site, lambda data: data.isel(time=slice(0, 12)))
+    shorter = site.api.finished(site.api.start("nightly/nightly"))
+    assert shorter["state_type"] == "COMPLETED", shorter["state"]["message"]
+    assert len(versions(site)) == len(before) + 1
+    sound(site)
+    newest = find(PRODUCT, "latest", str(site.catalogue))
+    assert xr.open_zarr(newest.asset_url("ensemble")).sizes["time"] == 12
+    (site.folder / "source.nc").rename(site.folder / "gone.nc")
+    vanished = site.api.finished(site.api.start("nightly/nightly"))
+    (site.folder / "gone.nc").rename(site.folder / "source.nc")
+    assert vanished["state_type"] == "FAILED"
+    assert "source.nc" in vanished["state"]["message"]
+    assert len(versions(site)) == len(before) + 1
+
+
+def sound(site: Site) -> None:
+    newest = find(PRODUCT, "latest", str(site.catalogue))
+    assert verify_version(newest.url.rpartition("/")[0]).flaws == ()
