@@ -94,6 +94,13 @@ def test_compose_is_consistent():
     assert docker.job_variables["volumes"] == [f"{compose['volumes']['data']['name']}:/data"]
 
 
+@pytest.mark.parametrize(
+    "name", ["Containerfile", "Containerfile.cuda", "compose.yaml", "kubernetes/kustomization.yaml"]
+)
+def test_nothing_reports_to_anybody_unless_asked_to(name):
+    assert re.search(r"PREFECT_SERVER_ANALYTICS_ENABLED\W+false", (INFRA / name).read_text())
+
+
 def test_kubernetes_is_consistent():
     kustomization = documents("kubernetes/kustomization.yaml")[0]
     files = {p.name for p in (INFRA / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}

@@ -29,6 +29,7 @@ from stac_fastapi.types.errors import NotFoundError
 from stac_fastapi.types.requests import get_base_url
 
 from stsr_core.catalog.index import Query
+from stsr_core.catalog.metrics import add_metrics
 from stsr_core.catalog.snapshot import OTHER, TOP, Loaded, Product, Snapshot, place_of
 from stsr_core.errors import ConfigurationError, StoreError
 
@@ -83,6 +84,7 @@ def make_app(loaded: Loaded, public: str | None = None) -> FastAPI:
     )
     app: FastAPI = api.app
     app.middleware("http")(_bounded)
+    add_metrics(app, loaded)
     app.add_exception_handler(ConfigurationError, _answer(400))
     app.add_exception_handler(NotFoundError, _answer(404))
     app.add_exception_handler(StoreError, _answer(503))

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pystac
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from pystac_client import Client
 
 import stsr_core.catalog
@@ -384,3 +385,20 @@ def test_the_validator_of_stac_apis_finds_nothing_wrong(tmp_path):
     assert "Warnings:" in done.stdout, done.stdout + done.stderr
     errors = [line for line in done.stdout.partition("Errors:")[2].splitlines() if line.startswith("- ")]
     assert "\n".join(line for line in errors if not any(known in line for known in NOT_OURS)) == ""
+
+
+def test_metrics_say_how_fresh_products_are_and_how_requests_are_answered(server):
+    for path in ("/collections/rain", "/collections/rain/items", "/collections/nosuch"):
+        httpx.get(f"{server}{path}")
+    answer = httpx.get(f"{server}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    found = {f"{s.name} {' '.join(s.labels.values())}".strip(): s.value for family in
+             text_string_to_metric_families(answer.text) for s in family.samples}  # fmt: skip
+    assert found["stsr_catalogue_up"] == 1
+    assert found["stsr_versions rain"] == VERSIONS
+    assert found["stsr_versions snow"] == 1
+    assert found["stsr_versions_withdrawn rain"] == 0
+    assert 0 <= time.time() - found["stsr_newest_version_timestamp_seconds snow"] < 3600
+    assert found["stsr_http_requests_total GET /collections/{collection_id} 200"] >= 1
+    assert found["stsr_http_requests_total GET /collections/{collection_id} 404"] >= 1
+    assert found["stsr_http_request_seconds_count /collections/{collection_id}/items"] >= 1

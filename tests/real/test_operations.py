@@ -109,6 +109,11 @@ def test_a_killed_run_is_marked_and_the_next_one_goes_on_publishes_and_shows_its
     assert dict(data.sizes)["member"] == 48
 
 
+def test_server_and_catalogue_say_how_they_are_to_prometheus(site: Site) -> None:
+    assert "prefect_" in httpx.get(f"{site.api.url}/metrics", follow_redirects=True).text
+    assert f'stsr_versions{{product="{PRODUCT}"}} 1.0' in httpx.get(f"{site.stac}/metrics").text
+
+
 def test_nothing_new_takes_a_moment_and_writes_one_task_run(site: Site) -> None:
     run = site.api.start("nightly/nightly", product=PRODUCT)
     found = site.api.finished(run)
