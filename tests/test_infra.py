@@ -1,14 +1,19 @@
 """infra/: what it names exists, and settings.md is what the settings say. No container engine runs here."""
 
+import asyncio
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from prefect.settings import get_current_settings
 
 from flows.declared import Declared, shipped_declaration
+from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.server import make_app
+from stsr_core.catalog.snapshot import Loaded
 from stsr_core.settings import Settings, settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +114,8 @@ def test_kubernetes_is_consistent():
     accounts = {d["metadata"]["name"] for d in found if d["kind"] == "ServiceAccount"}
     kubernetes = Declared.load(shipped_declaration()).infrastructures["kubernetes"]
     assert kubernetes.job_variables["service_account_name"] in accounts
-    worker = next(d for d in found if d["kind"] == "Deployment")["spec"]["template"]["spec"]
+    deployed = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in found if d["kind"] == "Deployment"}
+    worker = deployed["stsr-worker"]
     assert worker["serviceAccountName"] in accounts
     assert kubernetes.work_pool in worker["containers"][0]["args"]
     dask = next(d for d in found if d["kind"] == "DaskCluster")
@@ -117,3 +123,21 @@ def test_kubernetes_is_consistent():
     assert address.endswith(f"tcp://{dask['metadata']['name']}-scheduler.{kustomization['namespace']}.svc:8786")
     assert dask["spec"]["worker"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert {p["port"] for p in dask["spec"]["scheduler"]["service"]["ports"]} == {8786, 8787}
+    served = deployed["stsr-catalogue"]["containers"][0]
+    destination = next(x for x in kustomization["configMapGenerator"][0]["literals"] if "DESTINATION" in x)
+    assert destination.endswith(f"={served['args'][4]}")
+    (port,) = served["ports"]
+    assert served["args"][-1] == str(port["containerPort"])
+    service = next(d for d in found if d["kind"] == "Service")["spec"]
+    assert service["ports"][0]["targetPort"] == port["name"]
+    readers = next(d for d in found if d["metadata"]["name"] == "readers")["spec"]
+    assert readers["ingress"][0]["ports"][0]["port"] == port["containerPort"]
+    assert service["selector"] == readers["podSelector"]["matchLabels"] == {"app": "stsr-catalogue"}
+    for path in (served["readinessProbe"]["httpGet"]["path"], "/metrics"):
+        assert asyncio.run(status_of(path)) == 200
+
+
+async def status_of(path):
+    transport = httpx.ASGITransport(make_app(Loaded(Documents("/nowhere"))))
+    async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
+        return (await client.get(path)).status_code
