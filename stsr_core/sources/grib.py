@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAGIC = b"GRIB"
 MISSING = 1e35
 GRID_KEYS = ("gridType", "Ni", "Nj", "Nx", "Ny", "md5GridSection")
+REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
 
@@ -37,7 +38,7 @@ class Message:
     end: datetime
     member: int
     grid: tuple[object, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     columns_first: bool
     packing_error: float
 
@@ -46,8 +47,8 @@ def open_grib(path: str) -> xr.Dataset:
     """Open a local GRIB file; values are read message by message when they are asked for.
 
     Returns:
-        Variables (member, time, y, x), or without member where there is one, named by their short name, with `time` at
-        the end of its interval and `time_bnds` where the messages span time.
+        Variables (member, time, y, x), or (member, time, cell) on reduced grids, without member where there is one,
+        named by their short name, with `time` at the end of its interval and `time_bnds` where the messages span time.
 
     Raises:
         SourceError: no GRIB messages, or messages of one variable that make no array.
@@ -93,12 +94,18 @@ def _key(handle: int, key: str, default: Any = None) -> Any:
         return default
 
 
+def _size(handle: int, *keys: str) -> int:
+    """Size of an axis; 0 where it has none, which GRIB writes as a number of all ones."""
+    found = next((int(n) for n in (_key(handle, key) for key in keys) if n), 0)
+    return found if found < 10**7 else 0
+
+
 def _message(handle: int) -> Message:
     reference = datetime.strptime(f"{_key(handle, 'dataDate'):08d}{_key(handle, 'dataTime'):04d}", "%Y%m%d%H%M")
     start, end = (reference + _step(handle, key) for key in ("startStep", "endStep"))
-    shape = (_key(handle, "Nj") or _key(handle, "Ny") or 0, _key(handle, "Ni") or _key(handle, "Nx") or 0)
-    if 0 in shape or max(shape) > 10**7:  # reduced grids have rows of different lengths
-        shape = (1, int(_key(handle, "numberOfPoints", 0)))
+    shape: tuple[int, ...] = (_size(handle, "Nj", "Ny"), _size(handle, "Ni", "Nx"))
+    if 0 in shape:
+        shape = (int(_key(handle, "numberOfPoints", 0)),)
     return Message(
         offset=int(_key(handle, "offset")),
         name=str(_key(handle, "shortName", "unknown")),
@@ -156,21 +163,33 @@ def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
     return data.isel(member=0, drop=True) if len(members) == 1 else data
 
 
-def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str, str]]:
-    """1-D latitudes and longitudes where they make a grid, else 2-D ones, which hold for any projection."""
+def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """1-D latitudes and longitudes where they make a grid, else 2-D ones, which hold for any projection.
+
+    Reduced grids have cells with outlines.
+    """
     import eccodes
 
     with _loaded(path, message) as handle:
         latitude, longitude = (eccodes.codes_get_double_array(handle, k) for k in ("latitudes", "longitudes"))
-    if latitude.size != message.shape[0] * message.shape[1] or message.shape[0] == 1:
-        raise SourceError(
-            f"{path} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file first."
-        )
-    latitude, longitude = (_shaped(v, message) for v in (latitude, longitude))
+        is_global = bool(_key(handle, "global", 0))
     north, east = (
         {"units": "degrees_north", "standard_name": "latitude"},
         {"units": "degrees_east", "standard_name": "longitude"},
     )
+    if message.grid[0] in REDUCED and latitude.size == np.prod(message.shape):
+        south_north, west_east = _outlines(latitude, longitude, to_poles=is_global)
+        return {
+            "latitude": ("cell", latitude, {**north, "bounds": "latitude_bnds"}),
+            "longitude": ("cell", longitude, {**east, "bounds": "longitude_bnds"}),
+            "latitude_bnds": (("cell", "corner"), south_north),
+            "longitude_bnds": (("cell", "corner"), west_east),
+        }, ("cell",)
+    if len(message.shape) == 1 or latitude.size != np.prod(message.shape) or message.shape[0] == 1:
+        raise SourceError(
+            f"{path} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file first."
+        )
+    latitude, longitude = (_shaped(v, message) for v in (latitude, longitude))
     if (latitude == latitude[:, :1]).all() and (longitude == longitude[:1]).all():
         return {
             "latitude": ("latitude", latitude[:, 0], north),
@@ -179,7 +198,36 @@ def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str
     return {"latitude": (("y", "x"), latitude, north), "longitude": (("y", "x"), longitude, east)}, ("y", "x")
 
 
+def _outlines(
+    latitude: NDArray[np.float64], longitude: NDArray[np.float64], *, to_poles: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Corners (N, 4) of the cells of rows of different lengths, half way between rows and between points of a row.
+
+    Returns:
+        Latitudes and longitudes of the corners; the outer rows reach to the poles, or as far out as they are in.
+
+    Raises:
+        SourceError: a single row, or a row of one point, whose cells have no size.
+    """
+    starts = np.flatnonzero(np.diff(latitude, prepend=np.nan) != 0)
+    lengths = np.diff(starts, append=latitude.size)
+    if len(starts) < 2 or lengths.min() < 2:
+        raise SourceError("A reduced grid with a single row, or a row of one point, has cells of no known size.")
+    rows = latitude[starts]
+    middle = (rows[:-1] + rows[1:]) / 2
+    edges = np.concatenate(([2 * rows[0] - middle[0]], middle, [2 * rows[-1] - middle[-1]]))
+    if to_poles:
+        edges[[0, -1]] = np.copysign(90.0, rows[[0, -1]])
+    row = np.repeat(np.arange(len(rows)), lengths)
+    first, second = longitude[starts], longitude[starts + 1]
+    half = np.repeat(((second - first) % 360.0) / 2, lengths)
+    corners = np.stack((edges[row], edges[row], edges[row + 1], edges[row + 1]), axis=1)
+    return np.clip(corners, -90.0, 90.0), longitude[:, None] + half[:, None] * np.array([-1.0, 1.0, 1.0, -1.0])
+
+
 def _shaped(values: NDArray[np.float64], message: Message) -> NDArray[np.float64]:
+    if len(message.shape) == 1:
+        return values
     rows, columns = message.shape
     return values.reshape(columns, rows).T if message.columns_first else values.reshape(rows, columns)
 
@@ -195,7 +243,7 @@ def _loaded(path: str, message: Message) -> Iterator[int]:
 
 
 class _Values(BackendArray):
-    """Values of messages, (member, time, y, x), decoded when they are indexed."""
+    """Values of messages, (member, time, y, x) or (member, time, cell), decoded when they are indexed."""
 
     def __init__(self, path: str, messages: list[Message], shape: tuple[int, ...]) -> None:
         self.path, self.messages, self.shape, self.dtype = path, messages, shape, np.dtype(np.float64)
@@ -220,5 +268,6 @@ class _Values(BackendArray):
             eccodes.codes_set(handle, "missingValue", MISSING)
             values = eccodes.codes_get_values(handle)
         field = _shaped(np.where(values == MISSING, np.nan, values), message)
-        rows, columns = key
-        return field[rows][..., columns]
+        for axis, part in reversed(list(enumerate(key))):  # from the last, for a number takes its axis away
+            field = field[(slice(None),) * axis + (part,)]
+        return field
