@@ -63,6 +63,7 @@ def read_receipts(url: str, array: str, options: Options | None = None) -> dict[
     One that cannot be read counts as absent: its writer was killed, so its shard is made again.
     """
     fs, path = filesystem(url, options)
+    fs.invalidate_cache()  # workers write receipts after this process has listed the folder
     names = sorted(fs.glob(f"{path}/{_folder(array)}/*.json"))
     found = {}
     for raw in fs.cat(names).values() if names else ():
