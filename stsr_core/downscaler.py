@@ -35,6 +35,30 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
+    """Build the two networks of a checkpoint, on the CPU.
+
+    Raises:
+        CheckpointError: weights damaged, or of other shapes than the card says.
+    """
+    card, weights = checkpoint.card, checkpoint.weights()
+    a = card.architecture
+    networks = (
+        MeanNetwork(a.mean_channels, attention=a.attention),
+        Denoiser(a.denoiser_channels, attention=a.attention),
+    )
+    for name, network in zip(("mean", "denoiser"), networks, strict=True):
+        part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+        try:
+            network.load_state_dict(part)
+        except RuntimeError as e:
+            raise CheckpointError(
+                f"The weights of checkpoint {card.name} do not fit the architecture on its card ({name} network): "
+                f"{e}. Restore card and weights from one release."
+            ) from e
+    return networks
+
+
 @dataclass(frozen=True)
 class Downscaler:
     """Networks of one checkpoint, ready for one factor on one device."""
@@ -52,24 +76,12 @@ class Downscaler:
         Raises:
             CheckpointError: weights damaged, of other shapes than the card says, or factor not served.
         """
-        card, weights = checkpoint.card, checkpoint.weights()
-        a = card.architecture
-        networks = {
-            "mean": MeanNetwork(a.mean_channels, attention=a.attention),
-            "denoiser": Denoiser(a.denoiser_channels, attention=a.attention),
-        }
-        for name, network in networks.items():
-            part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
-            try:
-                network.load_state_dict(part)
-            except RuntimeError as e:
-                raise CheckpointError(
-                    f"The weights of checkpoint {card.name} do not fit the architecture on its card ({name} network): "
-                    f"{e}. Restore card and weights from one release."
-                ) from e
+        networks = load_networks(checkpoint)
+        for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.to(device).eval().requires_grad_(False)
-        return cls(card.serving(factor), card.transform.scale_mm, networks["mean"], networks["denoiser"], device)
+        card = checkpoint.card
+        return cls(card.serving(factor), card.transform.scale_mm, *networks, device)
 
     @property
     def factor(self) -> Factor:

@@ -47,6 +47,14 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.silu(h))
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention; in single precision on CPUs, where the backward pass in half precision takes ten times as long."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+
 class TemporalAttention(nn.Module):
     """Self-attention over the frames of a window, each pixel by itself, with rotary positions."""
 
@@ -75,7 +83,7 @@ class TemporalAttention(nn.Module):
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c)
         qkv = self.qkv(tokens).permute(0, 2, 1, 3).reshape(-1, frames, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v)
+        mixed = _attend(self._rotate(q), self._rotate(k), v)
         mixed = mixed.transpose(1, 2).reshape(n // frames, h * w, frames, c).transpose(1, 2)
         return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)
 

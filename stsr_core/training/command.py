@@ -74,6 +74,8 @@ def train_checkpoint(
     recipe_name: RecipeName = "stsr",
     mean_steps: int | None,
     denoiser_steps: int | None,
+    learning_rate: float | None = None,
+    start: Path | None = None,
     device: str,
     seed: int,
     report: Callable[[str], None],
@@ -93,6 +95,7 @@ def train_checkpoint(
         chosen,
         mean_steps=mean_steps or chosen.mean_steps,
         denoiser_steps=denoiser_steps or chosen.denoiser_steps,
+        learning_rate=learning_rate or chosen.learning_rate,
     )
     configure = recipe if recipe_name == "stsr" else authors_recipe
     training = Training(
@@ -103,6 +106,7 @@ def train_checkpoint(
         folder=folder,
         run=joined,
         seed=seed,
+        start=None if start is None else Checkpoint.read(start),
         report=report,
     )
     provenance = {

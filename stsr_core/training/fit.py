@@ -6,6 +6,7 @@ state as if nothing had happened. Under torchrun every rank draws its own patche
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
+from stsr_core.downscaler import load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
 from stsr_core.networks.denoiser import Denoiser
@@ -49,7 +51,7 @@ class Preset:
     denoiser_steps: int
     cells_per_step: int  # fine cell-steps per step and rank
     learning_rate: float = 1e-3
-    save_every: int = 50
+    save_every: int = 100
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -92,6 +94,11 @@ class Run:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), world, device)
+
+    def precision(self) -> torch.autocast:
+        """Mixed precision (bfloat16) where the device computes in it; weights and their updates stay single."""
+        native = self.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=native)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over all ranks, in place, in one message."""
@@ -189,7 +196,7 @@ def mean_loss(
     network: nn.Module, fine: Tensor, conditions: Tensor, configuration: FactorConfiguration, _: torch.Generator
 ) -> Tensor:
     """Mean squared error in transformed space; its minimum is the conditional mean."""
-    return (network(conditions, configuration.factor) - fine).square().mean()
+    return (network(conditions, configuration.factor).float() - fine).square().mean()
 
 
 def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
@@ -207,7 +214,7 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
     ) -> Tensor:
         factor = configuration.factor
         with torch.no_grad():
-            expected = mean(conditions, factor)
+            expected = mean(conditions, factor).float()
         residual = (fine - expected) / scales[str(factor)]
         # One stratified draw per patch covers the schedule evenly even in small batches.
         n = len(fine)
@@ -215,7 +222,7 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
         angle = sampling_angle(u, configuration.beta).to(fine.device)
         noise = torch.randn(residual.shape, generator=generator).to(fine.device)
         levels = angle[:, None, None, None, None]
-        found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor)
+        found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor).float()
         return (loss_weight(levels) * (found - residual).square()).mean()
 
     return loss
@@ -223,7 +230,10 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
 
 @dataclass(frozen=True)
 class Training:
-    """A training: data, factor configurations, preset, and the folder that it resumes from."""
+    """A training: data, factor configurations, preset, and the folder that it resumes from.
+
+    `start` is a checkpoint whose weights it begins with, instead of random ones.
+    """
 
     train: Sequence[Region]
     validation: Sequence[Region]
@@ -232,6 +242,7 @@ class Training:
     folder: Path
     run: Run
     seed: int = 0
+    start: Checkpoint | None = None
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
 
@@ -263,7 +274,7 @@ class Training:
             generator = torch.Generator().manual_seed(self.seed)
             for _ in range(VALIDATION_PATCHES):
                 patch = draw_patch(self.validation, configuration, rng, augment=False)
-                with torch.no_grad():
+                with torch.no_grad(), self.run.precision():
                     value = loss(network, *self._tensors([patch], configuration), configuration, generator)
                 values.append(float(value))
         return float(np.mean(values))
@@ -278,7 +289,8 @@ class Training:
         started, first = time.monotonic(), stage.step
         while stage.step < stage.steps:
             fine, conditions, configuration, generator = self.batch(stage.number, stage.step)
-            value = loss(stage.network, fine, conditions, configuration, generator)
+            with self.run.precision():
+                value = loss(stage.network, fine, conditions, configuration, generator)
             if not math.isfinite(value.item()):
                 raise TrainingError(
                     f"The {stage.name} loss is {value.item()} at step {stage.step}. The state of the last save is "
@@ -313,8 +325,6 @@ class Training:
 
 
 def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    import copy
-
     other = copy.deepcopy(network)
     other.load_state_dict(dict(weights))
     return other.eval()
@@ -333,10 +343,7 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     """
     preset, run = training.preset, training.run
     training.folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(training.seed)
-    a = preset.architecture
-    mean = MeanNetwork(a.mean_channels, attention=a.attention).to(run.device)
-    denoiser = Denoiser(a.denoiser_channels, attention=a.attention).to(run.device)
+    mean, denoiser = (network.to(run.device) for network in _networks(training))
     mean_stage = Stage("mean", 1, mean, preset.mean_steps, preset.learning_rate)
     fitted_mean = training.advance(mean_stage, mean_loss)
     scales = training.residual_scales(fitted_mean)
@@ -358,6 +365,24 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
 
 
+def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
+    """The networks as training begins with them.
+
+    Raises:
+        ConfigurationError: the checkpoint to start from has networks of another size than the preset.
+    """
+    a = training.preset.architecture
+    if training.start is None:
+        torch.manual_seed(training.seed)
+        return MeanNetwork(a.mean_channels, attention=a.attention), Denoiser(a.denoiser_channels, attention=a.attention)
+    if training.start.card.architecture != a:
+        raise ConfigurationError(
+            f"Checkpoint {training.start.card.name} has networks of {training.start.card.architecture}; the preset "
+            f"asks for {a}. Choose the preset it was trained with."
+        )
+    return load_networks(training.start)
+
+
 def _card(
     training: Training, name: str, provenance: Mapping[str, object], scales: Mapping[str, float], step: int
 ) -> dict[str, object]:
@@ -374,5 +399,6 @@ def _card(
             "cells_per_step": preset.cells_per_step * training.run.world,
             "learning_rate": preset.learning_rate,
             "seed": training.seed,
+            **({"start": training.start.digest} if training.start else {}),
         },
     }

@@ -1,7 +1,8 @@
 """Training patches from archives of fine precipitation.
 
-Patches are drawn where it rains, at any offset in place and time, and augmented by what leaves the physics
-as it is: flips, transposition, a change of amplitude, and a coarser grid that stands for other radars.
+Patches are drawn where it rains, at any offset in place and time, and augmented by what leaves the physics as it
+is, or nearly: flips, transposition, time running backwards, a change of amplitude, and a coarser grid that stands
+for other radars.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ WEIGHT_BLOCK = (6, 32)  # steps and cells over which the rain that weighs the dr
 DRY_SHARE = 0.05  # probability of a draw that ignores the rain
 SPACINGS = (1, 2, 3)  # grid coarsening that stands for other radars ...
 SPACING_SHARES = (0.8, 0.12, 0.08)  # ... and how often
-AMPLITUDE = 0.5  # log amplitude scaling is uniform within +- this
+AMPLITUDE = 0.6  # log amplitude scaling is uniform within +- this
+REVERSED_SHARE = 0.25  # of patches run backwards in time; a minority, for showers grow faster than they decay
 ATTEMPTS = 200
 READ_STEPS = 48  # fine steps that are read at a time
 
@@ -222,4 +224,6 @@ def _augmented(fine: NDArray[np.float32], rng: np.random.Generator) -> NDArray[n
         fine = fine[:, :, ::-1]
     if rng.random() < 0.5:
         fine = fine.swapaxes(1, 2)
+    if rng.random() < REVERSED_SHARE:
+        fine = fine[::-1]
     return np.ascontiguousarray(fine * np.float32(np.exp(rng.uniform(-AMPLITUDE, AMPLITUDE))))

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 import xarray as xr
 
 from stsr_core.checkpoint import Architecture
-from stsr_core.errors import SourceError
+from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
 from stsr_core.training.fit import Preset, Run, Stage, Training, TrainingError, fit, mean_loss
@@ -150,3 +151,28 @@ def test_the_learning_rate_warms_up_and_falls():
         rates.append(stage.rate())
     assert rates[0] < rates[1]
     assert rates[1] > rates[2] > rates[3] > 0
+
+
+def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
+    first = fit(training(regions, tmp_path / "first"), "x", {})
+    unmoved = replace(TINY, learning_rate=0.0)
+    again = fit(replace(training(regions, tmp_path / "again", unmoved), start=first), "x", {})
+    assert again.card.training["start"] == first.digest
+    for name, weights in first.weights().items():
+        torch.testing.assert_close(again.weights()[name], weights)
+
+
+def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
+    first = fit(training(regions, tmp_path / "first"), "x", {})
+    wider = replace(TINY, architecture=Architecture(mean_channels=(16, 32), denoiser_channels=(8, 32)))
+    with pytest.raises(ConfigurationError, match="Choose the preset it was trained with"):
+        fit(replace(training(regions, tmp_path / "again", wider), start=first), "x", {})
+
+
+def test_mixed_precision_gives_the_loss_of_single_precision(regions):
+    configured = training(regions, Path())
+    fine, conditions, configuration, generator = configured.batch(1, 0)
+    network = first_stage(steps=1).network
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mean_loss(network, fine, conditions, configuration, generator)
+    torch.testing.assert_close(mixed, mean_loss(network, fine, conditions, configuration, generator), rtol=0.01, atol=0)
