@@ -111,7 +111,7 @@ def backfill(
     coarse = within(stage(read, named.name)(job), period.first, period.last)
     found = stage(match, named.name)(coarse, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, named.name)(coarse, job.target, found)
-    plan = stage(make_plan, named.name)(lattice, found, library, named.product, settings)
+    plan = stage(make_plan, named.name)(lattice, found, library, named, settings)
     attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
     if attempt is None:
         event("nothing_new", product=named.name)

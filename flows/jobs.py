@@ -8,6 +8,7 @@ from flows.parameters import ALL
 from flows.tasks import Job
 from stsr_core.configuration import Configuration, choose_catalog
 from stsr_core.settings import Settings
+from stsr_core.statics import configured_sources
 
 
 def options_of(destination: str, settings: Settings) -> dict[str, object]:
@@ -32,6 +33,7 @@ def jobs(
     configuration = Configuration.load(path)
     names = list(configuration.products) if product == ALL else [product]
     where = destination or settings.destination
+    statics = configured_sources(configuration.statics, path.parent, settings.s3_options)
     found = []
     for name in names:
         wanted = configuration.product(name)
@@ -39,5 +41,5 @@ def jobs(
             wanted = wanted.model_copy(update={"members": members})
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
         options = options_of(where, settings)
-        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.s3_options))
+        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.s3_options, statics))
     return found

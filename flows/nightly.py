@@ -92,7 +92,7 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     cube = stage(read, name)(job)
     found = stage(match, name)(cube, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, name)(cube, job.target, found)
-    plan = stage(make_plan, name)(lattice, found, library, job.product, settings)
+    plan = stage(make_plan, name)(lattice, found, library, job, settings)
     attempt = begin(job, plan, new.fingerprint, after=new.after, sole_publisher=settings.sole_publisher)
     if attempt is None:
         event("published_meanwhile")

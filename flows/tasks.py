@@ -35,6 +35,7 @@ from stsr_core.settings import Settings
 from stsr_core.sources.cube import Coarse, Cube
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, located, open_dataset
+from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
 from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store, shard_path
 from stsr_core.store.overview import write_overview
@@ -57,6 +58,7 @@ class Job:
     destination: str
     options: Mapping[str, object]
     source_options: Mapping[str, object] = field(default_factory=dict)
+    statics: Mapping[str, StaticSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def make_plan(cube: Cube, found: Match, library: Library, wanted: Product, settings: Settings) -> Plan:
+def make_plan(cube: Cube, found: Match, library: Library, job: Job, settings: Settings) -> Plan:
     """Plan the shards; a plan above the limit of device hours is refused."""
-    plan = product.plan_product(cube, found, library, wanted)
+    plan = product.plan_product(cube, found, library, job.product, job.statics)
     cost = product.Cost.of(plan, settings.device_rate)
     members, steps, rows, columns = plan.fine_shape
     event(
@@ -312,6 +314,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         seed=plan.recipe.seed,
         members=plan.recipe.members,
         scores=plan.recipe.served.scores,
+        statics={static.name: job.statics[static.name].fingerprint for static in checkpoint.card.statics},
     )
 
 

@@ -42,6 +42,15 @@ class Transform(_Frozen):
     scale_mm: float = 0.2
 
 
+class StaticField(_Frozen):
+    """A field of the fine grid that does not change in time; the networks see (value - offset) / scale."""
+
+    name: str
+    units: str
+    offset: float
+    scale: float
+
+
 class Served(_Frozen):
     """A factor configuration that a checkpoint was trained with, and what was measured for it.
 
@@ -65,6 +74,7 @@ class Card(_Frozen):
     name: str
     architecture: Architecture
     transform: Transform
+    statics: tuple[StaticField, ...] = ()
     served: tuple[Served, ...]
     fine_spacing_km: float = 1.0
     fine_step_h: float = 1.0

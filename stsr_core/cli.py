@@ -58,6 +58,15 @@ DeclareOption = Annotated[
         "'select: {number: 0}'. Repeat it for more; `stsr inspect` says which are needed.",
     ),
 ]
+StaticOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--static",
+        metavar="NAME[=FILE]",
+        help="Static field, such as orography: the variable NAME of FILE, or NAME under `statics:` in catalog.yaml. "
+        "Repeat it for more.",
+    ),
+]
 
 
 def say(text: str) -> None:
@@ -113,6 +122,7 @@ def plan(
     from stsr_core.settings import Settings
     from stsr_core.sources.harmonise import read_coarse
     from stsr_core.sources.open import open_dataset
+    from stsr_core.statics import configured_sources
 
     settings = Settings()
     path = choose_catalog(settings.catalog_file)
@@ -125,7 +135,8 @@ def plan(
         coarse = read_coarse(dataset, source.variable, source.declared, near=reach(target))
     library = Library.open(settings.checkpoints)
     found = library.family.nearest(*native_factor(coarse, target), limit=settings.match_limit)
-    planned = plan_product(to_lattice(coarse, target, found.factor), found, library, wanted)
+    statics = configured_sources(configuration.statics, path.parent, settings.s3_options)
+    planned = plan_product(to_lattice(coarse, target, found.factor), found, library, wanted, statics)
     cost = Cost.of(planned, settings.device_rate)
     say(
         f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
@@ -159,6 +170,7 @@ def downscale(
     ] = False,
     workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
     declare: DeclareOption = None,
+    static: StaticOption = None,
 ) -> None:
     """Downscale a file without a catalogue.
 
@@ -186,6 +198,7 @@ def downscale(
         conserve=conserve,
         device=device.value,
         checkpoints=settings.checkpoints,
+        statics=_statics(static, settings),
     )
     total = sum(plan.evaluations(shard) for shard in plan.shards)
     cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers)
@@ -235,6 +248,16 @@ def inspect(
     say(found.text())
 
 
+def _statics(lines: list[str] | None, settings: Any) -> Any:
+    """Where the static fields are that are named on the command line."""
+    from stsr_core.configuration import Configuration, choose_catalog
+    from stsr_core.statics import configured_sources, named_sources
+
+    path = choose_catalog(settings.catalog_file)
+    configured = configured_sources(Configuration.load(path).statics, path.parent, settings.s3_options)
+    return named_sources(lines or [], configured)
+
+
 def _options(url: str, settings: Any) -> dict[str, object]:
     return settings.s3_options if url.startswith("s3://") else {}
 
@@ -273,6 +296,7 @@ def train(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of weights and patches.")] = 0,
     catalog_file: Annotated[Path | None, typer.Option(help="catalog.yaml that names the archive.")] = None,
+    static: StaticOption = None,
 ) -> None:
     """Train a checkpoint on fine precipitation; several processes or GPUs by `torchrun -m stsr_core.cli train ...`.
 
@@ -289,7 +313,13 @@ def train(
     if space is not None and time is not None:
         wanted = [(space, time)]
     checkpoint = train_checkpoint(
-        Data.of(archive, train or [], validation or [], choose_catalog(catalog_file or Settings().catalog_file)),
+        Data.of(
+            archive,
+            train or [],
+            validation or [],
+            choose_catalog(catalog_file or Settings().catalog_file),
+            static or [],
+        ),
         wanted,
         folder=folder,
         name=name,
@@ -337,6 +367,7 @@ def evaluate(
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a page with tables and pictures here.")
     ] = None,
+    static: StaticOption = None,
 ) -> None:
     """Score a checkpoint against fine truth, beside even spreading, linear interpolation and RainFARM.
 
@@ -345,10 +376,11 @@ def evaluate(
     """
     from stsr_core.evaluation.command import evaluate_checkpoint, table_text
     from stsr_core.evaluation.evaluate import Options
+    from stsr_core.settings import Settings
 
     options = Options(
         members=members, hours=hours, cells=cells, variable=variable, workers=workers or os.cpu_count() or 1,
-        ablations=ablations, reference=reference, warming=warming,
+        ablations=ablations, reference=reference, warming=warming, statics=_statics(static, Settings()),
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,

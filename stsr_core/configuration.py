@@ -110,6 +110,17 @@ class Archive(_Data):
         return self
 
 
+class Static(_Frozen):
+    """A field that does not change in time, such as orography, for checkpoints that were trained with it."""
+
+    url: str = Field(description="Path (relative to catalog.yaml), fsspec URL, or package:FILE for shipped files.")
+    variable: str
+    crs: str | None = Field(default=None, description="EPSG code, PROJ string or WKT, where the file is silent.")
+    description: str
+    license: str = Field(description="SPDX identifier or name of the licence.")
+    attribution: str
+
+
 class TargetGrid(_Frozen):
     """A box of fine cells."""
 
@@ -170,6 +181,7 @@ class Configuration(_Frozen):
     grids: dict[str, TargetGrid]
     products: dict[str, Product]
     archives: dict[str, Archive] = {}
+    statics: dict[str, Static] = {}
 
     @model_validator(mode="after")
     def _references(self) -> Self:

@@ -44,8 +44,8 @@ def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
     card, weights = checkpoint.card, checkpoint.weights()
     a = card.architecture
     networks = (
-        MeanNetwork(a.mean_channels, attention=a.attention),
-        Denoiser(a.denoiser_channels, attention=a.attention),
+        MeanNetwork(a.mean_channels, attention=a.attention, statics=len(card.statics)),
+        Denoiser(a.denoiser_channels, attention=a.attention, statics=len(card.statics)),
     )
     for name, network in zip(("mean", "denoiser"), networks, strict=True):
         part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
@@ -97,16 +97,17 @@ class Downscaler:
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             yield
 
-    def condition(self, coarse: Tensor) -> Tensor:
+    def condition(self, coarse: Tensor, statics: Tensor | None = None) -> Tensor:
         """Conditioning frames of a coarse block with halo, see `networks.transform.condition`."""
-        return condition(coarse.to(self.device), self.factor, self.scale_mm)
+        fields = None if statics is None else statics.to(self.device)
+        return condition(coarse.to(self.device), self.factor, self.scale_mm, fields)
 
     def linear(self, coarse: Tensor) -> Tensor:
         """Linear interpolation of a coarse block with halo [mm per fine step], the plainest baseline."""
         return linear_interpolation(coarse.to(self.device), self.factor)
 
     def mean(self, conditions: Tensor) -> Tensor:
-        """Transformed conditional mean of windows, (B, T, 5, H, W) to (B, T, 1, H, W), float32."""
+        """Transformed conditional mean of windows, (B, T, 5 + S, H, W) to (B, T, 1, H, W), float32."""
         with self._precision():
             return self.mean_network(conditions, self.factor).float()
 

@@ -57,6 +57,7 @@ class Provenance(BaseModel):
     seed: int
     members: int
     scores: dict[str, float]
+    statics: dict[str, str] = {}  # fingerprints of the static fields
 
 
 @dataclass(frozen=True)

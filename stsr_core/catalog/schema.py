@@ -177,6 +177,7 @@ class Properties(_Strict):
     seed: int = Field(alias="stsr:seed")
     members: int = Field(alias="stsr:members", ge=1)
     scores: dict[str, float] = Field(alias="stsr:scores")
+    statics: dict[str, str] = Field(default={}, alias="stsr:statics")
     gates: list[GateResult] = Field(alias="stsr:gates", min_length=1)
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from stsr_core.ensemble.shard import Progress, make_shard
 from stsr_core.errors import StoreError
 from stsr_core.factors import Factor
 from stsr_core.regrid import regrid_to_factor
+from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
@@ -87,13 +89,15 @@ def prepared(
     conserve: bool,
     device: str,
     checkpoints: str | None,
+    statics: Mapping[str, StaticSource] = MappingProxyType({}),
 ) -> tuple[Plan, Downscaler]:
     """Plan an ensemble and load the networks it needs."""
     library = Library.open(checkpoints)
     cube, factor = matched(cube, space, time, library, nearest=nearest)
     checkpoint: Checkpoint = library.serving(factor)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
-    return Plan(cube, recipe), Downscaler.load(checkpoint, factor, choose_device(device))
+    fields = static_fields(checkpoint.card.statics, statics, cube.grid.refine(factor.space))
+    return Plan(cube, recipe, fields), Downscaler.load(checkpoint, factor, choose_device(device))
 
 
 def downscale(
@@ -109,6 +113,7 @@ def downscale(
     checkpoints: str | None = None,
     workers: int = 0,
     time_label: TimeLabel | None = None,
+    statics: Mapping[str, StaticSource] = MappingProxyType({}),
 ) -> xr.DataArray:
     """Downscale an array of precipitation amounts to an ensemble, in memory.
 
@@ -125,6 +130,7 @@ def downscale(
         workers: threads on a CPU; 0 means one per core. The result does not depend on it.
         time_label: which point of its interval a time stamp names; None assumes the end and says so in the
             attribute `time_label_assumed`.
+        statics: where the static fields are that the checkpoint needs, by name.
 
     Returns:
         `precipitation`, (member, time, y, x), float32, mm per fine step: the amount of an input cell is the
@@ -152,6 +158,7 @@ def downscale(
         conserve=conserve,
         device=device,
         checkpoints=checkpoints,
+        statics=statics,
     )
     threads = workers or (os.cpu_count() or 1) if downscaler.device.type == "cpu" else 1
     quanta = ensemble_quanta(plan, downscaler, workers=threads)

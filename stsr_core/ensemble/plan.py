@@ -119,6 +119,7 @@ class ShardTask:
         read: coarse steps, rows and columns that `coarse` holds; may reach one cell out of the cube, where
             edge values are repeated.
         coarse: amount [mm per coarse step] in `read`, float32, NaN where missing.
+        statics: static fields as the networks see them in `read` without its halo, (S, y, x); None without any.
         digest: over everything above.
     """
 
@@ -128,15 +129,20 @@ class ShardTask:
     shape: tuple[int, int, int]
     read: Box
     coarse: NDArray[np.float32]
+    statics: NDArray[np.float32] | None
     digest: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of one ensemble over one coarse cube."""
+    """All shards of one ensemble over one coarse cube.
+
+    `statics` holds the static fields that the checkpoint needs, (S, Y*s, X*s), see `stsr_core.statics`.
+    """
 
     cube: Cube
     recipe: Recipe
+    statics: NDArray[np.float32] | None = None
 
     @property
     def space(self) -> int:
@@ -244,7 +250,18 @@ class Plan:
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
-        return ShardTask(shard, self.recipe, self.origin, self.cube.amount.shape, read, coarse, digest.hexdigest())
+        statics = self._statics(read)
+        if statics is not None:
+            digest.update(np.ascontiguousarray(statics, dtype="<f4").tobytes())
+        shape = self.cube.amount.shape
+        return ShardTask(shard, self.recipe, self.origin, shape, read, coarse, statics, digest.hexdigest())
+
+    def _statics(self, read: Box) -> NDArray[np.float32] | None:
+        """Static fields below the windows of what is read; these lie inside the cube, their halo may not."""
+        if self.statics is None:
+            return None
+        y, x = (slice((a + HALO) * self.space, (b - HALO) * self.space) for a, b in read[1:])
+        return self.statics[:, y, x]
 
     def tasks(self) -> Iterator[ShardTask]:
         """Yield the tasks one by one; each holds only its own part of the cube."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError
 from stsr_core.regrid import coarse_grid, regrid, regrid_time
+from stsr_core.statics import static_fields
 
 if TYPE_CHECKING:
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Product, TargetGrid
     from stsr_core.factors import Factor, Match
     from stsr_core.sources.cube import Coarse, Cube
+    from stsr_core.statics import StaticSource
 
 BYTES_PER_CELL = 2  # uncompressed
 
@@ -29,8 +32,13 @@ def to_lattice(coarse: Coarse, target: TargetGrid, factor: Factor) -> Cube:
     return regrid_time(regrid(coarse, coarse_grid(target, factor)), step)
 
 
-def plan_product(cube: Cube, found: Match, library: Library, product: Product) -> Plan:
-    """Plan the ensemble of a product over a cube on the lattice of the matched factor."""
+def plan_product(
+    cube: Cube, found: Match, library: Library, product: Product, statics: Mapping[str, StaticSource]
+) -> Plan:
+    """Plan the ensemble of a product over a cube on the lattice of the matched factor.
+
+    `statics` says where the static fields are that the checkpoint may need.
+    """
     checkpoint = library.serving(found.factor)
     recipe = Recipe.of(
         checkpoint,
@@ -39,7 +47,8 @@ def plan_product(cube: Cube, found: Match, library: Library, product: Product) -
         members=product.members,
         conserve=product.conserve,
     )
-    return Plan(cube, recipe)
+    fields = static_fields(checkpoint.card.statics, statics, cube.grid.refine(found.factor.space))
+    return Plan(cube, recipe, fields)
 
 
 @dataclass(frozen=True)

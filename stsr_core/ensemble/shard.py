@@ -87,7 +87,8 @@ class _Block:
         for window in self.windows:
             self.weight[window.place] += window.taper
         self.weight.clamp_(min=torch.finfo(torch.float32).tiny)
-        self.conditions = downscaler.condition(self.coarse[None])
+        statics = None if task.statics is None else torch.from_numpy(task.statics)[None]
+        self.conditions = downscaler.condition(self.coarse[None], statics)
         self.evaluations = 0
 
     def _is_wet(self, box: Box) -> bool:

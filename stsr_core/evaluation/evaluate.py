@@ -23,6 +23,7 @@ from stsr_core.factors import ConservationFunction
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
 from stsr_core.sources.cube import Cube
+from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.verify import closure_of
 
@@ -54,6 +55,7 @@ class Options:
         ablations: also score variants of sampler, windows and conservation.
         reference: also score the authors' setting, see `evaluation.reference`.
         warming: also score the response to a wetter input.
+        statics: where the static fields are that the checkpoint needs, by name.
     """
 
     members: int = 8
@@ -65,6 +67,7 @@ class Options:
     ablations: bool = False
     reference: bool = False
     warming: bool = False
+    statics: Mapping[str, StaticSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
 class _Runner:
     """Runs one checkpoint on all places of a truth."""
 
-    def __init__(self, checkpoint: Checkpoint, downscaler: Downscaler, options: Options) -> None:
-        self.checkpoint, self.downscaler, self.options = checkpoint, downscaler, options
+    def __init__(self, checkpoint: Checkpoint, downscaler: Downscaler, truth: Truth, options: Options) -> None:
+        self.checkpoint, self.downscaler, self.truth, self.options = checkpoint, downscaler, truth, options
 
     def ensemble(
         self, coarse: NDArray[np.float32], served: Served | None = None, *, conserve: bool = True, members: int = 0
@@ -128,10 +131,9 @@ class _Runner:
         downscaler = replace(self.downscaler, served=used)
         o, factor = self.options, downscaler.factor
         recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
-        stored = np.stack(
-            [ensemble_quanta(Plan(as_cube(place, factor), recipe), downscaler, workers=o.workers) for place in coarse],
-            axis=1,
-        )
+        statics = self.truth.statics if self.truth.statics is not None else [None] * len(coarse)
+        plans = [Plan(as_cube(c, factor), recipe, s) for c, s in zip(coarse, statics, strict=True)]
+        stored = np.stack([ensemble_quanta(plan, downscaler, workers=o.workers) for plan in plans], axis=1)
         closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
         amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))
         return amount.astype(np.float32), closure
@@ -183,9 +185,12 @@ def evaluate(
 ) -> Evaluation:
     """Score a checkpoint and the baselines on fine files, all files as one sample."""
     factor = downscaler.factor
-    truth = read_truth(urls, factor, hours=options.hours, cells=options.cells, variable=options.variable)
+    truth = read_truth(
+        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable,
+        statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
+    )  # fmt: skip
     report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
-    runner = _Runner(checkpoint, downscaler, options)
+    runner = _Runner(checkpoint, downscaler, truth, options)
     fields: dict[str, NDArray[np.float32]] = {}
     seconds: dict[str, float] = {}
     with _timed(seconds, OURS, options.members):
@@ -246,7 +251,7 @@ def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> 
         report(f"{name}: done")
     found["without conservation"] = runner.ensemble(truth.coarse, conserve=False)[0]
     report("without conservation: done")
-    silent = _Runner(runner.checkpoint, without_attention(runner.downscaler), runner.options)
+    silent = _Runner(runner.checkpoint, without_attention(runner.downscaler), truth, runner.options)
     found["without attention over time"] = silent.ensemble(truth.coarse)[0]
     report("without attention over time: done")
     return found
@@ -256,8 +261,10 @@ def _reference(
     downscaler: Downscaler, truth: Truth, options: Options, report: Callable[[str], None]
 ) -> NDArray[np.float32]:
     """The authors' setting on all places."""
+    statics = truth.statics if truth.statics is not None else [None] * len(truth.coarse)
     places = [
-        reference_ensemble(downscaler, place, options.members, options.seed, progress=report) for place in truth.coarse
+        reference_ensemble(downscaler, place, options.members, options.seed, statics=fields, progress=report)
+        for place, fields in zip(truth.coarse, statics, strict=True)
     ]
     found = np.stack(places, axis=1)
     found[:, np.isnan(truth.fine)] = np.nan

@@ -54,6 +54,7 @@ def reference_ensemble(
     members: int,
     seed: int,
     *,
+    statics: NDArray[np.float32] | None = None,
     evaluations: int = SCHEDULE_STEPS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> NDArray[np.float32]:
@@ -64,6 +65,7 @@ def reference_ensemble(
         coarse: amount [mm per coarse step], (T, Y, X); missing cells count as dry.
         members: number of members.
         seed: of the noise.
+        statics: static fields as the networks see them, (S, Y*s, X*s).
         evaluations: network evaluations of a member.
         progress: called with a line for every tile.
 
@@ -88,11 +90,12 @@ def reference_ensemble(
                 window = padded[step : step + first + 3, y : y + n + 2, x : x + n + 2]
                 if not window[-2, 1:-1, 1:-1].any():
                     continue
-                tile = _tile(
-                    downscaler, setting.beta, function, torch.from_numpy(window), members, generator, evaluations
-                )
-                place = np.s_[:, step * t : (step + 1) * t, y * s : (y + n) * s, x * s : (x + n) * s]
-                out[place] = tile.cpu().numpy()
+                place = np.s_[:, y * s : (y + n) * s, x * s : (x + n) * s]
+                below = None if statics is None else torch.from_numpy(statics[place])[None]
+                conditions = downscaler.condition(torch.from_numpy(window)[None], below)
+                wanted = float(window[-2, 1:-1, 1:-1].sum()) * s * s
+                tile = _tile(downscaler, setting.beta, function, conditions, wanted, members, generator, evaluations)
+                out[:, step * t : (step + 1) * t][:, *place] = tile.cpu().numpy()
             progress(f"reference: tile at row {y} and column {x} done")
     return out
 
@@ -101,13 +104,13 @@ def _tile(
     downscaler: Downscaler,
     beta: float,
     function: TileFunction,
-    window: Tensor,
+    conditions: Tensor,
+    wanted: float,
     members: int,
     generator: torch.Generator,
     evaluations: int,
 ) -> Tensor:
-    """Members of the last coarse frame of a window with halo, (M, t, Y*s, X*s)."""
-    conditions = downscaler.condition(window[None])
+    """Members of the last coarse frame of a window, (M, t, Y*s, X*s), scaled to the sum `wanted` of each."""
     mean = downscaler.mean(conditions)
     several = conditions.expand(members, *conditions.shape[1:])
     means = mean.expand(members, *mean.shape[1:])
@@ -117,9 +120,7 @@ def _tile(
         beta,
         evaluations,
     )
-    t, s = downscaler.factor.time, downscaler.factor.space
-    amount = downscaler.amounts(means, residual)[:, -t:, 0]
+    amount = downscaler.amounts(means, residual)[:, -downscaler.factor.time :, 0]
     shape = function(amount)
-    wanted = float(window[-2, 1:-1, 1:-1].sum()) * s * s
     total = shape.sum(dim=(1, 2, 3), keepdim=True)
     return torch.where(total > 0, shape * (wanted / total.clamp(min=1e-12)), wanted / math.prod(shape.shape[1:]))

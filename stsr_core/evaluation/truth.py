@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.factors import Factor
+    from stsr_core.grids import Grid
 
 READ_STEPS = 48  # fine steps that are read at a time
 
@@ -30,23 +31,35 @@ class Truth:
         fine: amount [mm per fine step], (P, T*t, Y*s, X*s), float32; whole coarse cells are NaN where any
             part of them is missing.
         coarse: amount [mm per coarse step], (P, T, Y, X), float32, NaN where missing.
+        statics: static fields as the networks see them, (P, S, Y*s, X*s), float32; None without any.
     """
 
     names: tuple[str, ...]
     fine: NDArray[np.float32]
     coarse: NDArray[np.float32]
+    statics: NDArray[np.float32] | None = None
 
 
-def read_truth(urls: Sequence[str], factor: Factor, *, hours: int, cells: int, variable: str) -> Truth:
+def read_truth(
+    urls: Sequence[str],
+    factor: Factor,
+    *,
+    hours: int,
+    cells: int,
+    variable: str,
+    statics: Callable[[Grid], NDArray[np.float32] | None] = lambda _: None,
+) -> Truth:
     """Read the wettest `hours` and the middle `cells` x `cells` of fine files, cut to whole coarse cells.
 
-    Files smaller than asked for make all places smaller: they are scored as one sample.
+    Files smaller than asked for make all places smaller: they are scored as one sample. `statics` gives the static
+    fields on the grid of a file.
 
     Raises:
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run.
     """
     places = places_of(urls)
-    fields = [_middle(_wettest(place, variable, hours, factor), cells, factor, place) for place in places]
+    runs = [_wettest(place, variable, hours, factor) for place in places]
+    fields = [_middle(amount, cells, factor, place) for (_, amount), place in zip(runs, places, strict=True)]
     nt, ny, nx = (min(f.shape[axis] for f in fields) for axis in range(3))
     s, t = factor.space, factor.time
     cut = [
@@ -55,11 +68,16 @@ def read_truth(urls: Sequence[str], factor: Factor, *, hours: int, cells: int, v
     coarse = np.stack([coarsen(c, factor) for c in cut])
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse)
+    seen = []
+    for (run, _), place in zip(runs, places, strict=True):
+        found = statics(run.grid)
+        if found is not None:
+            seen.append(_middle(_middle(found, cells, factor, place), min(ny, nx, cells), factor, place))
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, np.stack(seen) if seen else None)
 
 
-def _wettest(url: str, variable: str, hours: int, factor: Factor) -> NDArray[np.float32]:
-    """Read the wettest `hours` inside one gap-free run of a file, whole coarse steps."""
+def _wettest(url: str, variable: str, hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:
+    """Read the wettest `hours` inside one gap-free run of a file, whole coarse steps; and which run it was."""
     best: tuple[float, FineRun, int, int] | None = None
     for run in fine_runs(url, variable):
         nt = min(hours, run.steps) // factor.time * factor.time
@@ -71,7 +89,7 @@ def _wettest(url: str, variable: str, hours: int, factor: Factor) -> NDArray[np.
     if best is None:
         raise SourceError(f"{url} has no gap-free run of {factor.time} steps, so factor {factor} cannot be scored.")
     _, run, start, nt = best
-    return run.read(start, start + nt)
+    return run, run.read(start, start + nt)
 
 
 def _rain(run: FineRun, first: int) -> NDArray[np.float64]:

@@ -24,9 +24,11 @@ class Denoiser(nn.Module):
     stops it at full resolution. Where no rain can be, the gate closes and cells come out exactly alike.
     """
 
-    def __init__(self, channels: tuple[int, ...], *, attention: bool = True) -> None:
+    def __init__(self, channels: tuple[int, ...], *, attention: bool = True, statics: int = 0) -> None:
         super().__init__()
-        self.unet = VideoUNet(CONDITION_CHANNELS + 2, 2, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention)
+        self.unet = VideoUNet(
+            CONDITION_CHANNELS + statics + 2, 2, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention
+        )
 
     def forward(self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor) -> Tensor:
         """Predict the residual.
@@ -35,7 +37,7 @@ class Denoiser(nn.Module):
             noisy: noised residual of unit variance, (B, T, 1, H, W).
             angle: noise level as an angle in 0..pi/2, (B,).
             mean: transformed conditional mean, (B, T, 1, H, W).
-            condition: (B, T, CONDITION_CHANNELS, H, W).
+            condition: (B, T, CONDITION_CHANNELS + statics, H, W).
             factor: (s, t).
 
         Returns:

@@ -25,15 +25,15 @@ def factor_context(factor: Factor, batch: int, device: torch.device) -> Tensor:
 class MeanNetwork(nn.Module):
     """Predicts the transformed conditional mean as a correction to linear interpolation."""
 
-    def __init__(self, channels: tuple[int, ...], *, attention: bool = True) -> None:
+    def __init__(self, channels: tuple[int, ...], *, attention: bool = True, statics: int = 0) -> None:
         super().__init__()
-        self.unet = VideoUNet(CONDITION_CHANNELS, 1, channels, 2, attention=attention)
+        self.unet = VideoUNet(CONDITION_CHANNELS + statics, 1, channels, 2, attention=attention)
 
     def forward(self, condition: Tensor, factor: Factor) -> Tensor:
         """Predict the mean.
 
         Args:
-            condition: (B, T, CONDITION_CHANNELS, H, W), see `downscaler.condition`.
+            condition: (B, T, CONDITION_CHANNELS + statics, H, W), see `networks.transform.condition`.
             factor: (s, t).
 
         Returns:

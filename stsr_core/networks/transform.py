@@ -46,17 +46,18 @@ def _phase(parts: int, cells: int, device: torch.device) -> Tensor:
     return inside.repeat(cells)
 
 
-def condition(coarse: Tensor, factor: Factor, scale_mm: float) -> Tensor:
+def condition(coarse: Tensor, factor: Factor, scale_mm: float, statics: Tensor | None = None) -> Tensor:
     """Make the conditioning frames of a window.
 
     Args:
         coarse: amount [mm per coarse step] with a halo of HALO, (B, T+2, Y+2, X+2), no NaN.
         factor: (s, t).
         scale_mm: constant of the transform.
+        statics: static fields as the networks see them, (B, S, Y*s, X*s).
 
     Returns:
-        (B, T*t, 5, Y*s, X*s): transformed nearest and linear interpolation, and the phase inside the coarse
-        cell along y, x and t.
+        (B, T*t, 5 + S, Y*s, X*s): transformed nearest and linear interpolation, the phase inside the coarse
+        cell along y, x and t, and the static fields.
     """
     s, t = factor.space, factor.time
     inner = coarse[:, HALO:-HALO, HALO:-HALO, HALO:-HALO] / t
@@ -69,4 +70,7 @@ def condition(coarse: Tensor, factor: Factor, scale_mm: float) -> Tensor:
         _phase(s, nx, coarse.device)[None, None, None, :].expand(whole),
         _phase(t, nt, coarse.device)[None, :, None, None].expand(whole),
     )
-    return torch.stack((to_transformed(nearest, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2)
+    frames = torch.stack((to_transformed(nearest, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2)
+    if statics is None:
+        return frames
+    return torch.cat((frames, statics[:, None].expand(-1, nt * t, -1, -1, -1)), dim=2)

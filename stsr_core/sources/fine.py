@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
+    from stsr_core.grids import Grid
+
 RUNS = ("segment", "event")  # variables along time that number gap-free runs
 
 
@@ -43,6 +45,11 @@ class FineRun:
     def steps(self) -> int:
         """Number of steps."""
         return int(self.dataset.sizes["time"])
+
+    @property
+    def grid(self) -> Grid:
+        """Grid of the cells; raises like `read_cube`."""
+        return read_cube(self.dataset.isel(time=slice(0, 1)), self.variable, self.declared).grid
 
     def read(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Amounts of some steps [mm per step], (T, Y, X), NaN where missing; raises like `read_cube`."""

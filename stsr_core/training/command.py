@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from stsr_core.checkpoint import Checkpoint
+from stsr_core.checkpoint import Checkpoint, StaticField
 from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import NOTHING
+from stsr_core.statics import StaticSource, configured_sources, named_sources
 from stsr_core.training.fit import PRESETS, Run, Training, fit
 from stsr_core.training.patches import Region, load_archive
 
@@ -34,6 +36,7 @@ class Data:
         declared: what the files do not say themselves.
         base: folder that relative paths start from.
         name: of the archive, for the card.
+        statics: where static fields are that the networks are to see, by name.
     """
 
     train: Sequence[str]
@@ -42,26 +45,35 @@ class Data:
     declared: Declared = NOTHING
     base: Path | None = None
     name: str = ""
+    statics: Mapping[str, StaticSource] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, archive: str | None, train: Sequence[Path], validation: Sequence[Path], catalog_file: Path) -> Data:
-        """Data of an archive of catalog.yaml, or of files that are named.
+    def of(
+        cls,
+        archive: str | None,
+        train: Sequence[Path],
+        validation: Sequence[Path],
+        catalog_file: Path,
+        statics: Sequence[str] = (),
+    ) -> Data:
+        """Data of an archive of catalog.yaml, or of files that are named, with static fields as NAME or NAME=FILE.
 
         Raises:
-            ConfigurationError: neither or both are given, or no archive of that name.
+            ConfigurationError: neither or both are given, or no archive or static field of that name.
         """
         if (archive is None) == (not train and not validation):
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
+        configuration, base = Configuration.load(catalog_file), catalog_file.resolve().parent
+        fields = named_sources(statics, configured_sources(configuration.statics, base, {}))
         if archive is None:
-            return cls([str(p) for p in train], [str(p) for p in validation])
-        found = Configuration.load(catalog_file).archive(archive)
-        return cls(
-            found.train, found.validation, found.variable, found.declared, catalog_file.resolve().parent, archive
-        )
+            return cls([str(p) for p in train], [str(p) for p in validation], statics=fields)
+        found = configuration.archive(archive)
+        return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields)
 
     def regions(self, urls: Sequence[str], cache: Path) -> list[Region]:
         """Read the regions of `train` or `validation`."""
-        return load_archive(urls, self.variable, self.declared, base=self.base, cache=cache)
+        fields = tuple(self.statics.values())
+        return load_archive(urls, self.variable, self.declared, base=self.base, cache=cache, statics=fields)
 
 
 def train_checkpoint(
@@ -98,6 +110,7 @@ def train_checkpoint(
         learning_rate=learning_rate or chosen.learning_rate,
     )
     configure = recipe if recipe_name == "stsr" else authors_recipe
+    begun = None if start is None else Checkpoint.read(start)
     training = Training(
         train=fitted,
         validation=watched,
@@ -106,7 +119,8 @@ def train_checkpoint(
         folder=folder,
         run=joined,
         seed=seed,
-        start=None if start is None else Checkpoint.read(start),
+        start=begun,
+        statics=_scaled(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
         report=report,
     )
     provenance = {
@@ -117,3 +131,28 @@ def train_checkpoint(
         "recipe": recipe_name,
     }
     return fit(training, name, provenance)
+
+
+def _those_of(start: Checkpoint, sources: Mapping[str, StaticSource]) -> tuple[StaticField, ...]:
+    """Static fields of the checkpoint that a training starts from.
+
+    Raises:
+        ConfigurationError: others are named.
+    """
+    needed = [s.name for s in start.card.statics]
+    if needed != list(sources):
+        raise ConfigurationError(
+            f"Checkpoint {start.card.name} was trained with the static fields {needed}; {list(sources)} are named. "
+            "Name the same, in this order, with --static."
+        )
+    return start.card.statics
+
+
+def _scaled(sources: Mapping[str, StaticSource], regions: Sequence[Region]) -> tuple[StaticField, ...]:
+    """Static fields scaled to zero mean and unit variance over the regions, to three digits."""
+    fields = []
+    for number, (name, source) in enumerate(sources.items()):
+        values = np.concatenate([region.statics[number].ravel() for region in regions])
+        offset, scale = (float(f"{v:.3g}") for v in (values.mean(), values.std()))
+        fields.append(StaticField(name=name, units=source.units, offset=offset, scale=scale or 1.0))
+    return tuple(fields)

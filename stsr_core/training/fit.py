@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stsr_core.checkpoint import Architecture, Checkpoint, Transform, write_checkpoint
+from stsr_core.checkpoint import Architecture, Checkpoint, StaticField, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
 from stsr_core.downscaler import load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
@@ -232,7 +232,8 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
 class Training:
     """A training: data, factor configurations, preset, and the folder that it resumes from.
 
-    `start` is a checkpoint whose weights it begins with, instead of random ones.
+    `start` is a checkpoint whose weights it begins with, instead of random ones; `statics` are the static fields that
+    the regions hold.
     """
 
     train: Sequence[Region]
@@ -243,6 +244,7 @@ class Training:
     run: Run
     seed: int = 0
     start: Checkpoint | None = None
+    statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
 
@@ -263,7 +265,10 @@ class Training:
         device, scale = self.run.device, self.transform.scale_mm
         fine = torch.from_numpy(np.stack([p.fine for p in patches])).to(device)[:, :, None]
         coarse = torch.from_numpy(np.stack([p.coarse for p in patches])).to(device)
-        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale)
+        offsets, widths = (np.array([getattr(s, n) for s in self.statics], np.float32) for n in ("offset", "scale"))
+        seen = (np.stack([p.statics for p in patches]) - offsets[:, None, None]) / widths[:, None, None]
+        statics = torch.from_numpy(seen).to(device)
+        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale, statics)
 
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
         """Loss of the averaged weights on fixed validation patches, averaged over the factors."""
@@ -369,16 +374,21 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
     """The networks as training begins with them.
 
     Raises:
-        ConfigurationError: the checkpoint to start from has networks of another size than the preset.
+        ConfigurationError: the checkpoint to start from has other networks than are asked for.
     """
     a = training.preset.architecture
     if training.start is None:
         torch.manual_seed(training.seed)
-        return MeanNetwork(a.mean_channels, attention=a.attention), Denoiser(a.denoiser_channels, attention=a.attention)
-    if training.start.card.architecture != a:
+        n = len(training.statics)
+        return (
+            MeanNetwork(a.mean_channels, attention=a.attention, statics=n),
+            Denoiser(a.denoiser_channels, attention=a.attention, statics=n),
+        )
+    card = training.start.card
+    if (card.architecture, card.statics) != (a, training.statics):
         raise ConfigurationError(
-            f"Checkpoint {training.start.card.name} has networks of {training.start.card.architecture}; the preset "
-            f"asks for {a}. Choose the preset it was trained with."
+            f"Checkpoint {card.name} has networks of {card.architecture} with static fields {card.statics}; asked for "
+            f"are {a} with {training.statics}. Choose the preset and the fields it was trained with."
         )
     return load_networks(training.start)
 
@@ -391,6 +401,7 @@ def _card(
         "name": name,
         "architecture": preset.architecture,
         "transform": training.transform,
+        "statics": training.statics,
         "served": [{"configuration": c, "residual_scale": scales[str(c.factor)]} for c in training.configurations],
         "training": {
             **provenance,

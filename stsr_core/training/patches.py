@@ -1,8 +1,8 @@
 """Training patches from archives of fine precipitation.
 
 Patches are drawn where it rains, at any offset in place and time, and augmented by what leaves the physics as it
-is, or nearly: flips, transposition, time running backwards, a change of amplitude, and a coarser grid that stands
-for other radars.
+is, or nearly: flips, transposition, time running backwards, another drift, a change of amplitude and of contrast, and
+a coarser grid that stands for other radars. Archives of a few days hold few kinds of weather; these are the others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stsr_core.sources.declared import Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.harmonise import NOTHING
 from stsr_core.sources.open import fingerprint
+from stsr_core.statics import StaticSource
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,6 +36,9 @@ WEIGHT_BLOCK = (6, 32)  # steps and cells over which the rain that weighs the dr
 DRY_SHARE = 0.05  # probability of a draw that ignores the rain
 SPACINGS = (1, 2, 3)  # grid coarsening that stands for other radars ...
 SPACING_SHARES = (0.8, 0.12, 0.08)  # ... and how often
+DRIFT = 2.0  # cells per step; frames are shifted as another steering wind would, uniform within +- this on each axis
+CONTRAST = 0.15  # log of the power that amounts are raised to is uniform within +- this ...
+CONTRAST_MM = 2.0  # ... around this amount
 AMPLITUDE = 0.6  # log amplitude scaling is uniform within +- this
 REVERSED_SHARE = 0.25  # of patches run backwards in time; a minority, for showers grow faster than they decay
 ATTEMPTS = 200
@@ -43,11 +47,19 @@ READ_STEPS = 48  # fine steps that are read at a time
 
 @dataclass(frozen=True)
 class Region:
-    """One gap-free piece of an archive: amounts as uint16 quanta (T, Y, X), maybe on disk, and weights of the draw."""
+    """One gap-free piece of an archive.
+
+    Attributes:
+        name: of the file.
+        quanta: amounts as uint16 quanta (T, Y, X), maybe on disk.
+        weights: of the draw.
+        statics: static fields (S, Y, X), in their units; without any, S is 0.
+    """
 
     name: str
     quanta: NDArray[np.uint16]
     weights: NDArray[np.float64]
+    statics: NDArray[np.float32]
 
 
 def _weights(quanta: NDArray[np.uint16]) -> NDArray[np.float64]:
@@ -69,6 +81,7 @@ def load_archive(
     *,
     base: Path | None = None,
     cache: Path | None = None,
+    statics: Sequence[StaticSource] = (),
 ) -> list[Region]:
     """Read fine files, one region for each gap-free run of each file.
 
@@ -79,6 +92,7 @@ def load_archive(
         base: folder that relative paths start from.
         cache: folder where regions are kept as they are used and mapped into memory, so that archives larger than
             memory serve, and several processes share them; without it they are held in memory.
+        statics: where static fields are that go with the amounts.
 
     Raises:
         SourceError: no files, a missing variable, or amounts that do not fit the quantum's range.
@@ -91,27 +105,34 @@ def load_archive(
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
         for number, run in enumerate(fine_runs(place, variable, declared)):
             kept = None if cache is None else cache / f"{run.name}-{number}-{key}.npy"
-            regions.append(_region(run, kept))
+            regions.append(_region(run, _quanta(run, kept), statics))
     return regions
 
 
-def _region(run: FineRun, kept: Path | None) -> Region:
+def _region(run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSource]) -> Region:
+    if not statics:
+        return Region(run.name, quanta, _weights(quanta), np.empty((0, *quanta.shape[1:]), np.float32))
+    fields = [source.read(run.grid) for source in statics]
+    return Region(run.name, quanta, _weights(quanta), np.stack(fields))
+
+
+def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
     """Read a run in blocks of time, into a file where one is named."""
     if kept is not None and kept.is_file():
-        quanta = np.load(kept, mmap_mode="r")
-        return Region(run.name, quanta, _weights(quanta))
+        mapped: NDArray[np.uint16] = np.load(kept, mmap_mode="r")
+        return mapped
     shape = (run.steps, *run.read(0, 1).shape[1:])
     if kept is None:
         quanta = np.empty(shape, np.uint16)
         _fill(quanta, run)
-        return Region(run.name, quanta, _weights(quanta))
+        return quanta
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
     quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
     _fill(quanta, run)
     quanta.flush()
     part.replace(kept)
-    return _region(run, kept)
+    return _quanta(run, kept)
 
 
 def _fill(quanta: NDArray[np.uint16], run: FineRun) -> None:
@@ -134,7 +155,7 @@ def to_quanta(name: str, amount: NDArray[np.floating]) -> NDArray[np.uint16]:
 def region_of(name: str, amount: NDArray[np.floating]) -> Region:
     """Wrap one gap-free piece of amounts in memory [mm per step], (T, Y, X), NaN where missing."""
     quanta = to_quanta(name, amount)
-    return Region(name, quanta, _weights(quanta))
+    return Region(name, quanta, _weights(quanta), np.empty((0, *quanta.shape[1:]), np.float32))
 
 
 def patch_cells(factor: Factor) -> int:
@@ -149,10 +170,12 @@ class Patch:
     Attributes:
         fine: amount [mm per fine step], (L*t, Y*s, X*s), float32.
         coarse: amount [mm per coarse step] with a halo of one cell on every side, (L+2, Y+2, X+2), float32.
+        statics: static fields in their units, (S, Y*s, X*s), float32.
     """
 
     fine: NDArray[np.float32]
     coarse: NDArray[np.float32]
+    statics: NDArray[np.float32]
 
 
 def draw_patch(
@@ -165,14 +188,19 @@ def draw_patch(
     """
     for _ in range(ATTEMPTS):
         spacing = int(rng.choice(SPACINGS, p=SPACING_SHARES)) if augment else 1
-        block = _draw_block(regions, configuration, spacing, rng)
+        drift = rng.uniform(-DRIFT, DRIFT, 2) if augment else np.zeros(2)
+        block = _draw_block(regions, configuration, spacing, drift, rng)
         if block is None:
             continue
-        fine = _coarser_grid(block, spacing)
-        fine = _augmented(fine, rng) if augment else fine
+        fine, statics = (_coarser_grid(part, spacing) for part in block)
+        if augment:
+            fine, statics = _augmented(fine, statics, rng)
         coarse = coarsen(fine, configuration.factor)
         s, t = configuration.factor.space, configuration.factor.time
-        return Patch(np.ascontiguousarray(fine[t:-t, s:-s, s:-s]), coarse)
+        inner = slice(s, -s), slice(s, -s)
+        return Patch(
+            np.ascontiguousarray(fine[t:-t, *inner]), coarse, np.ascontiguousarray(statics[:, *inner], np.float32)
+        )
     raise SourceError(
         f"No complete patch for factor {configuration.factor} was found in {ATTEMPTS} draws; regions are "
         f"{[r.quanta.shape for r in regions]}. Larger or less gappy regions are needed."
@@ -180,15 +208,24 @@ def draw_patch(
 
 
 def _draw_block(
-    regions: Sequence[Region], configuration: FactorConfiguration, spacing: int, rng: np.random.Generator
-) -> NDArray[np.float32] | None:
-    """Return complete amounts [mm] of a block with halo, or None if the draw fell on a gap or an edge."""
+    regions: Sequence[Region],
+    configuration: FactorConfiguration,
+    spacing: int,
+    drift: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return complete amounts [mm] of a block with halo and its static fields, or None on a gap or an edge.
+
+    The block moves by `drift` cells per step along y and x, unless there are static fields, which rain belongs to.
+    """
     factor = configuration.factor
     steps = (configuration.context_length + 2) * factor.time
     cells = (patch_cells(factor) + 2) * factor.space * spacing
-    size = (steps, cells, cells)
     totals = np.array([r.weights.sum() + 1e-9 for r in regions])
     region = regions[rng.choice(len(regions), p=totals / totals.sum())]
+    offsets = np.rint(np.arange(steps)[:, None] * drift * (not len(region.statics))).astype(int)
+    offsets -= offsets.min(axis=0)
+    size = (steps, *(cells + offsets.max(axis=0)))
     room = [n - m for n, m in zip(region.quanta.shape, size, strict=True)]
     if min(room) < 0:
         return None
@@ -196,10 +233,14 @@ def _draw_block(
     start = [
         int(np.clip(c - rng.integers(m // 4, m - m // 4 + 1), 0, r)) for c, m, r in zip(centre, size, room, strict=True)
     ]
-    quanta = region.quanta[tuple(slice(a, a + m) for a, m in zip(start, size, strict=True))]
+    t, y, x = start
+    frames = region.quanta[t : t + steps]
+    quanta = np.stack(
+        [frame[y + v : y + v + cells, x + u : x + u + cells] for frame, (v, u) in zip(frames, offsets, strict=True)]
+    )
     if (quanta == MISSING).any():
         return None
-    return quanta.astype(np.float32) * np.float32(QUANTUM_MM)
+    return quanta.astype(np.float32) * np.float32(QUANTUM_MM), region.statics[:, y : y + cells, x : x + cells]
 
 
 def _draw_centre(region: Region, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -217,13 +258,17 @@ def _coarser_grid(block: NDArray[np.float32], spacing: int) -> NDArray[np.float3
     return block if spacing == 1 else coarsen(block, Factor(space=spacing, time=1))
 
 
-def _augmented(fine: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+def _augmented(
+    fine: NDArray[np.float32], statics: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if rng.random() < 0.5:
-        fine = fine[:, ::-1]
+        fine, statics = fine[:, ::-1], statics[:, ::-1]
     if rng.random() < 0.5:
-        fine = fine[:, :, ::-1]
+        fine, statics = fine[:, :, ::-1], statics[:, :, ::-1]
     if rng.random() < 0.5:
-        fine = fine.swapaxes(1, 2)
+        fine, statics = fine.swapaxes(1, 2), statics.swapaxes(1, 2)
     if rng.random() < REVERSED_SHARE:
         fine = fine[::-1]
-    return np.ascontiguousarray(fine * np.float32(np.exp(rng.uniform(-AMPLITUDE, AMPLITUDE))))
+    power = np.exp(rng.uniform(-CONTRAST, CONTRAST))
+    scale = CONTRAST_MM * np.exp(rng.uniform(-AMPLITUDE, AMPLITUDE))
+    return np.ascontiguousarray((scale * (fine / CONTRAST_MM) ** power).astype(np.float32)), statics

@@ -165,7 +165,7 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
 def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
     first = fit(training(regions, tmp_path / "first"), "x", {})
     wider = replace(TINY, architecture=Architecture(mean_channels=(16, 32), denoiser_channels=(8, 32)))
-    with pytest.raises(ConfigurationError, match="Choose the preset it was trained with"):
+    with pytest.raises(ConfigurationError, match="Choose the preset and the fields it was trained with"):
         fit(replace(training(regions, tmp_path / "again", wider), start=first), "x", {})
 
 
