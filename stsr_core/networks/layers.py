@@ -88,6 +88,19 @@ class TemporalAttention(nn.Module):
         return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
+def _mirrored(x: Tensor, stride: int) -> Tensor:
+    """Grow (N, C, H, W) to multiples of `stride` by mirroring it at its lower and right edges.
+
+    Repeating the edge instead would draw noise out into streaks, which look like rain to a denoiser.
+    """
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        if n % stride:
+            around = torch.arange(n + -n % stride, device=x.device) % (2 * n)
+            x = x.index_select(axis, torch.where(around < n, around, 2 * n - 1 - around))
+    return x
+
+
 class Level(nn.Module):
     """One level of the U-Net on its way down or up: a residual block, then attention over time if asked."""
 
@@ -143,8 +156,7 @@ class VideoUNet(nn.Module):
             (B, T, outputs, H, W).
         """
         b, t, c, h, w = frames.shape
-        pad_h, pad_w = -h % self.stride, -w % self.stride
-        x = F.pad(frames.reshape(b * t, c, h, w), (0, pad_w, 0, pad_h), mode="replicate")
+        x = _mirrored(frames.reshape(b * t, c, h, w), self.stride)
         embedding = self.embed(context).repeat_interleave(t, dim=0)
         x = self.stem(F.pixel_unshuffle(x, PATCH).contiguous(memory_format=torch.channels_last))
         skips = []

@@ -3,7 +3,7 @@ import torch
 
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
-from stsr_core.networks.layers import TemporalAttention, VideoUNet
+from stsr_core.networks.layers import TemporalAttention, VideoUNet, _mirrored
 from stsr_core.networks.mean import CONDITION_CHANNELS, LINEAR_CHANNEL, MeanNetwork
 from stsr_core.networks.transform import condition, linear_interpolation, to_amount, to_transformed
 
@@ -88,3 +88,12 @@ def test_linear_interpolation_is_exact_on_a_plane_and_local():
     ramp = torch.arange(7.0).expand(1, 4, 5, 7)
     fine = linear_interpolation(ramp, FACTOR)
     torch.testing.assert_close(fine[0, 0, 0].diff(), torch.full((24,), 1 / 5 / 2), rtol=1e-4, atol=1e-5)
+
+
+def test_frames_grow_by_mirroring_even_where_they_are_small():
+    x = torch.arange(3.0)[None, None, None, :].expand(1, 1, 2, 3)
+    grown = _mirrored(x, 8)
+    assert grown.shape == (1, 1, 8, 8)
+    assert grown[0, 0, 5].tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
+    whole = torch.rand(1, 1, 8, 8)
+    assert _mirrored(whole, 8) is whole
