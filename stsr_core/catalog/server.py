@@ -6,13 +6,13 @@ only what is in memory, so none of them reaches the store.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
 import attr
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from stac_fastapi.api.app import StacApi
@@ -300,8 +300,8 @@ def _link(rel: str, href: str, media_type: str = "application/json") -> dict[str
 
 def _object(text: str, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        found = orjson.loads(text)  # unlike json it refuses infinite numbers, which no answer could repeat
+    except ValueError as e:
         raise ConfigurationError(f"The {name} is no JSON ({str(e)[:80]}).") from e
     if not isinstance(found, dict):
         raise ConfigurationError(f"The {name} is JSON, but no object.")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import stsr_core.store.verify as verify_module
 from stsr_core.configuration import Gates
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
@@ -74,7 +75,8 @@ def store(tmp_path, quanta):
         digest = write_shard(url, "precipitation", region, quanta[region])
         receipt = Receipt(
             shard=key_of(region), plan_digest="p" + key_of(region), bytes_digest=digest, closure_quanta=0,
-            network_evaluations=1, wet=10, missing=0, sum_mm=1.0, max_mm=5.0, rain_mm=1.0, spread_mm=0.5,
+            network_evaluations=1, wet=10, missing=int((quanta[region] == MISSING).sum()), sum_mm=1.0, max_mm=5.0,
+            rain_mm=1.0, spread_mm=0.5,
         )  # fmt: skip
         write_receipt(url, "precipitation", receipt)
     return url
@@ -180,6 +182,16 @@ def test_missing_cells_must_be_those_of_the_input(store, coarse):
     holed = coarse.copy()
     holed[0, 0, 0] = np.nan
     assert failed(report_of(store, holed))["missing cells"].where == "m0-t0-y0-x0"
+
+
+def test_receipts_vouch_for_shards_that_are_not_read_back(store, coarse, monkeypatch):
+    monkeypatch.setattr(verify_module, "SAMPLE", 1)
+    for region, change in ((REGIONS[5], {"closure_quanta": 3}), (REGIONS[6], {"missing": 12})):
+        receipt = read_receipts(store, "precipitation")[key_of(region)]
+        write_receipt(store, "precipitation", receipt.model_copy(update=change))
+    gates = failed(report_of(store, coarse))
+    assert (gates["closure"].found, gates["closure"].where) == ("3 quanta", key_of(REGIONS[5]))
+    assert gates["missing cells"].where == key_of(REGIONS[6])
 
 
 def test_range_and_spread_have_bounds(store, coarse):
