@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
 from stsr_core.configuration import Gates
 from stsr_core.errors import GateError, StoreError
@@ -230,6 +231,25 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
     np.testing.assert_allclose(data["quantile_amount"], expected, rtol=1e-5)
     over = (amount > 1.0).mean("member").where(amount[0].notnull())
     np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=1.0), over, rtol=1e-6)
+
+
+def test_the_overview_has_levels_for_maps(store, tmp_path, monkeypatch):
+    finish(store, {})
+    monkeypatch.setattr(overview_module, "LEVEL_CELLS", 2)
+    url = str(tmp_path / "o.zarr")
+    write_overview(store, "precipitation", url, LAYOUT)
+    base = xr.open_zarr(url)
+    assert base.attrs["levels"] == "1 2"
+    finer = base
+    for level in base.attrs["levels"].split():
+        data = xr.open_zarr(f"{url}/{level}")  # consolidated: opens over plain http
+        expected = finer.coarsen(y=2, x=2, boundary="pad").mean()  # of the cells that are there
+        for name in ("mean", "quantile_amount", "exceedance_probability"):
+            np.testing.assert_allclose(data[name], expected[name], rtol=1e-6)
+        step = 2 * float(finer["x"][1] - finer["x"][0])
+        assert float(data["x"][0]) == float(finer["x"][0]) + step / 4
+        finer = data
+    assert finer["mean"].shape == (4, 2, 2)
 
 
 def test_remove_store_refuses_what_is_no_store(tmp_path, store):
