@@ -254,7 +254,9 @@ def touching(table: pa.Table, geometry: Mapping[str, Any]) -> pa.Array:
     import pyarrow as pa
     import shapely
 
-    return pa.array(shapely.intersects(_geometries(table), _shape(geometry)))
+    shape = _shape(geometry)
+    shapely.prepare(shape)  # it may have thousands of corners, and the index thousands of rows
+    return pa.array(shapely.intersects(shape, _geometries(table)))
 
 
 def _shape(geometry: Mapping[str, Any]) -> Any:
