@@ -295,6 +295,8 @@ def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
     order = _order(query)
     if unknown := [name for name, _ in order if name not in table.column_names]:
         raise ConfigurationError(f"Items have no property {unknown[0]!r} to sort by. `stsr catalog show` lists those.")
+    if nested := [name for name, _ in order if pa.types.is_nested(table.schema.field(name).type)]:
+        raise ConfigurationError(f"Property {nested[0]!r} is a list or an object, which has no order. Sort by another.")
     table = table.select([c for c in _needed(expression, order, query) if c in table.column_names])
     table = table.append_column("__row", pa.array(np.arange(table.num_rows)))
     parts = [_within(table, query.bbox), _during(table, query.datetime), _identified(table, query.ids)]
@@ -317,11 +319,12 @@ def _require_served(query: Query) -> None:
 
 
 def _order(query: Query) -> list[tuple[str, str]]:
-    """Columns to sort by, with their directions."""
-    return [
-        (name.lstrip("+-").removeprefix("properties."), "descending" if name.startswith("-") else "ascending")
-        for name in query.sortby
-    ]
+    """Columns to sort by, with their directions; each once, since a second time changes nothing."""
+    order: dict[str, str] = {}
+    for name in query.sortby:
+        direction = "descending" if name.startswith("-") else "ascending"
+        order.setdefault(name.lstrip("+-").removeprefix("properties."), direction)
+    return list(order.items())
 
 
 def _needed(expression: Mapping[str, Any] | None, order: list[tuple[str, str]], query: Query) -> list[str]:

@@ -43,10 +43,10 @@ def parse(text: str | Mapping[str, Any]) -> dict[str, Any]:
         )
     try:
         expression = cql2.parse_text(raw) if isinstance(text, str) else cql2.parse_json(raw)
+        parsed = expression.to_json()
     except Exception as e:  # the library has several roots of errors
         reason = " ".join(str(e).split())[:200]
         raise ConfigurationError(f'Filter {raw[:80]!r} is no CQL2 ({reason}). Example: "stsr:members" >= 8') from e
-    parsed = expression.to_json()
     return parsed if isinstance(parsed, dict) else {"op": "=", "args": [parsed, True]}
 
 
@@ -97,12 +97,16 @@ def mask(table: pa.Table, expression: Mapping[str, Any]) -> pa.Array:
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+    import shapely
 
+    senseless = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)  # operands of unlike kinds
     try:
         found = _evaluate(table, expression, 0)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, TypeError, ValueError, LookupError) as e:
+    except (pa.ArrowException, shapely.errors.ShapelyError, *senseless) as e:
         reason = str(e).split("\n")[0][:160]
         raise ConfigurationError(f"The filter cannot be applied ({reason}). Compare properties with their kind.") from e
+    if not pa.types.is_boolean(found.type):
+        raise ConfigurationError(f"The filter is {found.type}, neither true nor false. Compare it with something.")
     if isinstance(found, pa.Scalar):
         found = pa.array([found.as_py()] * table.num_rows, pa.bool_())
     if isinstance(found, pa.ChunkedArray):
@@ -250,7 +254,9 @@ def touching(table: pa.Table, geometry: Mapping[str, Any]) -> pa.Array:
     import pyarrow as pa
     import shapely
 
-    return pa.array(shapely.intersects(_geometries(table), _shape(geometry)))
+    shape = _shape(geometry)
+    shapely.prepare(shape)  # it may have thousands of corners, and the index thousands of rows
+    return pa.array(shapely.intersects(shape, _geometries(table)))
 
 
 def _shape(geometry: Mapping[str, Any]) -> Any:

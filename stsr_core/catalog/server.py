@@ -6,13 +6,13 @@ only what is in memory, so none of them reaches the store.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
 import attr
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from stac_fastapi.api.app import StacApi
@@ -27,6 +27,7 @@ from stac_fastapi.types.config import ApiSettings
 from stac_fastapi.types.core import BaseCoreClient
 from stac_fastapi.types.errors import NotFoundError
 from stac_fastapi.types.requests import get_base_url
+from starlette.requests import ClientDisconnect
 
 from stsr_core.catalog.index import Query
 from stsr_core.catalog.metrics import add_metrics
@@ -37,6 +38,7 @@ GEOJSON = "application/geo+json"
 MAX_ITEMS = 1000  # items of a page; more are asked for in pages
 MAX_BODY = 1_000_000  # bytes of a request
 MAX_IDS = 1000
+MAX_FIELDS = 200
 DEFAULT_FIELDS = (  # by the fields extension: for those who include nothing in so many words
     "type", "stac_version", "id", "collection", "geometry", "bbox", "links", "assets", "properties.datetime",
 )  # fmt: skip
@@ -115,6 +117,8 @@ async def _bounded(request: Request, call_next: Callable[[Request], Awaitable[Re
             return JSONResponse({"code": "TooLong", "description": said}, 413)
         try:
             _object((await request.body()).decode(errors="replace"), "body")
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody hears it
         except ConfigurationError as e:
             return _answer(400)(request, e)
     return await call_next(request)
@@ -246,6 +250,8 @@ class Client(BaseCoreClient):
         following: Callable[[str], dict[str, Any]],
     ) -> dict[str, Any]:
         """One page; the token of the next one names the snapshot, so that no publication shifts the pages."""
+        if sum(map(len, fields)) > MAX_FIELDS:
+            raise ConfigurationError(f"{sum(map(len, fields))} fields are named; at most {MAX_FIELDS} are served.")
         name, offset = _position(asked.get("token"))
         snapshot = self.loaded.of(name)
         found, total = snapshot.search(_query(asked, offset), collections)
@@ -300,8 +306,8 @@ def _link(rel: str, href: str, media_type: str = "application/json") -> dict[str
 
 def _object(text: str, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        found = orjson.loads(text)  # unlike json it refuses infinite numbers, which no answer could repeat
+    except ValueError as e:
         raise ConfigurationError(f"The {name} is no JSON ({str(e)[:80]}).") from e
     if not isinstance(found, dict):
         raise ConfigurationError(f"The {name} is JSON, but no object.")

@@ -1,14 +1,21 @@
-"""The overview of an ensemble: mean, quantiles and exceedance probabilities over its members."""
+"""The overview of an ensemble: mean, quantiles and exceedance probabilities over its members.
+
+Beside the arrays at full resolution lie groups 1, 2, ... with the same arrays at half the resolution of the one before,
+for maps of large areas. The attribute `levels` names them: plain text, because the Zarr convention `multiscales` wants
+objects, with which no dataset can be saved as NetCDF.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
+from stsr_core.grids import Axis, Grid
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step
 MAP_CELLS = 1024  # cells along a chunk: the map of one step is one request, or few
+LEVEL_CELLS = 256  # cells along an edge of the coarsest level, at most
 
 Statistics = dict[str, "NDArray[np.float32]"]
 
@@ -57,21 +65,61 @@ def write_overview(
 ) -> None:
     """Compute the overview of a finished ensemble block by block, and write it as a group of its own."""
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
+    targets = _create_level(url, layout, options)
+    for part in _blocks(layout):
+        for name, values in statistics(np.asarray(source[(slice(None), *part)])).items():
+            targets[name][(..., *part)] = values
+    levels: list[str] = []
+    while max(layout.grid.shape) > LEVEL_CELLS:
+        layout = replace(layout, grid=halved_grid(layout.grid))
+        levels.append(str(len(levels) + 1))
+        targets = _write_level(targets, f"{url}/{levels[-1]}", layout, options)
+    finish(url, {**layout.attributes, **({"levels": " ".join(levels)} if levels else {})}, options)
+
+
+def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dict[str, zarr.Array[Any]]:
+    """Write the coordinates of a level and the metadata of its arrays; returns them by the names of `statistics`."""
     write_coordinates(url, layout.times, layout.grid, options)
     axes = {"quantile": (QUANTILES, "quantile over members", "1"), "threshold": (THRESHOLDS_MM, "threshold", "mm")}
     for name, (points, long_name, units) in axes.items():
         write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
     over_members = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
-    targets = {
+    return {
         "mean": _create(f"{url}/mean", layout, None, over_members, options),
         "quantile": _create(f"{url}/quantile_amount", layout, "quantile", PRECIPITATION, options),
         "exceedance": _create(f"{url}/exceedance_probability", layout, "threshold", probability, options),
     }
-    for part in _blocks(layout):
-        for name, values in statistics(np.asarray(source[(slice(None), *part)])).items():
-            targets[name][(..., *part)] = values
+
+
+def _write_level(
+    finer: Mapping[str, zarr.Array[Any]], url: str, layout: StoreLayout, options: Options | None
+) -> dict[str, zarr.Array[Any]]:
+    """Write the level below one, shard by shard in time."""
+    targets = _create_level(url, layout, options)
+    for name, target in targets.items():
+        for start in range(0, layout.times.size, layout.time_block):
+            steps = range(start, min(layout.times.size, start + layout.time_block))
+            maps = [halved(np.asarray(finer[name][..., step, :, :])) for step in steps]  # large maps, so one at a time
+            target[..., steps.start : steps.stop, :, :] = np.stack(maps, axis=-3)
     finish(url, layout.attributes, options)
+    return targets
+
+
+def halved(fields: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Means of 2 x 2 cells, (..., Y, X) to (..., ceil(Y/2), ceil(X/2)), of those that are there; NaN where none is."""
+    *lead, ny, nx = fields.shape
+    padded = np.pad(fields, [(0, 0)] * len(lead) + [(0, ny % 2), (0, nx % 2)], constant_values=np.nan)
+    blocks = padded.reshape(*lead, -(-ny // 2), 2, -(-nx // 2), 2)
+    there = (~np.isnan(blocks)).sum(axis=(-3, -1))
+    total = np.nansum(blocks, axis=(-3, -1), dtype=np.float64)
+    return np.where(there > 0, total / np.maximum(there, 1), np.nan).astype(np.float32)
+
+
+def halved_grid(grid: Grid) -> Grid:
+    """Grid of the cells of `halved`; the last of an odd number reaches beyond the grid."""
+    y, x = (Axis(a.first + a.step / 2, 2 * a.step, -(-a.size // 2)) for a in (grid.y, grid.x))
+    return Grid(y, x, grid.crs_wkt)
 
 
 def _blocks(layout: StoreLayout) -> list[tuple[slice, slice, slice]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -149,22 +149,17 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
 
 
 def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
-    """Gates over the stored bytes of a sample of shards: digest, closure, missing cells."""
-    step = max(1, len(valid) // SAMPLE)
-    sample = valid[::step]
+    """Gates over closure and missing cells: of every shard by its receipt, of a sample by its stored bytes as well."""
+    sample = valid[:: max(1, len(valid) // SAMPLE)]
     shards = [StoredShard(e.key, e.region, receipts[e.key].bytes_digest) for e in sample]
     harmed = damaged(stored.url, stored.array, shards, stored.options)
     masks, worst, worst_key = [], 0, ""
-    if valid:
-        array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
-    for e in sample:
-        if e.key in harmed:
-            continue
-        closure, wrong = closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
+    sound = [e for e in sample if e.key not in harmed]
+    for key, closure, wrong in (*_vouched(stored, valid, receipts), *_recomputed(stored, sound)):
         if closure > worst:
-            worst, worst_key = closure, e.key
-        if wrong:
-            masks.append(e.key)
+            worst, worst_key = closure, key
+        if wrong and key not in masks:
+            masks.append(key)
     bound = gates.max_closure_quanta
     return [
         Gate(
@@ -180,6 +175,26 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
             where=", ".join(masks[:5]),
         ),
     ]  # fmt: skip
+
+
+def _vouched(
+    stored: Stored, shards: Sequence[Expected], receipts: Mapping[str, Receipt]
+) -> Iterator[tuple[str, int, bool]]:
+    """Key, closure and whether missing cells differ from the input's, of each shard as its receipt says."""
+    cells = stored.factor.space**2 * stored.factor.time
+    for e in shards:
+        members = e.region[0].stop - e.region[0].start
+        holes = int(np.isnan(_coarse_part(stored, e.region)).sum()) * cells * members
+        yield e.key, receipts[e.key].closure_quanta, receipts[e.key].missing != holes
+
+
+def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[str, int, bool]]:
+    """The same of each shard, from its stored bytes."""
+    if not shards:
+        return
+    array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
+    for e in shards:
+        yield e.key, *closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
 
 
 def _coarse_part(stored: Stored, region: Region) -> NDArray[np.float32]:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import stsr_core.store.overview as overview_module
+import stsr_core.store.verify as verify_module
 from stsr_core.configuration import Gates
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
@@ -74,7 +76,8 @@ def store(tmp_path, quanta):
         digest = write_shard(url, "precipitation", region, quanta[region])
         receipt = Receipt(
             shard=key_of(region), plan_digest="p" + key_of(region), bytes_digest=digest, closure_quanta=0,
-            network_evaluations=1, wet=10, missing=0, sum_mm=1.0, max_mm=5.0, rain_mm=1.0, spread_mm=0.5,
+            network_evaluations=1, wet=10, missing=int((quanta[region] == MISSING).sum()), sum_mm=1.0, max_mm=5.0,
+            rain_mm=1.0, spread_mm=0.5,
         )  # fmt: skip
         write_receipt(url, "precipitation", receipt)
     return url
@@ -182,6 +185,16 @@ def test_missing_cells_must_be_those_of_the_input(store, coarse):
     assert failed(report_of(store, holed))["missing cells"].where == "m0-t0-y0-x0"
 
 
+def test_receipts_vouch_for_shards_that_are_not_read_back(store, coarse, monkeypatch):
+    monkeypatch.setattr(verify_module, "SAMPLE", 1)
+    for region, change in ((REGIONS[5], {"closure_quanta": 3}), (REGIONS[6], {"missing": 12})):
+        receipt = read_receipts(store, "precipitation")[key_of(region)]
+        write_receipt(store, "precipitation", receipt.model_copy(update=change))
+    gates = failed(report_of(store, coarse))
+    assert (gates["closure"].found, gates["closure"].where) == ("3 quanta", key_of(REGIONS[5]))
+    assert gates["missing cells"].where == key_of(REGIONS[6])
+
+
 def test_range_and_spread_have_bounds(store, coarse):
     assert "plausible range" in failed(report_of(store, coarse, Gates(max_mm=4.0)))
     assert "spread" in failed(report_of(store, coarse, Gates(min_relative_spread=0.6)))
@@ -218,6 +231,25 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
     np.testing.assert_allclose(data["quantile_amount"], expected, rtol=1e-5)
     over = (amount > 1.0).mean("member").where(amount[0].notnull())
     np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=1.0), over, rtol=1e-6)
+
+
+def test_the_overview_has_levels_for_maps(store, tmp_path, monkeypatch):
+    finish(store, {})
+    monkeypatch.setattr(overview_module, "LEVEL_CELLS", 2)
+    url = str(tmp_path / "o.zarr")
+    write_overview(store, "precipitation", url, LAYOUT)
+    base = xr.open_zarr(url)
+    assert base.attrs["levels"] == "1 2"
+    finer = base
+    for level in base.attrs["levels"].split():
+        data = xr.open_zarr(f"{url}/{level}")  # consolidated: opens over plain http
+        expected = finer.coarsen(y=2, x=2, boundary="pad").mean()  # of the cells that are there
+        for name in ("mean", "quantile_amount", "exceedance_probability"):
+            np.testing.assert_allclose(data[name], expected[name], rtol=1e-6)
+        step = 2 * float(finer["x"][1] - finer["x"][0])
+        assert float(data["x"][0]) == float(finer["x"][0]) + step / 4
+        finer = data
+    assert finer["mean"].shape == (4, 2, 2)
 
 
 def test_remove_store_refuses_what_is_no_store(tmp_path, store):
