@@ -16,7 +16,7 @@ from stsr_core.sources.declared import Declared
 from stsr_core.sources.places import Place, place_of
 from stsr_core.sources.remote import patiently
 from stsr_core.sources.times import Steps, as_times, period_of, steps_of
-from stsr_core.sources.units import check_agreement, mm_per_step
+from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
+ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
+SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
+MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 25  # values that are converted at a time
 
 
@@ -105,10 +108,15 @@ def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.Dat
 def _sum(parts: list[Coarse], names: list[str]) -> Coarse:
     total = parts[0]
     for part, name in zip(parts[1:], names[1:], strict=True):
-        if part.times != total.times or part.amount.shape != total.amount.shape:
+        if part.times != total.times or _cells_key(part) != _cells_key(total):
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
         total = replace(total, amount=total.amount + part.amount)
-    return total
+    zeros = sum(int(part.attributes.get(ZEROED, "0")) for part in parts)
+    return replace(total, attributes={**total.attributes, **({ZEROED: str(zeros)} if zeros else {})})
+
+
+def _cells_key(coarse: Coarse) -> object:
+    return coarse.grid if isinstance(coarse, Cube) else coarse.cells.digest
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,7 @@ def _read_one(dataset: xr.Dataset, name: str, declared: Declared, near: Box | No
     amount, negatives = _amount(layout, steps, part, declared)
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
     if negatives:
-        attributes["negatives_set_to_zero"] = str(negatives)
+        attributes[ZEROED] = str(negatives)
     if isinstance(part.grid, Grid):
         return Cube(amount.reshape(-1, *part.grid.shape), steps.axis, part.grid, attributes)
     return CellCube(amount, steps.axis, part.grid, attributes)
@@ -268,7 +276,7 @@ def _amount(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tup
         out[first : first + len(values)] = values
     if np.isnan(out).all():
         raise SourceError("All values are missing. Check the fill value and the period.")
-    _check_not_accumulated(out, layout, steps, declared)
+    _check_not_accumulated(out, steps, declared)
     return out, negatives
 
 
@@ -278,21 +286,22 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
     records = patiently(lambda: part.take(array), "the values")
-    records[np.isin(records, np.asarray(declared.missing_values, np.float64))] = np.nan
+    for mark in declared.missing_values:  # as written, or as a float32 file holds it
+        records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
     if np.isinf(records).any():
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
-    scale = mm_per_step(layout.units, timedelta(seconds=1))
-    is_rate = mm_per_step(layout.units, timedelta(seconds=2)) != scale
-    if is_rate:
-        records *= scale * layout.steps.record_seconds[low:high, None]
-    else:
-        records *= scale
+    kind, scale = measured(layout.units)
+    scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
+    records *= scales[:, None]
     values = records[steps.record - low]
     later = steps.base >= 0
     values[later] -= records[steps.base[later] - low]
-    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0)) * scale
+    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
+    packing *= float(np.nanmax(scales, initial=0.0))
+    if not later.any():
+        return values, max(ROUNDING_MM, packing / 2)
     largest = float(np.nanmax(np.abs(records), initial=0.0))
-    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest) if later.any() else ROUNDING_MM
+    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
     return values, rounding
 
 
@@ -333,15 +342,29 @@ def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> 
     return f"{what}: {value:.4g} mm at step {first + step}, cell {cell}, {why}. {hint}"
 
 
-def _check_not_accumulated(out: NDArray[np.float32], layout: Layout, steps: Steps, declared: Declared) -> None:
-    """Refuse amounts that never fall anywhere: a running sum that nobody declared, very likely."""
+def _check_not_accumulated(out: NDArray[np.float32], steps: Steps, declared: Declared) -> None:
+    """Refuse amounts that behave like a running sum that nobody declared."""
     if declared.accumulated is not None or steps.differenced or steps.axis.size < 4:
         return
-    sample = out[: min(len(out), 64)]
-    rises = np.diff(sample, axis=0)
+    sample = out[:SAMPLE_STEPS, :: max(1, out.shape[1] // SAMPLE_CELLS)]
     with np.errstate(invalid="ignore"):
-        if not (rises < 0).any() and int((rises > 0).sum()) >= 10:
-            raise SourceError(
-                "The amounts never fall from one step to the next, in any cell: they look like a running sum. Declare "
-                "`accumulated: run`, `day` or `none` of the source in catalog.yaml, or by --declare."
-            )
+        change = np.diff(sample, axis=0)
+        rises, falls = (change > 0).sum(axis=1), (change < 0).sum(axis=1)
+    never_fall = not falls.any() and int(rises.sum()) >= MANY_CELLS
+    if never_fall or _is_reset(rises, falls):
+        how = "never fall from one step to the next" if never_fall else "fall in evenly spaced steps only"
+        raise SourceError(
+            f"The amounts {how}, in any cell: they look like a running sum. Declare `accumulated: run`, `day` or "
+            "`none` of the source in catalog.yaml, or by --declare."
+        )
+
+
+def _is_reset(rises: NDArray[np.int64], falls: NDArray[np.int64]) -> bool:
+    """Whether cells only rise, but for steps at even distances: running sums that begin anew there."""
+    rising = (rises >= MANY_CELLS) & (falls <= 0.02 * rises)
+    resets = np.flatnonzero((rises + falls >= MANY_CELLS) & ~rising)
+    if resets.size == 0 or int(rising.sum()) < max(6, resets.size):
+        return False
+    distances = np.diff(resets)
+    nearest = int(distances.min(initial=len(rises)))
+    return nearest >= 2 and not (distances % nearest).any()

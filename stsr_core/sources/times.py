@@ -132,8 +132,9 @@ def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
             pieces.append((before.end, now.end, i, i - 1))
         elif now.start is not None:
             pieces.append((now.start, now.end, i, -1))
-    if len(pieces) > 1 and pieces[0][3] < 0 <= pieces[1][3] and _length(pieces[0]) > _length(pieces[1]):
-        pieces = pieces[1:]  # the first running sum spans more than one step: only a base of the next
+    sums = any(base >= 0 for *_, base in pieces)
+    if len(pieces) > 1 and sums and pieces[0][3] < 0 and _length(pieces[0]) > _length(pieces[1]):
+        pieces = pieces[1:]  # a running sum whose earlier part is not in the file is no amount of a step
     if not pieces:
         raise SourceError(
             "One running sum whose start nobody states is no amount of a step. Give at least two time steps."
