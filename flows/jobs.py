@@ -39,5 +39,5 @@ def jobs(
             wanted = wanted.model_copy(update={"members": members})
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
         options = options_of(where, settings)
-        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.s3_options))
+        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.source_s3_options))
     return found

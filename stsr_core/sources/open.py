@@ -63,8 +63,8 @@ class Location:
             filesystem, path = fsspec.core.url_to_fs(place, **kept)
         except (ValueError, ImportError) as e:
             raise SourceError(
-                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// and "
-                "az:// need the packages gcsfs and adlfs."
+                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// "
+                "needs `pip install 'stsr[gs]'`, az:// 'stsr[az]'."
             ) from None
         return cls(filesystem, path, place, kept)
 

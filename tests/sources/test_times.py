@@ -8,7 +8,8 @@ import pytest
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.times import period_of, steps_of
+from stsr_core.sources.period import period_of
+from stsr_core.sources.times import steps_of
 
 DAY = datetime(2001, 1, 1)
 
