@@ -45,7 +45,6 @@ from stsr_core.catalog.publish import Attempt
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.settings import Settings
-from stsr_core.sources.period import within
 
 if TYPE_CHECKING:
     from stsr_core.ensemble.plan import Plan, Shard
@@ -108,9 +107,9 @@ def backfill(
     new = stage(resolve, named.name)(named, force=True)
     assert new is not None
     library = Library.open(settings.checkpoints)
-    coarse = within(stage(read, named.name)(job), period.first, period.last)
-    found = stage(match, named.name)(coarse, job.target, library, settings.match_limit)
-    lattice = stage(to_lattice, named.name)(coarse, job.target, found)
+    days = (period.first, period.last)
+    found = stage(match, named.name)(stage(read, named.name)(job, days), job.target, library, settings.match_limit)
+    lattice = stage(to_lattice, named.name)(job, found, days)
     plan = stage(make_plan, named.name)(lattice, found, library, named, settings)
     attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
     if attempt is None:

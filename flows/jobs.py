@@ -33,7 +33,7 @@ def jobs(
     configuration = Configuration.load(path)
     names = list(configuration.products) if product == ALL else [product]
     where = destination or settings.destination
-    statics = configured_sources(configuration.statics, path.parent, settings.s3_options)
+    statics = configured_sources(configuration.statics, path.parent, settings.source_options)
     found = []
     for name in names:
         wanted = configuration.product(name)
@@ -41,5 +41,6 @@ def jobs(
             wanted = wanted.model_copy(update={"members": members})
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
         options = options_of(where, settings)
-        found.append(Job(name, wanted, source, target, path.parent, where, options, settings.s3_options, statics))
+        sources = settings.source_s3_options
+        found.append(Job(name, wanted, source, target, path.parent, where, options, sources, statics))
     return found

@@ -89,9 +89,8 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     new = stage(resolve, name)(job, force=force)
     if new is None:
         return None
-    cube = stage(read, name)(job)
-    found = stage(match, name)(cube, job.target, library, settings.match_limit)
-    lattice = stage(to_lattice, name)(cube, job.target, found)
+    found = stage(match, name)(stage(read, name)(job), job.target, library, settings.match_limit)
+    lattice = stage(to_lattice, name)(job, found)
     plan = stage(make_plan, name)(lattice, found, library, job, settings)
     attempt = begin(job, plan, new.fingerprint, after=new.after, sole_publisher=settings.sole_publisher)
     if attempt is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,8 +34,8 @@ from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
 from stsr_core.regrid import native_factor, reach
 from stsr_core.settings import Settings
-from stsr_core.sources.cube import Coarse, Cube
-from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.cube import Cube
+from stsr_core.sources.harmonise import Reading, find, negatives_of
 from stsr_core.sources.open import fingerprint, located, open_dataset
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
@@ -90,32 +92,43 @@ def resolve(job: Job, *, force: bool) -> New | None:
     return New(found, before or "")
 
 
-@task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def read(job: Job) -> Coarse:
-    """Read the source near the target."""
+Days = tuple[date, date] | None  # the first and the last day of a source that are wanted, None for all
+
+
+@contextmanager
+def _found(job: Job, days: Days) -> Iterator[Reading]:
     source = job.source
     with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
-        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(job.target))
-    set_to_zero = coarse.attributes.get("negatives_set_to_zero", "0")
-    event("read", steps=coarse.times.size, step=coarse.times.step, negatives_set_to_zero=set_to_zero)
-    return coarse
+        yield find(dataset, source.variable, source.declared, near=reach(job.target), days=days)
+
+
+@task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def read(job: Job, days: Days = None) -> Reading:
+    """Find what the source holds near the target; its values are read when they are regridded."""
+    with _found(job, days) as reading:
+        event("read", steps=reading.times.size, step=reading.times.step)
+    return reading
 
 
 @task(name="match", cache_policy=NO_CACHE)
-def match(cube: Coarse, target: TargetGrid, library: Library, limit: float) -> Match:
+def match(source: Reading, target: TargetGrid, library: Library, limit: float) -> Match:
     """Match the factor that the source would need to the nearest one that is served."""
-    space, time = native_factor(cube, target)
+    space, time = native_factor(source, target)
     found = library.family.nearest(space, time, limit=limit)
     event("matched", needed=f"({space:.2f},{time:.2f})", factor=found.factor, log_distance=found.distance)
     return found
 
 
-@task(name="regrid", cache_policy=NO_CACHE)
-def to_lattice(cube: Coarse, target: TargetGrid, found: Match) -> Cube:
-    """Regrid conservatively onto the coarse lattice of the matched factor."""
-    lattice = product.to_lattice(cube, target, found.factor)
+@task(name="regrid", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+def to_lattice(job: Job, found: Match, days: Days = None) -> Cube:
+    """Read the source and regrid it conservatively onto the coarse lattice of the matched factor, block by block."""
+    with _found(job, days) as reading:
+        lattice = product.to_lattice(reading, job.target, found.factor)
     rows, columns = lattice.grid.shape
-    event("regridded", rows=rows, columns=columns, km=lattice.grid.x.step / 1000, step=lattice.times.step)
+    event(
+        "regridded", rows=rows, columns=columns, km=lattice.grid.x.step / 1000, step=lattice.times.step,
+        negatives_set_to_zero=negatives_of(lattice),
+    )  # fmt: skip
     return lattice
 
 

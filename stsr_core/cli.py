@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -120,7 +121,7 @@ def plan(
     from stsr_core.ensemble.product import Cost, plan_product, to_lattice
     from stsr_core.regrid import native_factor, reach
     from stsr_core.settings import Settings
-    from stsr_core.sources.harmonise import read_coarse
+    from stsr_core.sources.harmonise import find
     from stsr_core.sources.open import open_dataset
     from stsr_core.statics import configured_sources
 
@@ -131,12 +132,12 @@ def plan(
     if members is not None:
         wanted = wanted.model_copy(update={"members": members})
     source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
-    with open_dataset(source.url, base=path.parent, storage_options=_options(source.url, settings)) as dataset:
-        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(target))
-    library = Library.open(settings.checkpoints)
-    found = library.family.nearest(*native_factor(coarse, target), limit=settings.match_limit)
-    statics = configured_sources(configuration.statics, path.parent, settings.s3_options)
-    planned = plan_product(to_lattice(coarse, target, found.factor), found, library, wanted, statics)
+    statics = configured_sources(configuration.statics, path.parent, settings.source_options)
+    with open_dataset(source.url, base=path.parent, storage_options=settings.source_options(source.url)) as dataset:
+        reading = find(dataset, source.variable, source.declared, near=reach(target))
+        library = Library.open(settings.checkpoints)
+        found = library.family.nearest(*native_factor(reading, target), limit=settings.match_limit)
+        planned = plan_product(to_lattice(reading, target, found.factor), found, library, wanted, statics)
     cost = Cost.of(planned, settings.device_rate)
     say(
         f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
@@ -186,7 +187,7 @@ def downscale(
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
-    with open_dataset(source, storage_options=_options(source, settings)) as dataset:
+    with open_dataset(source, storage_options=settings.source_options(source)) as dataset:
         cube = read_cube(dataset, variable, Declarations.of(declare or []).declared)
     plan, downscaler = prepared(
         cube,
@@ -240,7 +241,7 @@ def inspect(
     given = Declarations.of(declare or [])
     declared = configuration.source(source).declared if source else Declarations().declared
     declared = replace(declared, **{name: getattr(given.declared, name) for name in given.model_fields_set})
-    with open_dataset(url, storage_options=_options(url, settings)) as dataset:
+    with open_dataset(url, storage_options=settings.source_options(url)) as dataset:
         found = look(
             dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
             Library.open(settings.checkpoints).family, product=product, match_limit=settings.match_limit,
@@ -254,7 +255,7 @@ def _statics(lines: list[str] | None, settings: Any) -> Any:
     from stsr_core.statics import configured_sources, named_sources
 
     path = choose_catalog(settings.catalog_file)
-    configured = configured_sources(Configuration.load(path).statics, path.parent, settings.s3_options)
+    configured = configured_sources(Configuration.load(path).statics, path.parent, settings.source_options)
     return named_sources(lines or [], configured)
 
 
@@ -405,17 +406,25 @@ def bench(
     variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
     declare: DeclareOption = None,
     training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
+    regrid: Annotated[
+        float | None, typer.Option("--regrid", metavar="YEARS", help="Only read and regrid years of 6-hourly input.")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of one shard goes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
-    """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks."""
-    import json
+    """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks.
 
+    --regrid measures what comes before it: reading and regridding `--cells` x `--cells` of input.
+    """
     from stsr_core import bench as benchmark
+    from stsr_core.bench_regrid import bench_regridding
     from stsr_core.configuration import Declarations
     from stsr_core.factors import Factor
     from stsr_core.settings import Settings
 
+    if regrid is not None:
+        _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
+        return
     settings = Settings()
     space, time = _factor(factor)
     options = benchmark.Options(
@@ -430,6 +439,12 @@ def bench(
     figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
     if training:
         figures |= benchmark.bench_training(options.factor, preset="small", device=device.value)
+    _say_figures(figures, json_file)
+
+
+def _say_figures(figures: Mapping[str, object], json_file: Path | None) -> None:
+    import json
+
     text = json.dumps(figures, indent=1)
     if json_file is not None:
         json_file.write_text(text + "\n")

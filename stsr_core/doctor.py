@@ -267,20 +267,21 @@ def _chosen(products: list[str], settings: Settings) -> list[str]:
 
 
 def _product(settings: Settings, name: str) -> Finding:
-    """Read the source of a product and match its factor; nothing is generated."""
+    """Read the first block of the source of a product and match its factor; nothing is generated."""
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Configuration, choose_catalog
     from stsr_core.regrid import native_factor, reach
-    from stsr_core.sources.harmonise import read_coarse
+    from stsr_core.sources.harmonise import find
     from stsr_core.sources.open import located, open_dataset
 
     path = choose_catalog(settings.catalog_file)
     configuration = Configuration.load(path)
     product = configuration.product(name)
     source, grid = configuration.sources[product.source], configuration.grids[product.grid]
-    options = settings.s3_options if located(source.url, path.parent).startswith("s3://") else {}
+    options = settings.source_options(located(source.url, path.parent))
     with open_dataset(source.url, base=path.parent, storage_options=options) as dataset:
-        coarse = read_coarse(dataset, source.variable, source.declared, near=reach(grid))
-    space, time = native_factor(coarse, grid)
+        reading = find(dataset, source.variable, source.declared, near=reach(grid))
+        next(reading.blocks())
+    space, time = native_factor(reading, grid)
     found = Library.open(settings.checkpoints).family.nearest(space, time, limit=settings.match_limit)
-    return Finding(f"product {name}", Health.good, f"{coarse.times.size} steps of {source.url}, factor {found.factor}")
+    return Finding(f"product {name}", Health.good, f"{reading.times.size} steps of {source.url}, factor {found.factor}")

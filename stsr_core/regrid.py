@@ -21,6 +21,7 @@ from stsr_core.errors import GridError
 from stsr_core.grids import Axis, Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, crs_of, part_of
 from stsr_core.sources.cube import Coarse, Cube
+from stsr_core.sources.harmonise import Reading, negatives_of, with_negatives
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def reach(target: TargetGrid) -> Box:
     )  # fmt: skip
 
 
-def native_factor(coarse: Coarse, target: TargetGrid) -> tuple[float, float]:
+def native_factor(coarse: Coarse | Reading, target: TargetGrid) -> tuple[float, float]:
     """Factor (space, time) that a source would need as it is: its cell size and cadence over those of the target.
 
     The cell size is the root of the area of the source cell that holds the middle of the target box, else the nearest.
@@ -104,8 +105,10 @@ def _area_m2(ring: NDArray[np.float64], crs: CRS) -> float:
     return float(shapely.Polygon(ring).area) * metres**2
 
 
-def place_of(coarse: Coarse) -> Grid | Cells:
+def place_of(coarse: Coarse | Reading) -> Grid | Cells:
     """Return the grid, or the cells, of a source."""
+    if isinstance(coarse, Reading):
+        return coarse.place
     return coarse.grid if isinstance(coarse, Cube) else coarse.cells
 
 
@@ -151,6 +154,20 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
         some = flat[first : first + block, part].T.astype(np.float64)
         out[first : first + block] = _weighted(weights, some, covered).T.reshape(-1, *grid.shape)
     return Cube(out, coarse.times, grid, coarse.attributes)
+
+
+def read_onto(reading: Reading, grid: Grid) -> Cube:
+    """Read and regrid conservatively onto a regular grid, see `regrid`, block by block.
+
+    Memory holds what is returned and one block, never the whole source.
+    """
+    out = np.empty((reading.times.size, *grid.shape), np.float32)
+    first, negatives = 0, 0
+    for block in reading.blocks():
+        stop = first + block.times.size
+        out[first:stop] = regrid(block, grid).amount
+        first, negatives = stop, negatives + negatives_of(block)
+    return Cube(out, reading.times, grid, with_negatives(reading.attributes, negatives))
 
 
 @dataclass(frozen=True)
@@ -241,21 +258,34 @@ def _uncovered(grid: Grid, covered: NDArray[np.float64]) -> str:
     )
 
 
-def _overlap(source: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Length of the overlap of every target interval with every source interval, both given by edges."""
-    low = np.maximum(target[:-1, None], source[None, :-1])
-    high = np.minimum(target[1:, None], source[None, 1:])
-    return np.clip(high - low, 0.0, None)
+def _overlap(size: int, target: NDArray[np.float64]) -> sparse.csr_matrix:
+    """Length of the overlap of target intervals, given by edges, with the source intervals 0..1, 1..2 up to `size`.
+
+    Returns:
+        (target, source).
+    """
+    reached = math.ceil(float((target[1:] - target[:-1]).max())) + 1  # source intervals that a target may touch
+    source = np.floor(target[:-1, None]).astype(np.int64) + np.arange(reached)
+    length = np.minimum(target[1:, None], source + 1) - np.maximum(target[:-1, None], source)
+    inside = (length > 0) & (source >= 0) & (source < size)
+    row = np.broadcast_to(np.arange(len(source))[:, None], source.shape)
+    return sparse.csr_matrix((length[inside], (row[inside], source[inside])), shape=(len(source), size))
 
 
-def _along(amount: NDArray[np.float32], axis: int, weights: NDArray[np.float64]) -> NDArray[np.float32]:
+def _along(amount: NDArray[np.float32], axis: int, weights: sparse.csr_matrix) -> NDArray[np.float32]:
     """Apply weights (target, source) along one axis; NaN where any weight falls on NaN."""
-    moved = np.moveaxis(amount, axis, -1).astype(np.float64)
-    missing = np.isnan(moved)
-    result = np.where(missing, 0.0, moved) @ weights.T
-    if missing.any():
-        result[missing.astype(np.float64) @ weights.T > MISSING_SHARE] = np.nan
-    return np.moveaxis(result, -1, axis).astype(np.float32)
+    moved = np.moveaxis(amount, axis, 0)
+    series = moved.reshape(len(moved), -1)
+    out = np.empty((weights.shape[0], series.shape[1]), np.float32)
+    block = max(1, BLOCK_VALUES // max(1, len(series)))
+    for first in range(0, series.shape[1], block):
+        some = series[:, first : first + block].astype(np.float64)
+        missing = np.isnan(some)
+        result = weights @ np.where(missing, 0.0, some)
+        if missing.any():
+            result[weights @ missing.astype(np.float64) > MISSING_SHARE] = np.nan
+        out[:, first : first + block] = result
+    return np.moveaxis(out.reshape(-1, *moved.shape[1:]), 0, axis)
 
 
 def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
@@ -276,7 +306,7 @@ def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
         )
     offset = (step * first - times.since_epoch) / times.step
     edges = offset + (step / times.step) * np.arange(last - first + 1, dtype=np.float64)
-    weights = _overlap(np.arange(times.size + 1.0), edges)
+    weights = _overlap(times.size, edges)
     changed = TimeAxis(times.start + times.step * offset, step, last - first, times.label)
     return replace(cube, amount=_along(cube.amount, 0, weights), times=changed)
 
@@ -298,7 +328,7 @@ def regrid_to_factor(cube: Cube, asked: Factor, served: Factor) -> Cube:
         count = math.floor(axis.size / ratio + 1e-9)
         if count < 1:
             raise GridError(f"{axis.size} cells are less than one coarse cell of factor {served}. Use a larger domain.")
-        weights = _overlap(np.arange(axis.size + 1.0), ratio * np.arange(count + 1, dtype=np.float64)) / ratio
+        weights = _overlap(axis.size, ratio * np.arange(count + 1, dtype=np.float64)) / ratio
         amount = _along(amount, number, weights)
         step = axis.step * ratio
         axes.append(Axis(float(axis.edges[0]) + step / 2, step, count))

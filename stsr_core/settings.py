@@ -48,6 +48,13 @@ class Settings(BaseSettings):
     s3_access_key_id: SecretStr | None = Field(default=None, description="Access key of the object store.")
     s3_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the object store.")
     s3_anonymous: bool = Field(default=False, description="Read the object store without credentials.")
+    source_s3_endpoint: str | None = Field(
+        default=None, description="Endpoint that s3:// sources are read from, where it is not that of the object store."
+    )
+    source_s3_profile: str | None = Field(
+        default=None, description="Profile of ~/.aws that s3:// sources are read with, instead of the keys above."
+    )
+    source_s3_anonymous: bool = Field(default=False, description="Read s3:// sources without credentials.")
     alert_url: SecretStr | None = Field(
         default=None, description="Webhook that alerts are posted to as JSON {text: ...}; without it none are sent."
     )
@@ -70,6 +77,21 @@ class Settings(BaseSettings):
         if self.s3_anonymous:
             options["anon"] = True
         return options
+
+    @property
+    def source_s3_options(self) -> dict[str, object]:
+        """Storage options for s3:// sources: where a setting of sources is there, none of the object store's holds."""
+        found: dict[str, object] = {
+            "endpoint_url": self.source_s3_endpoint,
+            "profile": self.source_s3_profile,
+            "anon": self.source_s3_anonymous or None,
+        }
+        own = {name: value for name, value in found.items() if value is not None}
+        return own or self.s3_options
+
+    def source_options(self, url: str) -> dict[str, object]:
+        """Storage options for a source; filesystems other than S3 find their credentials in the environment."""
+        return self.source_s3_options if url.startswith("s3://") else {}
 
 
 def settings_table() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -134,13 +134,10 @@ def _as_seen(static: StaticField, sources: Mapping[str, StaticSource], grid: Gri
 
 
 def configured_sources(
-    statics: Mapping[str, Static], base: Path, s3_options: Mapping[str, object]
+    statics: Mapping[str, Static], base: Path, options_of: Callable[[str], Mapping[str, object]] = lambda _: {}
 ) -> dict[str, StaticSource]:
-    """Where the static fields of catalog.yaml are."""
-    return {
-        name: StaticSource(s.url, s.variable, s.crs, base, s3_options if s.url.startswith("s3://") else {})
-        for name, s in statics.items()
-    }
+    """Where the static fields of catalog.yaml are; `options_of` gives the filesystem options of a URL."""
+    return {name: StaticSource(s.url, s.variable, s.crs, base, options_of(s.url)) for name, s in statics.items()}
 
 
 def named_sources(lines: Sequence[str], configured: Mapping[str, StaticSource]) -> dict[str, StaticSource]:

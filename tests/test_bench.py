@@ -46,6 +46,17 @@ def test_a_file_of_the_users_own_is_measured_and_dry_windows_are_counted(checkpo
     assert 0.3 < figures["windows_skipped"] < 1
 
 
+def test_reading_and_regridding_are_measured_against_reading(tmp_path):
+    command = ["bench", "--regrid", "0.2", "--cells", "60", "--json", str(tmp_path / "figures.json")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "times reading" in done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["bytes"] == 4 * 292 * 60 * 60
+    assert 0 < figures["raw_seconds_all"] < 60
+    assert figures["regrid_peak_memory_all"] < 2e9
+
+
 def test_training_steps_are_measured():
     found = bench.bench_training(Factor(space=25, time=6), preset="small", device="cpu", steps=1)
     assert set(found) == {"mean_patches_per_s", "denoiser_patches_per_s"}

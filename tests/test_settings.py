@@ -15,6 +15,19 @@ def test_settings_come_from_the_environment_and_hide_secrets(monkeypatch):
     assert "very-secret" not in repr(settings)
 
 
+def test_sources_are_read_by_their_own_settings_or_by_those_of_the_store(monkeypatch):
+    monkeypatch.setenv("STSR_S3_ENDPOINT", "http://localhost:1")
+    monkeypatch.setenv("STSR_S3_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("STSR_S3_SECRET_ACCESS_KEY", "very-secret")
+    assert Settings().source_options("s3://bucket/a.nc") == Settings().s3_options
+    assert Settings().source_options("gs://bucket/a.nc") == {}
+    monkeypatch.setenv("STSR_SOURCE_S3_ANONYMOUS", "true")
+    assert Settings().source_options("s3://bucket/a.nc") == {"anon": True}
+    monkeypatch.setenv("STSR_SOURCE_S3_ANONYMOUS", "false")
+    monkeypatch.setenv("STSR_SOURCE_S3_PROFILE", "nightly")
+    assert Settings().source_options("s3://bucket/a.nc") == {"profile": "nightly"}
+
+
 def test_a_setting_that_is_not_understood_is_refused(monkeypatch):
     monkeypatch.setenv("STSR_DEVICE", "tpu")
     with pytest.raises(ValidationError, match="device"):

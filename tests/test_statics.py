@@ -162,7 +162,7 @@ def test_what_is_lacking_or_does_not_fit_is_said(folder, checkpoints, tmp_path):
 
 def test_fields_are_named_by_file_or_by_catalog(tmp_path):
     static = Static(url="z.nc", variable="z", crs=CRS, description="", license="", attribution="")
-    configured = configured_sources({"orography": static}, tmp_path, {})
+    configured = configured_sources({"orography": static}, tmp_path)
     assert named_sources(["orography"], configured)["orography"] == StaticSource("z.nc", "z", CRS, tmp_path)
     assert named_sources(["slope=s.nc"], configured)["slope"] == StaticSource("s.nc", "slope")
     with pytest.raises(ConfigurationError, match="No static field 'slope' in catalog.yaml; there are orography"):

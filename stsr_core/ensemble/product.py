@@ -9,27 +9,29 @@ from typing import TYPE_CHECKING
 
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError
-from stsr_core.regrid import coarse_grid, regrid, regrid_time
+from stsr_core.regrid import coarse_grid, read_onto, regrid_time
 from stsr_core.statics import static_fields
 
 if TYPE_CHECKING:
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Product, TargetGrid
     from stsr_core.factors import Factor, Match
-    from stsr_core.sources.cube import Coarse, Cube
+    from stsr_core.sources.cube import Cube
+    from stsr_core.sources.harmonise import Reading
     from stsr_core.statics import StaticSource
 
 BYTES_PER_CELL = 2  # uncompressed
 
 
-def to_lattice(coarse: Coarse, target: TargetGrid, factor: Factor) -> Cube:
-    """Regrid a source conservatively onto the coarse lattice of a target grid and factor.
+def to_lattice(reading: Reading, target: TargetGrid, factor: Factor) -> Cube:
+    """Read a source and regrid it conservatively onto the coarse lattice of a target grid and factor.
 
     Raises:
-        SourceError: the source does not cover the target, or its steps do not fit.
+        SourceError: values that cannot be read safely.
+        GridError: the source does not cover the target, or its steps do not fit.
     """
     step = timedelta(hours=target.fine_step_h) * factor.time
-    return regrid_time(regrid(coarse, coarse_grid(target, factor)), step)
+    return regrid_time(read_onto(reading, coarse_grid(target, factor)), step)
 
 
 def plan_product(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAGIC = b"GRIB"
 MISSING = 1e35
 GRID_KEYS = ("gridType", "Ni", "Nj", "Nx", "Ny", "md5GridSection")
+CELL_METHODS = {"instant": "time: point", "avg": "time: mean", "accum": "time: sum"}  # by the GRIB step type
 REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
@@ -34,9 +35,12 @@ class Message:
     name: str
     units: str
     standard_name: str
+    run: datetime
     start: datetime
     end: datetime
     member: int
+    level: str
+    kind: str
     grid: tuple[object, ...]
     shape: tuple[int, ...]
     columns_first: bool
@@ -111,8 +115,11 @@ def _message(handle: int) -> Message:
         name=str(_key(handle, "shortName", "unknown")),
         units=str(_key(handle, "units", "unknown")),
         standard_name=str(_key(handle, "cfName", "unknown")),
+        run=reference,
         start=start,
         end=end,
+        level=f"{_key(handle, 'typeOfLevel')} {_key(handle, 'level')}",
+        kind=str(_key(handle, "stepType", "")),
         member=int(_key(handle, "perturbationNumber", 0)),
         grid=tuple(_key(handle, k) for k in GRID_KEYS),
         shape=shape,
@@ -138,9 +145,9 @@ def _step(handle: int, key: str) -> timedelta:
 def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
     import xarray as xr
 
-    messages = sorted(messages, key=lambda m: (m.member, m.end, m.start))
-    if len({(m.grid, m.units) for m in messages}) > 1:
-        raise SourceError(f"Messages of {name!r} have several grids or units. Split the file.")
+    messages = _one_sum_each(path, sorted(_spanning(messages), key=lambda m: (m.member, m.end, m.start)))
+    if len({(m.grid, m.units, m.level) for m in messages}) > 1:
+        raise SourceError(f"Messages of {name!r} have several grids, levels or units. Split the file.")
     members, ends = sorted({m.member for m in messages}), sorted({m.end for m in messages})
     if len(messages) != len(members) * len(ends):
         raise SourceError(
@@ -153,6 +160,8 @@ def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
     attributes: dict[str, object] = {"units": first.units, "packing_error": 2 * packing}
     if first.standard_name != "unknown":
         attributes["standard_name"] = first.standard_name
+    if first.kind in CELL_METHODS:
+        attributes["cell_methods"] = CELL_METHODS[first.kind]
     lazy = indexing.LazilyIndexedArray(_Values(path, messages, (len(members), len(ends), *first.shape)))
     variable = xr.Variable(("member", "time", *dims), lazy, attributes)
     data = xr.Dataset({name: variable}, {"member": members, "time": np.array(ends, "datetime64[ns]"), **coordinates})
@@ -161,6 +170,37 @@ def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
         data["time_bnds"] = (("time", "nv"), np.array(spans, "datetime64[ns]"))
         data["time"].attrs["bounds"] = "time_bnds"
     return data.isel(member=0, drop=True) if len(members) == 1 else data
+
+
+def _spanning(messages: list[Message]) -> list[Message]:
+    """Leave out the sums over no time that forecasts begin with, where the others span time."""
+    spanning = [m for m in messages if m.start < m.end]
+    sums = all(m.kind != "instant" or m.end == m.run for m in messages if m.start == m.end)
+    return spanning if spanning and sums else messages
+
+
+def _one_sum_each(path: str, messages: list[Message]) -> list[Message]:
+    """One message for each member and end; of sums of one run that end together, the longest.
+
+    Forecasts such as GFS hold both the sum since the start and the sum since the last reset, and where these are the
+    same one twice. Others that end together are kept, to be refused.
+    """
+    kept: list[Message] = []
+    for message in messages:
+        before = kept[-1] if kept else None
+        if (
+            before is None
+            or message.start == message.end
+            or (message.member, message.end, message.run, message.level, message.kind)
+            != (before.member, before.end, before.run, before.level, before.kind)
+            or (message.start == before.start and not _same(path, before, message))
+        ):
+            kept.append(message)
+    return kept
+
+
+def _same(path: str, one: Message, other: Message) -> bool:
+    return np.array_equal(_values(path, one), _values(path, other), equal_nan=True)
 
 
 def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -242,6 +282,16 @@ def _loaded(path: str, message: Message) -> Iterator[int]:
             yield handle
 
 
+def _values(path: str, message: Message) -> NDArray[np.float64]:
+    """Values of a message in its own order; NaN is missing."""
+    import eccodes
+
+    with _loaded(path, message) as handle:
+        eccodes.codes_set(handle, "missingValue", MISSING)
+        values = eccodes.codes_get_values(handle)
+    return np.where(values == MISSING, np.nan, values)
+
+
 class _Values(BackendArray):
     """Values of messages, (member, time, y, x) or (member, time, cell), decoded when they are indexed."""
 
@@ -262,12 +312,7 @@ class _Values(BackendArray):
         return values[0] if isinstance(key[0], int | np.integer) else values
 
     def _field(self, message: Message, key: tuple[Any, ...]) -> NDArray[np.float64]:
-        import eccodes
-
-        with _loaded(self.path, message) as handle:
-            eccodes.codes_set(handle, "missingValue", MISSING)
-            values = eccodes.codes_get_values(handle)
-        field = _shaped(np.where(values == MISSING, np.nan, values), message)
+        field = _shaped(_values(self.path, message), message)
         for axis, part in reversed(list(enumerate(key))):  # from the last, for a number takes its axis away
             field = field[(slice(None),) * axis + (part,)]
         return field

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stsr_core.errors import GridError, SourceError
-from stsr_core.grids import Grid
+from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
+from stsr_core.sources.period import period_of, within
 from stsr_core.sources.places import Place, place_of
 from stsr_core.sources.remote import patiently
-from stsr_core.sources.times import Steps, as_times, period_of, steps_of
-from stsr_core.sources.units import check_agreement, mm_per_step
+from stsr_core.sources.times import Steps, as_times, steps_of
+from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
+ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
-BLOCK_VALUES = 1 << 25  # values that are converted at a time
+SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
+MANY_CELLS = 10  # that rise together by no accident
+BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
 
 
 def read_cube(
@@ -62,20 +67,31 @@ def read_coarse(
     near: Box | None = None,
     first_steps: int | None = None,
 ) -> Coarse:
-    """Read a variable of a dataset as coarse amounts on whatever cells it has.
+    """Read a variable of a dataset as coarse amounts on whatever cells it has; see `find` and `Reading.read`."""
+    return find(dataset, variable, declared, near=near, first_steps=first_steps).read()
+
+
+def find(
+    dataset: xr.Dataset,
+    variable: str,
+    declared: Declared = NOTHING,
+    *,
+    near: Box | None = None,
+    days: tuple[date, date] | None = None,
+    first_steps: int | None = None,
+) -> Reading:
+    """Find out all about precipitation that needs none of its values.
 
     Args:
         dataset: as `open_dataset` returns it.
         variable: name of the precipitation, or names joined by +, whose amounts are added up.
         declared: what the file does not say itself.
         near: only cells near this box are read; None reads all.
+        days: only steps that lie wholly within these days are read, the last one included; None reads all.
         first_steps: only so many steps are read; None reads all.
 
-    Returns:
-        `Cube` on regular grids, else `CellCube`. The attribute `negatives_set_to_zero` counts what was rounded away.
-
     Raises:
-        SourceError: no such variable, units, dimensions, time axis or values that cannot be read safely.
+        SourceError: no such variable, units, dimensions or time axis that can be read safely.
         GridError: coordinates or a CRS that make no cells, or cells that are not near the box.
     """
     names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
@@ -83,8 +99,22 @@ def read_coarse(
         if name not in dataset.data_vars:
             have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
             raise SourceError(f"No variable {name!r} in the file; it has {have}. Name one of these.")
-    parts = [_read_one(dataset, name, declared, near, first_steps) for name in names]
-    return _sum(parts, names)
+    found = []
+    for name in names:
+        layout = layout_of(dataset, name, declared)
+        steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
+        steps = steps if days is None else within(steps, *days)
+        steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
+        found.append(_Variable(layout, steps, part_of(layout.place.grid, tuple(layout.array.shape[1:]), near)))
+    for name, one in zip(names[1:], found[1:], strict=True):
+        if one.steps.axis != found[0].steps.axis or _key(one.part.grid) != _key(found[0].part.grid):
+            raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
+    attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
+    return Reading(tuple(found), declared, attributes)
+
+
+def _key(grid: Grid | Cells) -> object:
+    return grid.digest if isinstance(grid, Cells) else grid
 
 
 def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
@@ -100,15 +130,6 @@ def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.Dat
         dataset = dataset.assign(time_bnds=bounds)
         dataset["time"].attrs["bounds"] = "time_bnds"
     return read_cube(dataset, "precipitation", declared)
-
-
-def _sum(parts: list[Coarse], names: list[str]) -> Coarse:
-    total = parts[0]
-    for part, name in zip(parts[1:], names[1:], strict=True):
-        if part.times != total.times or part.amount.shape != total.amount.shape:
-            raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
-        total = replace(total, amount=total.amount + part.amount)
-    return total
 
 
 @dataclass(frozen=True)
@@ -241,35 +262,107 @@ def _units(array: xr.DataArray, declared: Declared) -> str:
     return units
 
 
-def _read_one(dataset: xr.Dataset, name: str, declared: Declared, near: Box | None, first_steps: int | None) -> Coarse:
-    layout = layout_of(dataset, name, declared)
-    steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
-    steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
-    part = part_of(layout.place.grid, tuple(layout.array.shape[1:]), near)
-    amount, negatives = _amount(layout, steps, part, declared)
-    attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
-    if negatives:
-        attributes["negatives_set_to_zero"] = str(negatives)
-    if isinstance(part.grid, Grid):
-        return Cube(amount.reshape(-1, *part.grid.shape), steps.axis, part.grid, attributes)
-    return CellCube(amount, steps.axis, part.grid, attributes)
+@dataclass(frozen=True)
+class _Variable:
+    """One variable: how its records make steps, and which of its cells are read."""
+
+    layout: Layout
+    steps: Steps
+    part: Part
 
 
-def _amount(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float32], int]:
-    """Amounts per step, (T, cells), float32, block by block in time; and how many negatives became 0."""
-    cells = part.size
-    out = np.empty((steps.axis.size, cells), np.float32)
-    block = max(1, BLOCK_VALUES // cells)
-    negatives, largest = 0, _largest(steps.axis.step)
-    for first in range(0, steps.axis.size, block):
-        some = steps.within(first, min(first + block, steps.axis.size))
-        values, tolerance = _stretch(layout, some, part, declared)
-        negatives += _check(values, tolerance, largest, first, declared)
-        out[first : first + len(values)] = values
-    if np.isnan(out).all():
-        raise SourceError("All values are missing. Check the fill value and the period.")
-    _check_not_accumulated(out, layout, steps, declared)
-    return out, negatives
+@dataclass(frozen=True)
+class Reading:
+    """Precipitation that is found and not read yet.
+
+    Attributes:
+        variables: the variables that add up.
+        declared: what the file does not say itself.
+        attributes: provenance, as in `Cube`.
+    """
+
+    variables: tuple[_Variable, ...]
+    declared: Declared
+    attributes: Mapping[str, str]
+
+    @property
+    def times(self) -> TimeAxis:
+        """Steps that are read."""
+        return self.variables[0].steps.axis
+
+    @property
+    def place(self) -> Grid | Cells:
+        """Cells that are read."""
+        return self.variables[0].part.grid
+
+    def read(self) -> Coarse:
+        """Read all steps.
+
+        Returns:
+            `Cube` on regular grids, else `CellCube`. The attribute `negatives_set_to_zero` counts what was rounded.
+
+        Raises:
+            SourceError: values that cannot be read safely.
+        """
+        out = np.empty((self.times.size, self.variables[0].part.size), np.float32)
+        first, negatives = 0, 0
+        for block in self.blocks():
+            out[first : first + len(block.amount)] = block.amount.reshape(len(block.amount), -1)
+            first, negatives = first + len(block.amount), negatives + negatives_of(block)
+        return self._coarse(out, self.times, negatives)
+
+    def blocks(self) -> Iterator[Coarse]:
+        """Read the steps block by block, so that memory does not grow with the period; raises like `read`."""
+        size, known, samples = self._block_steps(), False, []
+        for first in range(0, self.times.size, size):
+            stop = min(first + size, self.times.size)
+            out, negatives = self._amount(first, stop)
+            known = known or not np.isnan(out).all()
+            if stop == self.times.size and not known:
+                raise SourceError("All values are missing. Check the fill value and the period.")
+            if first < SAMPLE_STEPS:
+                samples.append(out[: SAMPLE_STEPS - first, :: max(1, out.shape[1] // SAMPLE_CELLS)])
+                if stop >= min(SAMPLE_STEPS, self.times.size):
+                    self._check_not_accumulated(np.concatenate(samples))
+            yield self._coarse(out, self.times.isel(first, stop), negatives)
+
+    def _block_steps(self) -> int:
+        """Steps of a block: about BLOCK_VALUES, in whole chunks of the file where it has any, to read each but once."""
+        array = self.variables[0].layout.array
+        steps = max(1, BLOCK_VALUES // self.variables[0].part.size)
+        chunk = int(array.encoding.get("preferred_chunks", {}).get(self.variables[0].layout.time_dim, 1))
+        return max(chunk, steps // chunk * chunk)
+
+    def _amount(self, first: int, stop: int) -> tuple[NDArray[np.float32], int]:
+        """Amounts of some steps, (T, cells), float32; and how many negatives became 0."""
+        total, negatives = None, 0
+        for one in self.variables:
+            values, tolerance = _stretch(one.layout, one.steps.within(first, stop), one.part, self.declared)
+            negatives += _check(values, tolerance, _largest(self.times.step), first, self.declared)
+            total = values if total is None else total + values
+        assert total is not None
+        return total.astype(np.float32), negatives
+
+    def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: int) -> Coarse:
+        attributes = with_negatives(self.attributes, negatives)
+        if isinstance(self.place, Grid):
+            return Cube(amount.reshape(-1, *self.place.shape), times, self.place, attributes)
+        return CellCube(amount, times, self.place, attributes)
+
+    def _check_not_accumulated(self, sample: NDArray[np.float32]) -> None:
+        differenced = any(one.steps.differenced for one in self.variables)
+        if self.declared.accumulated is None and not differenced and len(sample) >= 4:
+            _check_not_accumulated(sample)
+
+
+def with_negatives(attributes: Mapping[str, str], negatives: int) -> dict[str, str]:
+    """Return attributes that say how many negative amounts were set to 0, where there were any."""
+    return {**attributes, **({ZEROED: str(negatives)} if negatives else {})}
+
+
+def negatives_of(coarse: Coarse) -> int:
+    """Return how many negative amounts were set to 0."""
+    return int(coarse.attributes.get(ZEROED, "0"))
 
 
 def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float64], float]:
@@ -278,21 +371,22 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
     records = patiently(lambda: part.take(array), "the values")
-    records[np.isin(records, np.asarray(declared.missing_values, np.float64))] = np.nan
+    for mark in declared.missing_values:  # as written, or as a float32 file holds it
+        records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
     if np.isinf(records).any():
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
-    scale = mm_per_step(layout.units, timedelta(seconds=1))
-    is_rate = mm_per_step(layout.units, timedelta(seconds=2)) != scale
-    if is_rate:
-        records *= scale * layout.steps.record_seconds[low:high, None]
-    else:
-        records *= scale
+    kind, scale = measured(layout.units)
+    scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
+    records *= scales[:, None]
     values = records[steps.record - low]
     later = steps.base >= 0
     values[later] -= records[steps.base[later] - low]
-    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0)) * scale
+    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
+    packing *= float(np.nanmax(scales, initial=0.0))
+    if not later.any():
+        return values, max(ROUNDING_MM, packing / 2)
     largest = float(np.nanmax(np.abs(records), initial=0.0))
-    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest) if later.any() else ROUNDING_MM
+    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
     return values, rounding
 
 
@@ -333,15 +427,26 @@ def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> 
     return f"{what}: {value:.4g} mm at step {first + step}, cell {cell}, {why}. {hint}"
 
 
-def _check_not_accumulated(out: NDArray[np.float32], layout: Layout, steps: Steps, declared: Declared) -> None:
-    """Refuse amounts that never fall anywhere: a running sum that nobody declared, very likely."""
-    if declared.accumulated is not None or steps.differenced or steps.axis.size < 4:
-        return
-    sample = out[: min(len(out), 64)]
-    rises = np.diff(sample, axis=0)
+def _check_not_accumulated(sample: NDArray[np.float32]) -> None:
+    """Refuse amounts (T, cells) that behave like a running sum that nobody declared."""
     with np.errstate(invalid="ignore"):
-        if not (rises < 0).any() and int((rises > 0).sum()) >= 10:
-            raise SourceError(
-                "The amounts never fall from one step to the next, in any cell: they look like a running sum. Declare "
-                "`accumulated: run`, `day` or `none` of the source in catalog.yaml, or by --declare."
-            )
+        change = np.diff(sample, axis=0)
+        rises, falls = (change > 0).sum(axis=1), (change < 0).sum(axis=1)
+    never_fall = not falls.any() and int(rises.sum()) >= MANY_CELLS
+    if never_fall or _is_reset(rises, falls):
+        how = "never fall from one step to the next" if never_fall else "fall in evenly spaced steps only"
+        raise SourceError(
+            f"The amounts {how}, in any cell: they look like a running sum. Declare `accumulated: run`, `day` or "
+            "`none` of the source in catalog.yaml, or by --declare."
+        )
+
+
+def _is_reset(rises: NDArray[np.int64], falls: NDArray[np.int64]) -> bool:
+    """Whether cells only rise, but for steps at even distances: running sums that begin anew there."""
+    rising = (rises >= MANY_CELLS) & (falls <= 0.02 * rises)
+    resets = np.flatnonzero((rises + falls >= MANY_CELLS) & ~rising)
+    if resets.size == 0 or int(rising.sum()) < max(6, resets.size):
+        return False
+    distances = np.diff(resets)
+    nearest = int(distances.min(initial=len(rises)))
+    return nearest >= 2 and not (distances % nearest).any()

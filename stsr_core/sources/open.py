@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stsr_core.errors import SourceError
 from stsr_core.sources import geotiff
 from stsr_core.sources.remote import patiently, shown
@@ -20,6 +22,7 @@ from stsr_core.sources.remote import patiently, shown
 if TYPE_CHECKING:
     import xarray as xr
     from fsspec import AbstractFileSystem
+    from zarr.storage import FsspecStore
 
 PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
@@ -60,8 +63,8 @@ class Location:
             filesystem, path = fsspec.core.url_to_fs(place, **kept)
         except (ValueError, ImportError) as e:
             raise SourceError(
-                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// and "
-                "az:// need the packages gcsfs and adlfs."
+                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// "
+                "needs `pip install 'stsr[gs]'`, az:// 'stsr[az]'."
             ) from None
         return cls(filesystem, path, place, kept)
 
@@ -104,7 +107,7 @@ def _open(place: Location) -> xr.Dataset:
     if not _exists(place):
         raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
     if _is_zarr(place):
-        return _open_zarr(place.url, place.options, _is_consolidated(place))
+        return _open_zarr(place)
     if place.filesystem.isdir(place.path):
         raise SourceError(f"{shown(place.url)} is a folder without a Zarr store. Name a file, a glob or a Zarr store.")
     return _open_file(place)
@@ -123,21 +126,37 @@ def _is_zarr(place: Location) -> bool:
     return any(place.filesystem.exists(f"{place.path.rstrip('/')}/{name}") for name in ZARR_ROOTS)
 
 
-def _is_consolidated(place: Location) -> bool:
-    root, filesystem = place.path.rstrip("/"), place.filesystem
-    if filesystem.exists(f"{root}/.zmetadata"):
-        return True
-    return filesystem.exists(f"{root}/zarr.json") and b"consolidated_metadata" in filesystem.cat_file(
-        f"{root}/zarr.json"
-    )
-
-
-def _open_zarr(url: str, options: Mapping[str, object], consolidated: bool) -> xr.Dataset:
+def _open_zarr(place: Location) -> xr.Dataset:
+    """Open a Zarr store, or references in Parquet, which look like one."""
     import xarray as xr
 
-    return xr.open_zarr(
-        url, storage_options=dict(options) or None, chunks=None, decode_timedelta=False, consolidated=consolidated
-    )
+    root, filesystem = place.path.rstrip("/"), place.filesystem
+    if filesystem.exists(f"{root}/zarr.json"):
+        consolidated = b"consolidated_metadata" in filesystem.cat_file(f"{root}/zarr.json")
+        return xr.open_zarr(
+            place.url, storage_options=dict(place.options) or None, chunks=None, decode_timedelta=False,
+            consolidated=consolidated,
+        )  # fmt: skip
+    consolidated = filesystem.exists(f"{root}/.zmetadata")
+    if consolidated and b'"record_size"' in filesystem.cat_file(f"{root}/.zmetadata"):
+        from fsspec.implementations.reference import LazyReferenceMapper
+
+        return _open_references(place, LazyReferenceMapper(root, fs=filesystem, engine="pyarrow"))
+    return _decoded_zarr2(place.url, dict(place.options) or None, consolidated=consolidated)
+
+
+def _decoded_zarr2(
+    store: str | FsspecStore, options: dict[str, object] | None = None, *, consolidated: bool
+) -> xr.Dataset:
+    """Open a Zarr v2 store; a fill value of 0 is the default of whoever wrote it there, and marks no missing cells."""
+    import xarray as xr
+
+    raw = xr.open_zarr(store, storage_options=options, chunks=None, decode_cf=False, consolidated=consolidated)
+    for variable in raw.variables.values():
+        packed = "scale_factor" in variable.attrs or "add_offset" in variable.attrs
+        if not packed and np.ndim(variable.attrs.get("_FillValue")) == 0 and variable.attrs.get("_FillValue") == 0:
+            del variable.attrs["_FillValue"]
+    return xr.decode_cf(raw, decode_timedelta=False)
 
 
 def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Dataset:
@@ -156,8 +175,8 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
         return geotiff.open_geotiffs([geotiff.record_of(_on_disk(place))])
     if place.path.endswith(".tar"):
         return geotiff.open_geotiffs(geotiff.records_in_tar(_on_disk(place)))
-    if start[:1] == b"{" or place.path.endswith((".json", ".parq")):
-        return _open_references(place)
+    if start[:1] == b"{" or place.path.endswith(".json"):
+        return _open_references(place, _json_references(place))
     if start[:3] == b"CDF":
         return xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_timedelta=False)
     if start[:4] == b"\x89HDF":
@@ -192,12 +211,8 @@ def _on_disk(place: Location) -> str:
     return str(copy)
 
 
-def _open_references(place: Location) -> xr.Dataset:
-    """Open kerchunk references: a JSON that says which bytes of which files are the chunks of a Zarr store."""
-    import xarray as xr
-    from fsspec.implementations.reference import ReferenceFileSystem
-    from zarr.storage import FsspecStore
-
+def _json_references(place: Location) -> Mapping[str, Any]:
+    """Kerchunk references: a JSON that says which bytes of which files are the chunks of a Zarr store."""
     try:
         content = json.loads(place.filesystem.cat_file(place.path))
     except ValueError as e:
@@ -205,14 +220,25 @@ def _open_references(place: Location) -> xr.Dataset:
     refs = content.get("refs", content) if isinstance(content, dict) else {}
     if not any(str(k).endswith((".zgroup", ".zarray", "zarr.json")) for k in refs):
         raise SourceError(f"{shown(place.url)} is JSON, but holds no kerchunk references. Name a file or a store.")
-    targets = {str(v[0]) for v in refs.values() if isinstance(v, list)}
-    remote = next((t.partition("://")[0] for t in sorted(targets) if "://" in t), "file")
+    return content
+
+
+def _open_references(place: Location, references: Mapping[str, Any]) -> xr.Dataset:
+    """Open references to the chunks of a Zarr store, read from JSON or lazily from Parquet."""
+    from fsspec.implementations.reference import ReferenceFileSystem
+    from zarr.storage import FsspecStore
+
+    parts = references.get("refs", references) if isinstance(references, dict) else references
+    targets = (str(v[0]) for v in parts.values() if isinstance(v, list))
+    remote = next((t.partition("://")[0] for t in targets if "://" in t), "file")
     options = dict(place.options) if remote != "file" else {"auto_mkdir": False}
     filesystem = ReferenceFileSystem(
-        fo=content, remote_protocol=remote, remote_options={**options, "asynchronous": True}, asynchronous=True
-    )
-    store = FsspecStore(filesystem, read_only=True, path="")
-    return xr.open_zarr(store, consolidated=False, chunks=None, decode_timedelta=False)
+        fo=references if isinstance(references, dict) else {}, remote_protocol=remote,
+        remote_options={**options, "asynchronous": True}, asynchronous=True,
+    )  # fmt: skip
+    if not isinstance(references, dict):
+        filesystem.references = references
+    return _decoded_zarr2(FsspecStore(filesystem, read_only=True, path=""), consolidated=False)
 
 
 def _joined(place: Location) -> xr.Dataset:
@@ -260,10 +286,7 @@ def _times(dataset: xr.Dataset, path: str) -> Any:
 
 def _lazily(place: Location) -> xr.Dataset:
     """Open one of many with dask, which xarray needs to join without reading; a single time becomes a dimension."""
-    if _is_zarr(place):
-        data = _open_zarr(place.url, place.options, _is_consolidated(place)).chunk()
-    else:
-        data = _open_file(place, chunks={})
+    data = _open_zarr(place).chunk() if _is_zarr(place) else _open_file(place, chunks={})
     if "time" in data.coords and data["time"].ndim == 0:
         data = data.expand_dims("time")
     return data

@@ -1,38 +1,38 @@
-"""Whole days of a source."""
+"""Periods: the steps of a source that lie between dates, in its calendar."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from datetime import date, datetime, timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import cftime
 
 from stsr_core.errors import SourceError
-from stsr_core.grids import TimeAxis
-from stsr_core.sources.cube import Coarse
 
-C = TypeVar("C", bound=Coarse)
+if TYPE_CHECKING:
+    from stsr_core.grids import TimeAxis
+    from stsr_core.sources.times import Steps, Time
+
 ROUNDING = 1e-6  # steps
 
 
-def within(coarse: C, first: date, last: date) -> C:
+def within(steps: Steps, first: date, last: date) -> Steps:
     """Return the steps that lie wholly within whole days of the source's calendar, `last` included.
 
     Raises:
         SourceError: no step does, or a day does not exist in the calendar.
     """
-    start = max(0, math.ceil(_position(coarse.times, first) - ROUNDING))
-    after = _position(coarse.times, last) + timedelta(days=1) / coarse.times.step
-    stop = min(coarse.times.size, math.floor(after + ROUNDING))
+    axis = steps.axis
+    start = max(0, math.ceil(_position(axis, first) - ROUNDING))
+    after = _position(axis, last) + timedelta(days=1) / axis.step
+    stop = min(axis.size, math.floor(after + ROUNDING))
     if stop <= start:
-        bounds = coarse.times.bounds
         raise SourceError(
-            f"The source has no step within {first} to {last}; it covers {bounds[0, 0]} to {bounds[-1, 1]}. "
-            "Ask for days within that."
+            f"The source has no step within {first} to {last}; it covers {axis.start} to "
+            f"{axis.start + axis.step * axis.size}. Ask for days within that."
         )
-    return replace(coarse, amount=coarse.amount[start:stop], times=coarse.times.isel(start, stop))
+    return steps.within(start, stop)
 
 
 def _position(times: TimeAxis, day: date) -> float:
@@ -45,3 +45,29 @@ def _position(times: TimeAxis, day: date) -> float:
     except ValueError as e:
         raise SourceError(f"{day} is no day of the source's calendar {calendar}. Name another day.") from e
     return float((midnight - times.start) / times.step)
+
+
+def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
+    """Return the steps that lie wholly in a period of ISO dates, in the calendar of the steps.
+
+    Raises:
+        SourceError: dates that are none, or no step between them.
+    """
+    axis = steps.axis
+    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
+    first, stop = max(0, math.ceil(low - ROUNDING)), min(axis.size, math.floor(high + ROUNDING))
+    if stop <= first:
+        raise SourceError(
+            f"No step lies between {period[0]} and {period[1]}; the source runs from {axis.start} to "
+            f"{axis.start + axis.step * axis.size}. Change `period:` of the source in catalog.yaml."
+        )
+    return steps.within(first, stop)
+
+
+def _date(text: str, like: Time) -> Time:
+    try:
+        if isinstance(like, cftime.datetime):
+            return cftime.datetime.strptime(text[:10], "%Y-%m-%d", calendar=like.calendar)
+        return datetime.fromisoformat(text).replace(tzinfo=None)
+    except ValueError as e:
+        raise SourceError(f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31.") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing", "south_north", "nlat", "j")
 X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting", "west_east", "nlon", "i")
+Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
+X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
 LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
 REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
 GEOGRAPHIC = 4326
+CRS_DEGREES = f"EPSG:{GEOGRAPHIC}"
 POLE = 90.0 + 1e-6
 
 
@@ -53,7 +57,10 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
     flat = _latitude_longitude(dataset, array, (y, x))
     crs = _crs(dataset, array, y, x, declared)
     if y in dataset.coords and x in dataset.coords and (crs is not None or flat is None):
-        return Place((y, x), _rectilinear(dataset, y, x, crs))
+        grid = _rectilinear(dataset, y, x, crs)
+        if crs is not None and flat is not None and declared is None:
+            _check_agreement(dataset, (y, x), crs, flat)
+        return Place((y, x), grid)
     if flat is not None:
         return Place((y, x), _curvilinear(dataset, *flat, (y, x)))
     lacking = y if y not in dataset.coords else x
@@ -75,6 +82,10 @@ def _is_axis(dataset: xr.Dataset, name: str, axis: str) -> bool:
     attributes: Mapping[str, object] = dataset[name].attrs if name in dataset.coords else {}
     if attributes.get("axis") in ("X", "Y"):
         return attributes["axis"] == axis
+    if "standard_name" in attributes or "units" in attributes:
+        for found, standard, units in (("Y", Y_STANDARD, LATITUDE_UNITS), ("X", X_STANDARD, LONGITUDE_UNITS)):
+            if attributes.get("standard_name") in standard or str(attributes.get("units")).lower() in units:
+                return axis == found
     return name.lower() in (Y_NAMES if axis == "Y" else X_NAMES)
 
 
@@ -100,12 +111,26 @@ def _latitude_longitude(
     wanted = set(dims)
     listed = str(array.encoding.get("coordinates", array.attrs.get("coordinates", ""))).split()
     names = [n for n in listed if n in dataset.variables] + [n for n in map(str, dataset.variables) if n not in listed]
-    spread = [dataset[n] for n in names if set(map(str, dataset[n].dims)) == wanted and n != array.name]
+    spread = [dataset[n] for n in names if wanted <= set(map(str, dataset[n].dims)) and n != array.name]
+    spread.sort(key=lambda c: c.ndim)
     latitudes = [c for c in spread if _is_latitude(c)]
     longitudes = [c for c in spread if _is_longitude(c)]
     if not latitudes or not longitudes:
         return None
-    return latitudes[0].transpose(*dims), longitudes[0].transpose(*dims)
+    return _still(latitudes[0], dims), _still(longitudes[0], dims)
+
+
+def _still(coordinate: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
+    """A coordinate over `dims` only: others, such as the time of WRF files, are dropped where the places do not move.
+
+    Raises:
+        GridError: they do.
+    """
+    first = coordinate.isel({d: 0 for d in coordinate.dims if d not in dims})
+    last = coordinate.isel({d: -1 for d in coordinate.dims if d not in dims})
+    if not np.array_equal(first.values, last.values, equal_nan=True):
+        raise GridError(f"{coordinate.name} {coordinate.dims} moves with time. Read a part in which it does not.")
+    return first.transpose(*dims)
 
 
 def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str | None) -> CRS | None:
@@ -122,7 +147,7 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
             if "spatial_ref" in attributes and "crs_wkt" not in attributes:
                 attributes["crs_wkt"] = attributes["spatial_ref"]
             if "crs_wkt" in attributes or "grid_mapping_name" in attributes:
-                return CRS.from_cf(attributes)
+                return CRS.from_cf({k: _single(v) for k, v in attributes.items()})
     except (CRSError, KeyError, ValueError, TypeError) as e:
         what = f"The declared CRS {declared!r}" if declared is not None else f"The grid mapping {mapping!r}"
         raise GridError(
@@ -131,6 +156,11 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)
     return None
+
+
+def _single(value: object) -> object:
+    """A number for a list of one, which some libraries write and pyproj does not take."""
+    return value[0] if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) and len(value) == 1 else value
 
 
 def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid | Cells:
@@ -160,6 +190,38 @@ def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid |
         for j, i in ((0, 0), (0, 1), (1, 1), (1, 0))
     ]
     return Cells(np.stack(corners, axis=-2).reshape(-1, 4, 2), crs.to_wkt())
+
+
+def _check_agreement(
+    dataset: xr.Dataset, dims: tuple[str, str], crs: CRS, flat: tuple[xr.DataArray, xr.DataArray]
+) -> None:
+    """Refuse axes and a grid mapping that put cells elsewhere than the latitudes and longitudes of the same file.
+
+    Compared are the corners and the middle of the grid, to half a cell.
+    """
+    from pyproj import Geod, Transformer
+
+    y, x = (_coordinate(dataset, name, crs) for name in dims)
+    if len(y) < 2 or len(x) < 2:
+        return
+    rows, columns = np.array([[0, 0], [0, -1], [-1, 0], [-1, -1], [len(y) // 2, len(x) // 2]]).T
+    to_degrees = Transformer.from_crs(crs, CRS_DEGREES, always_xy=True)
+    longitude, latitude = to_degrees.transform(x[columns], y[rows])
+    stated = [np.asarray(c.values, np.float64)[rows, columns] for c in flat]
+    known = np.isfinite([*stated, longitude, latitude]).all(axis=0)
+    if not known.any():
+        return
+    ground = Geod(ellps="WGS84")
+    off = ground.inv(longitude[known], latitude[known], stated[1][known], stated[0][known])[2]
+    near = np.array([len(y) // 2, len(y) // 2 - 1]), np.array([len(x) // 2, len(x) // 2 - 1])
+    east, north = to_degrees.transform(x[near[1]], y[near[0]])
+    cell = ground.inv(east[0], north[0], east[1], north[1])[2] / math.sqrt(2)
+    if off.max() > cell / 2:
+        raise GridError(
+            f"The grid mapping and axes of the file put a cell {off.max() / 1000:.1f} km from where its {flat[0].name} "
+            f"and {flat[1].name} say it is. Declare `crs:` of the source in catalog.yaml, or by --declare: the right "
+            "projection of its axes."
+        )
 
 
 def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.float64]:

@@ -65,6 +65,8 @@ def _passing(error: Exception) -> bool:
         "botocore",
         "aiobotocore",
         "urllib3",
+        "gcsfs",
+        "azure",
     )
 
 

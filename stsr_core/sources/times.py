@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, TypeAlias
@@ -132,8 +131,9 @@ def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
             pieces.append((before.end, now.end, i, i - 1))
         elif now.start is not None:
             pieces.append((now.start, now.end, i, -1))
-    if len(pieces) > 1 and pieces[0][3] < 0 <= pieces[1][3] and _length(pieces[0]) > _length(pieces[1]):
-        pieces = pieces[1:]  # the first running sum spans more than one step: only a base of the next
+    sums = any(base >= 0 for *_, base in pieces)
+    if len(pieces) > 1 and sums and pieces[0][3] < 0 and _length(pieces[0]) > _length(pieces[1]):
+        pieces = pieces[1:]  # a running sum whose earlier part is not in the file is no amount of a step
     if not pieces:
         raise SourceError(
             "One running sum whose start nobody states is no amount of a step. Give at least two time steps."
@@ -144,32 +144,6 @@ def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
     axis = TimeAxis(pieces[0][0], _length(pieces[0]), len(pieces), label)
     seconds = np.array([np.nan if i.start is None else (i.end - i.start).total_seconds() for i in intervals])
     return Steps(axis, np.array([p[2] for p in pieces]), np.array([p[3] for p in pieces]), seconds)
-
-
-def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
-    """Return the steps that lie wholly in a period of ISO dates, in the calendar of the steps.
-
-    Raises:
-        SourceError: dates that are none, or no step between them.
-    """
-    axis = steps.axis
-    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
-    first, stop = max(0, math.ceil(low - 1e-9)), min(axis.size, math.floor(high + 1e-9))
-    if stop <= first:
-        raise SourceError(
-            f"No step lies between {period[0]} and {period[1]}; the source runs from {axis.start} to "
-            f"{axis.start + axis.step * axis.size}. Change `period:` of the source in catalog.yaml."
-        )
-    return steps.within(first, stop)
-
-
-def _date(text: str, like: Time) -> Time:
-    try:
-        if isinstance(like, cftime.datetime):
-            return cftime.datetime.strptime(text[:10], "%Y-%m-%d", calendar=like.calendar)
-        return datetime.fromisoformat(text).replace(tzinfo=None)
-    except ValueError as e:
-        raise SourceError(f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31.") from e
 
 
 def _length(piece: tuple[Time, Time, int, int]) -> timedelta:

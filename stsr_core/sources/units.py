@@ -1,8 +1,8 @@
-"""Units by the CF rules (UDUNITS, through cf-units): what one unit is in mm per step."""
+"""Units by the CF rules (UDUNITS, through cf-units): what one unit is in mm, or in mm s-1."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+import re
 from typing import Literal
 
 from stsr_core.errors import SourceError
@@ -15,6 +15,8 @@ REFERENCES: tuple[tuple[str, Kind, float], ...] = (
     ("kg m-2 s-1", "rate", 1.0),
     ("m s-1", "rate", 1000.0),
 )
+# UDUNITS reads "mm 3h-1" as 3 mm per hour; who writes it means mm per 3 hours.
+COUNTED_TIME = re.compile(r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1")
 KNOWN = "mm, m, kg m-2, inch, mm/h, mm day-1, mm s-1, kg m-2 s-1"
 
 
@@ -26,6 +28,11 @@ def measured(units: str) -> tuple[Kind, float]:
     """
     from cf_units import Unit
 
+    if COUNTED_TIME.search(units):
+        raise SourceError(
+            f"Units {units!r} may mean 'per so many' or 'so many per'. Declare `units:` of the source in catalog.yaml, "
+            "or by --declare, with brackets, as 'mm (3 h)-1'."
+        )
     try:
         unit = Unit(units)
     except ValueError as e:
@@ -36,18 +43,12 @@ def measured(units: str) -> tuple[Kind, float]:
     raise SourceError(f"Units {units!r} measure no precipitation; {KNOWN} do. {_declare()}")
 
 
-def mm_per_step(units: str, step: timedelta) -> float:
-    """Return the amount in mm that one unit is over a step."""
-    kind, scale = measured(units)
-    return scale if kind == "amount" else scale * step.total_seconds()
-
-
 def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
     """Refuse units that contradict what the variable calls itself.
 
     Raises:
-        SourceError: an amount that is named a rate, a rate that is named an amount, or an amount that is a mean over
-            time, whose length nobody states.
+        SourceError: an amount that is named a rate, a rate that is named an amount, an amount that is a mean over
+            time, whose length nobody states, or a rate at points in time, which says nothing of the time between.
     """
     kind, _ = measured(units)
     named: Kind | None = None
@@ -64,6 +65,12 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
         raise SourceError(
             f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. "
             f"{_declare()}"
+        )
+
+    if kind == "rate" and "time: point" in cell_methods:
+        raise SourceError(
+            f"A rate in {units!r} with the cell method 'time: point' is none over a step. Use means or sums; or, if it "
+            f"is to stand for the whole step, declare `units: {units}` of the source in catalog.yaml, or by --declare."
         )
 
 

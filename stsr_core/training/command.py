@@ -64,7 +64,7 @@ class Data:
         if (archive is None) == (not train and not validation):
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
         configuration, base = Configuration.load(catalog_file), catalog_file.resolve().parent
-        fields = named_sources(statics, configured_sources(configuration.statics, base, {}))
+        fields = named_sources(statics, configured_sources(configuration.statics, base))
         if archive is None:
             return cls([str(p) for p in train], [str(p) for p in validation], statics=fields)
         found = configuration.archive(archive)

@@ -1,4 +1,6 @@
-"""GRIB of reduced grids: rows of different lengths, whose cells are rectangles between rows and between points."""
+"""GRIB as centres write it: forecast steps of every kind, and reduced grids, whose rows have different lengths."""
+
+from datetime import datetime
 
 import eccodes
 import numpy as np
@@ -10,6 +12,7 @@ from stsr_core.grids import Axis, Grid
 from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box
 from stsr_core.sources.cube import CellCube
+from stsr_core.sources.declared import Declared
 from stsr_core.sources.grib import _outlines
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
@@ -88,3 +91,58 @@ def test_only_what_lies_near_is_kept_of_a_reduced_grid(gaussian):
 def test_rows_of_unknown_size_are_refused():
     with pytest.raises(SourceError, match="row of one point"):
         _outlines(np.array([50.0, 50.0, 40.0]), np.array([0.0, 5.0, 0.0]), to_poles=False)
+
+
+HOURS = np.random.default_rng(4).gamma(0.5, 3.0, (6, 3, 4))  # mm
+
+
+@pytest.fixture
+def forecast(tmp_path):
+    """Write messages (start, end, amounts [mm]) of a forecast of 2020-01-01, east of Japan; return the path."""
+
+    def write(*messages, name="tp"):
+        path = tmp_path / "forecast.grib2"
+        with path.open("wb") as file:
+            for start, end, values in messages:
+                handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
+                settings = {
+                    "Ni": 4, "Nj": 3, "iDirectionIncrementInDegrees": 0.5, "jDirectionIncrementInDegrees": 0.5,
+                    "latitudeOfFirstGridPointInDegrees": 36, "latitudeOfLastGridPointInDegrees": 35,
+                    "longitudeOfFirstGridPointInDegrees": 141, "longitudeOfLastGridPointInDegrees": 142.5,
+                    "dataDate": 20200101, "dataTime": 0, "shortName": name, "bitsPerValue": 24,
+                    "stepRange": f"{start}-{end}" if name == "tp" else str(end),
+                }  # fmt: skip
+                for key, value in settings.items():
+                    eccodes.codes_set(handle, key, value)
+                eccodes.codes_set_values(handle, np.ravel(values) / 1000)
+                eccodes.codes_write(handle, file)
+                eccodes.codes_release(handle)
+        return str(path)
+
+    return write
+
+
+def rain_of(path, variable="tp", **declared):
+    with open_dataset(path) as dataset:
+        return read_coarse(dataset, variable, Declared(**declared))
+
+
+def test_sums_since_the_start_may_begin_with_one_over_no_time(forecast):
+    cube = rain_of(forecast((0, 0, 0 * HOURS[0]), *((0, k + 1, HOURS[: k + 1].sum(axis=0)) for k in range(6))))
+    np.testing.assert_allclose(cube.amount, HOURS, atol=1e-3)
+    assert cube.times.start == datetime(2020, 1, 1)
+
+
+def test_of_sums_since_the_start_and_since_a_reset_either_gives_the_amounts(forecast):
+    buckets = [(k // 2 * 2, k + 1, HOURS[k // 2 * 2 : k + 1].sum(axis=0)) for k in range(6)]
+    run = [(0, k + 1, HOURS[: k + 1].sum(axis=0)) for k in range(6)]  # the first two are in both, as GFS has them
+    for messages in (buckets, run, [m for pair in zip(buckets, run, strict=True) for m in pair]):
+        np.testing.assert_allclose(rain_of(forecast(*messages)).amount, HOURS, atol=1e-3)
+    with pytest.raises(SourceError, match="7 messages of 'tp' are no array"):
+        rain_of(forecast(*run, (0, 6, HOURS[0])))
+
+
+def test_a_rate_at_points_in_time_is_none_over_a_step(forecast):
+    path = forecast(*((k, k, HOURS[k]) for k in range(6)), name="prate")
+    with pytest.raises(SourceError, match="'time: point' is none over a step"):
+        rain_of(path, "prate", time_label="end")

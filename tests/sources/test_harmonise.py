@@ -57,6 +57,26 @@ def test_units_become_mm_per_step(units, value, amount):
     assert cube.amount.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("units", "attributes", "message"),
+    [
+        (
+            "kg m-2 s-1",
+            {"cell_methods": "time: point"},
+            "'time: point' is none over a step.*declare `units: kg m-2 s-1`",
+        ),
+        ("mm", {"cell_methods": "time: mean"}, "does not say over which time"),
+        ("mm", {"standard_name": "precipitation_flux"}, "those of an amount, but .* that of a rate"),
+        ("mm 3h-1", {}, "may mean 'per so many'.*brackets"),
+    ],
+)
+def test_units_that_may_mean_something_else_are_refused_until_declared(units, attributes, message):
+    data = array(units).assign_attrs(attributes)
+    with pytest.raises(SourceError, match=message):
+        cube_of(data, END)
+    assert cube_of(data, Declared(time_label="end", units="mm")).amount[0, 0, 0] == 1.0
+
+
 def test_bounds_decide_what_a_stamp_names():
     data = array(time=pd.date_range("2001-01-01 03:00", periods=4, freq="6h"))
     starts = data["time"].values - np.timedelta64(3, "h")
@@ -98,6 +118,40 @@ def test_small_negative_amounts_are_rounding_and_missing_stays_missing():
     assert cube.amount[0, 0, 0] == 0.0
     assert np.isnan(cube.amount[1, 1, 1])
     assert np.isnan(cube.amount).sum() == 1
+
+
+def test_negative_amounts_within_half_a_packing_step_are_counted_and_set_to_zero():
+    data = array(values=np.where(np.arange(60).reshape(4, 3, 5) % 7 == 0, -0.04, 1.0))
+    with pytest.raises(SourceError, match="Negative precipitation"):
+        cube_of(data, END)
+    data.encoding["scale_factor"] = 0.1
+    assert cube_of(data, END).attributes["negatives_set_to_zero"] == "9"
+
+
+def test_both_parts_of_a_sum_count_their_negatives_and_must_lie_on_the_same_cells():
+    data = array(values=values_with(-0.005)).to_dataset(name="cp").assign(lsp=array(values=values_with(-0.005)))
+    assert read_cube(data, "cp + lsp", END).attributes["negatives_set_to_zero"] == "2"
+    data["other"] = data["lsp"].rename(x="lon").assign_coords(lon=7000.0 + 1000 * np.arange(5))
+    with pytest.raises(SourceError, match="different times or cells"):
+        read_cube(data, "cp + other", END)
+
+
+def test_a_declared_missing_value_is_found_as_float32_holds_it():
+    data = array(values=values_with(-99.9).astype(np.float32))
+    assert np.isnan(cube_of(data, Declared(time_label="end", missing_values=(-99.9,))).amount).sum() == 1
+
+
+@pytest.mark.parametrize(("reset", "steps"), [(24, 48), (6, 30), (2, 12)])
+def test_running_sums_that_begin_anew_are_not_taken_for_amounts(reset, steps):
+    rain = np.random.default_rng(0).gamma(0.5, 2.0, (steps, 3, 5))
+    sums = np.concatenate([rain[i : i + reset].cumsum(axis=0) for i in range(0, steps, reset)])
+    data = array(nt=steps, values=sums)
+    with pytest.raises(SourceError, match="look like a running sum.*`accumulated: run`, `day`"):
+        cube_of(data, END)
+    np.testing.assert_allclose(cube_of(array(nt=steps, values=rain), END).amount, rain, rtol=1e-6)
+    if reset == 24:
+        cube = cube_of(data, Declared(accumulated="day"))
+        np.testing.assert_allclose(cube.amount, rain[-cube.times.size :], atol=1e-4)
 
 
 def values_with(value):

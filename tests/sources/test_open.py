@@ -2,8 +2,10 @@ import json
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
+import zarr
 from fsspec.implementations.local import LocalFileSystem
 from pyproj import CRS
 
@@ -162,6 +164,42 @@ def test_kerchunk_references_read_like_the_file_they_refer_to(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SourceError, match="holds no kerchunk references"):
         open_dataset(str(tmp_path / "other.json"))
+
+
+def test_references_in_parquet_read_like_those_in_json(tmp_path):
+    """As kerchunk writes them: .zmetadata with the length of records, and a table of references for each variable."""
+    days(0, 5).to_netcdf(tmp_path / "a.nc", encoding={"pr": {"chunksizes": (2, 3, 4)}}, engine="h5netcdf")
+    refs = references(tmp_path / "a.nc", str(tmp_path / "a.nc"))["refs"]
+    store = tmp_path / "refs.parq"
+    for name in ("pr", "time", "lat", "lon"):
+        (store / name).mkdir(parents=True)
+        found = [v for k, v in sorted(refs.items()) if k.startswith(f"{name}/") and not k.endswith(("array", "attrs"))]
+        table = {k: [v[i] for v in found] for i, k in enumerate(("path", "offset", "size"))} | {
+            "raw": [None] * len(found)
+        }
+        pd.DataFrame(table).to_parquet(store / name / "refs.0.parq", engine="pyarrow")
+    metadata = {k: json.loads(v) for k, v in refs.items() if isinstance(v, str)}
+    (store / ".zmetadata").write_text(json.dumps({"metadata": metadata, "record_size": 1000}))
+    with open_dataset(str(store)) as opened:
+        np.testing.assert_array_equal(read_coarse(opened, "pr", START).amount[:, 2, 3], np.arange(5))
+
+
+def test_a_zarr2_fill_value_of_0_is_no_mark_of_missing_cells(tmp_path):
+    data = days(0, 4)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
+    for name, values in (
+        ("pr", data["pr"].values),
+        ("time", np.arange(4)),
+        ("lat", 45.0 + np.arange(3)),
+        ("lon", np.arange(4.0)),
+    ):
+        array = group.create_array(name, shape=values.shape, dtype=values.dtype, fill_value=0)
+        array[:] = values
+        array.attrs["_ARRAY_DIMENSIONS"] = ["time", "lat", "lon"] if name == "pr" else [name]
+    group["pr"].attrs["units"] = "mm"
+    group["time"].attrs["units"] = "days since 2001-01-01"
+    with open_dataset(str(tmp_path / "a.zarr")) as opened:
+        np.testing.assert_array_equal(read_coarse(opened, "pr", START).amount, data["pr"].values)
 
 
 class Counting(LocalFileSystem):

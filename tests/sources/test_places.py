@@ -96,6 +96,46 @@ def test_rotated_pole_in_netcdf3(tmp_path):
     assert time == 1.0
 
 
+def test_a_grid_mapping_that_contradicts_latitudes_and_longitudes_is_refused():
+    lat, lon = np.arange(-4.5, -1.0, 0.25), np.arange(-5.5, -1.0, 0.25)
+    to_degrees = Transformer.from_crs(CRS.from_cf(ROTATED), 4326, always_xy=True)
+    longitude, latitude = to_degrees.transform(*np.meshgrid(lon, lat))
+    pr = rain(2, lat.size, lon.size)
+    data = timed(
+        {"pr": (("time", "rlat", "rlon"), pr, {"grid_mapping": "pole"}), "pole": ((), np.int32(0), ROTATED)},
+        {"rlat": lat, "rlon": lon, "lat": (("rlat", "rlon"), latitude), "lon": (("rlat", "rlon"), longitude)},
+    )
+    check(data, rectangles(edges(lon), edges(lat), CRS.from_cf(ROTATED)))
+    data["pole"].attrs["grid_north_pole_longitude"] = 170.0  # a sign that was lost
+    with pytest.raises(GridError, match=r"put a cell \d+\.\d km from where its lat and lon say.*`crs:`"):
+        read_coarse(data, "pr")
+
+
+def test_the_places_of_wrf_files_have_a_time_and_must_not_move():
+    longitude, latitude = np.meshgrid(np.arange(4.2, 6.2, 0.1), np.arange(43.2, 44.7, 0.1))
+    latitude = latitude + 0.01 * longitude
+    pr = rain(2, *latitude.shape)
+    dims = ("time", "south_north", "west_east")
+    degrees = {"XLAT": latitude, "XLONG": longitude}
+    data = timed({"pr": (dims, pr, {"coordinates": "XLONG XLAT"})})
+    data = data.assign({n: (dims, np.stack([v, v])) for n, v in degrees.items()})
+    still = timed({"pr": (dims, pr)}, {n: (dims[1:], v) for n, v in degrees.items()})
+    found, wanted = (regrid(read_coarse(d, "pr"), LATTICE).amount for d in (data, still))
+    np.testing.assert_array_equal(found, wanted)
+    data["XLAT"][1] += 0.5
+    with pytest.raises(GridError, match="moves with time"):
+        read_coarse(data, "pr")
+
+
+def test_axes_are_known_by_their_cf_units_whatever_their_names():
+    lat, lon = np.arange(43.0, 45.0, 0.25), np.arange(4.0, 7.0, 0.25)
+    pr = rain(2, lat.size, lon.size)
+    north, east = {"units": "degrees_north"}, {"units": "degrees_east"}
+    coords = {"g0_lat_1": ("g0_lat_1", lat, north), "g0_lon_2": ("g0_lon_2", lon, east)}
+    data = timed({"pr": (("time", "g0_lat_1", "g0_lon_2"), pr)}, coords)
+    check(data, rectangles(edges(lon), edges(lat), CRS.from_epsg(4326)))
+
+
 def test_rotated_axes_without_their_pole_are_not_taken_for_latitudes():
     data = timed(
         {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4))},

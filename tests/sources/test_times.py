@@ -8,7 +8,8 @@ import pytest
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.times import period_of, steps_of
+from stsr_core.sources.period import period_of
+from stsr_core.sources.times import steps_of
 
 DAY = datetime(2001, 1, 1)
 
@@ -39,6 +40,8 @@ def summary(steps):
         ((1, 2, 3), None, {"accumulated": "run"}, (1, 1, 2, [1, 2], [0, 1])),
         # Declared running sums of the day: 23-24 is a difference, 24-25 starts afresh.
         ((22, 23, 24, 25), None, {"accumulated": "day"}, (22, 1, 3, [1, 2, 3], [0, 1, -1])),
+        # A file that begins at 00 h: its first record is all of the day before, which is no step.
+        ((0, 1, 2), None, {"accumulated": "day"}, (0, 1, 2, [1, 2], [-1, 1])),
         # Declared labels.
         ((1, 2), None, {"time_label": "end"}, (0, 1, 2, [0, 1], [-1, -1])),
         ((1, 2), None, {"time_label": "start"}, (1, 1, 2, [0, 1], [-1, -1])),
