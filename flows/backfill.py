@@ -26,7 +26,7 @@ from flows.attempts import begin
 from flows.jobs import jobs
 from flows.log import event
 from flows.nightly import NightlyResult
-from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces
+from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces, PublishAs
 from flows.stages import HOUR_S, patient, show_plan, show_published, stage
 from flows.tasks import (
     Job,
@@ -82,7 +82,7 @@ def backfill(
     period: Period,
     pieces: Pieces = Pieces(),  # noqa: B008  it is frozen
     members: Members = None,
-    publish_as: str | None = None,
+    publish_as: PublishAs = None,
     catalog_file: CatalogFile = None,
     destination: Destination = None,
 ) -> NightlyResult | None:
