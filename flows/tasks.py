@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,7 @@ from stsr_core.store.quicklook import quicklook, wettest_step
 from stsr_core.store.receipts import read_receipts
 from stsr_core.store.series import write_series
 from stsr_core.store.verify import Expected, GateReport, Stored, verify
+from stsr_core.version import code_version
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         checkpoint=checkpoint.card.name,
         checkpoint_digest=checkpoint.digest,
         network_evaluations=plan.recipe.served.evaluations,
-        code_version=version("stsr"),
+        code_version=code_version(),
         seed=plan.recipe.seed,
         members=plan.recipe.members,
         scores=plan.recipe.served.scores,

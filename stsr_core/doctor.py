@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from stsr_core.errors import StsrError
 from stsr_core.settings import Settings
+from stsr_core.version import code_version
 
 CLOCK_S = 5.0  # seconds that this clock may differ from that of the store
 FREE_GB = 5.0  # free space below which a local destination gets a warning
@@ -120,7 +121,7 @@ def _versions(_: Settings) -> Finding:
             wrong.append(f"{requirement.name} {found}, needed {requirement.specifier}")
     if wrong:
         return Finding("versions", Health.fault, "; ".join(wrong), "pip install stsr again in this environment.")
-    return Finding("versions", Health.good, f"stsr {version('stsr')}, torch {version('torch')}")
+    return Finding("versions", Health.good, f"stsr {code_version()}, torch {version('torch')}")
 
 
 def _requirements() -> list[str]:

