@@ -108,7 +108,8 @@ def backfill(
     new = stage(resolve, named.name)(named, force=True)
     assert new is not None
     library = Library.open(settings.checkpoints)
-    coarse = within(stage(read, named.name)(job), period.first, period.last)
+    cube, fingerprint = stage(read, named.name)(job)
+    new, coarse = replace(new, fingerprint=fingerprint), within(cube, period.first, period.last)
     found = stage(match, named.name)(coarse, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, named.name)(coarse, job.target, found)
     plan = stage(make_plan, named.name)(lattice, found, library, named.product, settings)

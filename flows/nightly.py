@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 from prefect import flow
@@ -89,7 +90,8 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     new = stage(resolve, name)(job, force=force)
     if new is None:
         return None
-    cube = stage(read, name)(job)
+    cube, fingerprint = stage(read, name)(job)
+    new = replace(new, fingerprint=fingerprint)
     found = stage(match, name)(cube, job.target, library, settings.match_limit)
     lattice = stage(to_lattice, name)(cube, job.target, found)
     plan = stage(make_plan, name)(lattice, found, library, job.product, settings)

@@ -27,6 +27,7 @@ from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Shard
+from stsr_core.errors import SourceError
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
 from stsr_core.regrid import native_factor, reach
@@ -64,7 +65,7 @@ class New:
     """Something to do.
 
     Attributes:
-        fingerprint: of the source.
+        fingerprint: of the source, as it was read.
         after: newest version there is, "" where there is none.
     """
 
@@ -89,14 +90,21 @@ def resolve(job: Job, *, force: bool) -> New | None:
 
 
 @task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def read(job: Job) -> Coarse:
-    """Read the source near the target."""
-    source = job.source
-    with open_dataset(source.url, base=job.base, storage_options=_source_options(job)) as dataset:
+def read(job: Job) -> tuple[Coarse, str]:
+    """Read the source near the target; returns it with the fingerprint of what was read.
+
+    Raises:
+        SourceError: the source cannot be read, or was rewritten meanwhile.
+    """
+    source, options = job.source, _source_options(job)
+    before = fingerprint(source.url, base=job.base, storage_options=options)
+    with open_dataset(source.url, base=job.base, storage_options=options) as dataset:
         coarse = read_coarse(dataset, source.variable, source.declared, near=reach(job.target))
+    if fingerprint(source.url, base=job.base, storage_options=options) != before:
+        raise SourceError(f"{source.url} changed while it was read. Run again when its producer has finished.")
     set_to_zero = coarse.attributes.get("negatives_set_to_zero", "0")
     event("read", steps=coarse.times.size, step=coarse.times.step, negatives_set_to_zero=set_to_zero)
-    return coarse
+    return coarse, before
 
 
 @task(name="match", cache_policy=NO_CACHE)

@@ -168,7 +168,6 @@ def _environment(
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_METRICS_ENABLED": "true",
-        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # of SQLite for a lock, on a machine that is busy
         "PREFECT_WORKER_QUERY_SECONDS": "3",
         # leases in files outlive the server; in memory a restart would leave their slots taken for ever
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

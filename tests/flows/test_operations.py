@@ -13,9 +13,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from flows import tasks
 from flows.artifacts import key_of
 from flows.backfill import cut_pieces
 from flows.declared import Declared, shipped_declaration
+from flows.jobs import jobs
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
@@ -23,6 +25,7 @@ from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError, GateError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.settings import Settings
 from stsr_core.sources.cube import Cube
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +75,15 @@ def test_only_what_may_pass_is_tried_again():
     assert may_pass(None, None, State(OSError("disk away")))
     assert not may_pass(None, None, State(GateError("spread")))
     assert not may_pass(None, None, State(ConfigurationError("typo")))
+
+
+def test_a_source_that_is_rewritten_while_it_is_read_is_not_taken_for_either(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job = jobs("arpege-provence-1km", Settings())[0]
+    found = iter(["before", "after"])
+    monkeypatch.setattr(tasks, "fingerprint", lambda *_, **__: next(found))
+    with pytest.raises(SourceError, match="changed while it was read"):
+        tasks.read.fn(job)
 
 
 def test_keys_of_artifacts_are_what_prefect_accepts():

@@ -78,6 +78,9 @@ class Site:
         self.processes[name].kill()
         self.processes[name].wait()
 
+    def attempts(self) -> set[str]:
+        return {path.name for path in (self.catalogue / PRODUCT / "data").glob("*")}
+
     def receipts(self) -> int:
         return len(list((self.catalogue / PRODUCT / "data").rglob("receipts/*.json")))
 
@@ -223,6 +226,37 @@ def test_a_source_that_shrinks_becomes_a_shorter_version_and_one_that_vanishes_n
     assert vanished["state_type"] == "FAILED"
     assert "source.nc" in vanished["state"]["message"]
     assert len(versions(site)) == len(before) + 1
+
+
+def set_gate(site: Site, name: str, value: float) -> None:
+    catalog = yaml.safe_load((site.folder / "catalog.yaml").read_text())
+    catalog["products"][PRODUCT]["gates"][name] = value
+    (site.folder / "catalog.yaml").write_text(yaml.safe_dump(catalog))
+
+
+def test_a_gate_that_fails_keeps_the_attempt_and_a_retry_in_the_ui_publishes_it_when_the_bound_is_mended(
+    site: Site,
+) -> None:
+    before, attempts = versions(site), site.attempts()
+    set_gate(site, "max_mm", 0.01)
+    run = site.api.start("nightly/nightly", force=True)
+    found = site.api.finished(run)
+    assert found["state_type"] == "FAILED"
+    assert "0.01" in found["state"]["message"]
+    gates = json.loads(site.api.artifacts(run)[f"gates-{PRODUCT}"]["data"])
+    assert [gate["name"] for gate in gates if gate["passed"] == "NO"]
+    (kept,) = site.attempts() - attempts
+    assert versions(site) == before
+    set_gate(site, "max_mm", 300.0)
+    made = site.receipts()
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
+    site.api.post(f"/flow_runs/{run}/set_state", {"state": retry, "force": True})
+    found = site.api.finished(run)
+    assert found["state_type"] == "COMPLETED", found["state"]["message"]
+    assert len(versions(site)) == len(before) + 1
+    assert f"/data/{kept}/" in find(PRODUCT, "latest", str(site.catalogue)).url
+    assert site.receipts() == made
+    sound(site)
 
 
 @contextmanager
