@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.deployments import run_deployment
 from pydantic import Field
@@ -20,6 +20,7 @@ from pydantic import Field
 from flows import artifacts
 from flows.declared import Declared, shipped_declaration
 from flows.deploy import Release, deploy, deployed
+from flows.log import event
 from flows.parameters import ALL, ProductName, SmokeMembers
 from stsr_core.errors import OperatorError
 from stsr_core.settings import Settings
@@ -73,7 +74,7 @@ def redeploy(
     else:
         new = _try_reference(before, reference, products, smoke_members, dry_run=dry_run)
     if dry_run:
-        get_run_logger().info("Dry run: %s passed every check; nothing was deployed.", new.reference)
+        event("dry_run_passed", reference=new.reference)
         return None
     return new
 
@@ -180,7 +181,7 @@ def smoke_run(folder: Path, members: int) -> None:
         catalogue = str(Path(temporary, "catalogue"))
         _stsr(folder, "demo", "--to", catalogue, "--members", str(members), "--workers", "1", limit_s=SMOKE_S)
         found = _stsr(folder, "catalog", "ls", "--catalog", catalogue, limit_s=CHECK_S)
-    get_run_logger().info("Smoke run published %s", found.strip())
+    event("smoke_run_passed", published=found.strip())
 
 
 @task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
@@ -192,7 +193,7 @@ def register(release: Release) -> None:
         Path(release.code), "deploy", "--code", release.code, "--home", release.home,
         "--reference", release.reference, cwd=Path(release.home), limit_s=CHECK_S, server=True,
     )  # fmt: skip
-    get_run_logger().info("%s", found.strip())
+    event("registered", reference=release.reference, changes=found.strip())
 
 
 def difference(before: Release | None, new: Fetched) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from flows import artifacts
+from flows.log import event
 from flows.parameters import FactorParameter, Preset, RecipeName
 from flows.stages import HOUR_S
 from stsr_core.checkpoint import Checkpoint
@@ -95,5 +96,5 @@ def fit(
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
         mean_steps=mean_steps, denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start,
-        device=Settings().device, seed=seed, report=get_run_logger().info,
+        device=Settings().device, seed=seed, report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip
