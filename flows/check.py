@@ -14,7 +14,7 @@ from flows.redeploy import examine, smoke_run
 
 
 @flow(name="check", flow_run_name="check {products}", validate_parameters=True)
-def check(products: ProductName = ALL, smoke_members: SmokeMembers = 2, register: Release | None = None) -> None:
+def check(products: ProductName = ALL, smoke_members: SmokeMembers = 2, release: Release | None = None) -> None:
     """Run `stsr doctor`, and publish the shipped sample in a folder that is thrown away.
 
     The flow `redeploy` runs it in an image before that is deployed, and once more to register the deployments by the
@@ -23,10 +23,10 @@ def check(products: ProductName = ALL, smoke_members: SmokeMembers = 2, register
     Args:
         products: product whose source must be read and matched, or "all".
         smoke_members: members of the smoke run.
-        register: release to register instead; for `redeploy`.
+        release: what to register instead of checking; for `redeploy`.
     """
-    if register is not None:
-        asyncio.run(deploy(Declared.load(shipped_declaration()), register))
+    if release is not None:
+        asyncio.run(deploy(Declared.load(shipped_declaration()), release))
         return
     folder = Path(__file__).parents[1]
     examine(folder, Path.cwd(), products)

@@ -105,7 +105,9 @@ def _try_image(before: Release, image: str, products: str, members: int, *, dry_
     run_in_image.with_options(task_run_name=f"check {image}")(image, asked)
     if not dry_run:
         try:
-            run_in_image.with_options(task_run_name=f"register {image}")(image, {"register": release.model_dump()})
+            run_in_image.with_options(task_run_name=f"register {image}")(
+                image, {"release": release.model_dump(mode="json")}
+            )
         except RedeployError:
             register_again.with_options(task_run_name=f"roll back to {before.reference}")(before)
             raise
