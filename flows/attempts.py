@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -19,6 +18,7 @@ from flows.log import event
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.publish import Attempt
 from stsr_core.catalog.search import newest
+from stsr_core.version import code_version
 
 if TYPE_CHECKING:
     from flows.tasks import Job
@@ -60,7 +60,7 @@ def _name(plan: Plan, digest: str, after: str) -> str:
     bounds = plan.cube.times.bounds
     identity = [
         digest, after, str(bounds[0, 0]), str(bounds[-1, 1]), plan.origin, plan.fine_shape, plan.recipe.identity(),
-        plan.task(plan.shards[0]).digest, version("stsr"),
+        plan.task(plan.shards[0]).digest, code_version(),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, default=str).encode())
     name.update(np.ascontiguousarray(plan.cube.amount, dtype="<f4").tobytes())

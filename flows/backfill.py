@@ -26,7 +26,7 @@ from flows.attempts import begin
 from flows.jobs import jobs
 from flows.log import event
 from flows.nightly import NightlyResult
-from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces
+from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces, PublishAs
 from flows.stages import HOUR_S, patient, show_plan, show_published, stage
 from flows.tasks import (
     Job,
@@ -81,7 +81,7 @@ def backfill(
     period: Period,
     pieces: Pieces = Pieces(),  # noqa: B008  it is frozen
     members: Members = None,
-    publish_as: str | None = None,
+    publish_as: PublishAs = None,
     catalog_file: CatalogFile = None,
     destination: Destination = None,
 ) -> NightlyResult | None:
@@ -109,7 +109,8 @@ def backfill(
     library = Library.open(settings.checkpoints)
     days = (period.first, period.last)
     found = stage(match, named.name)(stage(read, named.name)(job, days), job.target, library, settings.match_limit)
-    lattice = stage(to_lattice, named.name)(job, found, days)
+    lattice, fingerprint = stage(to_lattice, named.name)(job, found, days)
+    new = replace(new, fingerprint=fingerprint)
     plan = stage(make_plan, named.name)(lattice, found, library, named, settings)
     attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
     if attempt is None:

@@ -27,11 +27,12 @@ class _Strict(BaseModel):
 
 
 class Infrastructure(_Strict):
-    """A work pool, and variables of the jobs in it."""
+    """A work pool, variables of the jobs in it, and what replaces parts of Prefect's configuration of a job."""
 
     work_pool: str = Field(pattern=f"^{MARK}")
     type: InfrastructureName
     job_variables: dict[str, Any]
+    job_configuration: dict[str, Any] = {}
 
 
 class Queue(_Strict):
@@ -61,7 +62,7 @@ class Deployment(_Strict):
     work_queue: str
     concurrency_limit: int = Field(ge=1)
     schedules: tuple[Schedule, ...]
-    products: bool = False
+    products: str | None = None  # parameter for which the form offers the products of catalog.yaml
 
     @property
     def module(self) -> str:

@@ -50,12 +50,14 @@ class Release(BaseModel):
 
     Attributes:
         reference: what people call it: a git commit, an image tag, or "working tree".
+        infrastructure: where runs take place.
         code: folder of the code, None for an image.
         image: image, None for a folder.
         home: folder that runs take place in; relative paths of the settings start there.
     """
 
     reference: str
+    infrastructure: InfrastructureName = InfrastructureName.process
     code: str | None = None
     image: str | None = None
     home: str | None = None
@@ -74,19 +76,12 @@ class Changes:
         return not self.dry_run
 
 
-async def deploy(
-    declared: Declared,
-    release: Release,
-    *,
-    infrastructure: InfrastructureName = InfrastructureName.process,
-    dry_run: bool = False,
-) -> list[str]:
+async def deploy(declared: Declared, release: Release, *, dry_run: bool = False) -> list[str]:
     """Bring the server to the declared state.
 
     Args:
         declared: what it is to hold.
-        release: the code that runs use.
-        infrastructure: where they run.
+        release: the code that runs use, and where they run.
         dry_run: only say what would change.
 
     Returns:
@@ -96,9 +91,9 @@ async def deploy(
         ConfigurationError: no server answers, or the release does not fit the infrastructure.
     """
     settings, changes = Settings(), Changes(dry_run)
-    chosen = declared.infrastructures.get(infrastructure)
+    chosen = declared.infrastructures.get(release.infrastructure)
     if chosen is None:
-        raise ConfigurationError(f"prefect.yaml declares no infrastructure {infrastructure.value!r}. Add it there.")
+        raise ConfigurationError(f"prefect.yaml declares no infrastructure {release.infrastructure}. Add it there.")
     products = list(Configuration.load(choose_catalog(settings.catalog_file)).products)
     variables = _job_variables(chosen, release)
     async with get_client() as client:
@@ -150,13 +145,13 @@ def _job_variables(infrastructure: Infrastructure, release: Release) -> dict[str
 
 
 async def _pool(client: PrefectClient, wanted: Infrastructure, changes: Changes) -> None:
+    template = await _job_template(wanted)
     try:
         found = await client.read_work_pool(wanted.work_pool)
     except ObjectNotFound:
         if changes.add(f"created work pool {wanted.work_pool} ({wanted.type.value})"):
-            template = await get_default_base_job_template_for_infrastructure_type(wanted.type.value)
             await client.create_work_pool(
-                WorkPoolCreate(name=wanted.work_pool, type=wanted.type.value, base_job_template=template or {})
+                WorkPoolCreate(name=wanted.work_pool, type=wanted.type.value, base_job_template=template)
             )
         return
     if found.type != wanted.type.value:
@@ -165,6 +160,19 @@ async def _pool(client: PrefectClient, wanted: Infrastructure, changes: Changes)
         )
     if found.concurrency_limit is not None and changes.add(f"removed the limit of work pool {wanted.work_pool}"):
         await client.update_work_pool(wanted.work_pool, WorkPoolUpdate(concurrency_limit=None))
+    if found.base_job_template != template and changes.add(f"changed the jobs of work pool {wanted.work_pool}"):
+        await client.update_work_pool(wanted.work_pool, WorkPoolUpdate(base_job_template=template))
+
+
+async def _job_template(infrastructure: Infrastructure) -> dict[str, Any]:
+    """How jobs of a pool are made: as Prefect declares it, with what is declared here in place of its parts."""
+    found = await get_default_base_job_template_for_infrastructure_type(infrastructure.type.value)
+    if found is None:
+        raise ConfigurationError(
+            f"The Prefect server knows no template of {infrastructure.type.value} jobs. Install "
+            f"prefect-{infrastructure.type.value} here."
+        )
+    return {**found, "job_configuration": found["job_configuration"] | infrastructure.job_configuration}
 
 
 async def _queues(client: PrefectClient, declared: Declared, pool: str, changes: Changes) -> None:
@@ -178,8 +186,10 @@ async def _queues(client: PrefectClient, declared: Declared, pool: str, changes:
             if changes.add(f"created work queue {pool}/{queue.name}"):
                 made = await client.create_work_queue(queue.name, work_pool_name=pool, priority=queue.priority)
                 await client.update_work_queue(made.id, concurrency_limit=queue.concurrency_limit)
-        elif found.concurrency_limit != queue.concurrency_limit and changes.add(f"changed work queue {queue.name}"):
-            await client.update_work_queue(found.id, concurrency_limit=queue.concurrency_limit)
+        elif (found.priority, found.concurrency_limit) != (queue.priority, queue.concurrency_limit) and changes.add(
+            f"changed work queue {pool}/{queue.name}"
+        ):
+            await client.update_work_queue(found.id, priority=queue.priority, concurrency_limit=queue.concurrency_limit)
     gone = there.keys() - {queue.name for queue in declared.work_queues} - {"default"}
     for name in sorted(gone):
         if changes.add(f"removed work queue {pool}/{name}"):
@@ -239,7 +249,7 @@ def _wanted(
 ) -> dict[str, Any]:
     schema = parameter_schema(flow).model_dump(exclude_none=True)
     if deployment.products:
-        field_ = schema["properties"]["product"]
+        field_ = schema["properties"][deployment.products]
         field_["enum"] = ([ALL] if field_.get("default") == ALL else []) + products
     return {
         "description": deployment.description,
@@ -251,7 +261,7 @@ def _wanted(
         "job_variables": variables,
         "concurrency_limit": deployment.concurrency_limit,
         "collision_strategy": "ENQUEUE",
-        "schedules": [s.model_dump() for s in sorted(deployment.schedules, key=lambda s: s.slug)],
+        "schedules": [s.model_dump() | {"active": True} for s in sorted(deployment.schedules, key=lambda s: s.slug)],
         "parameter_openapi_schema": schema,
         "enforce_parameter_schema": True,
         "version": f"{version('stsr')} {ref}"[:60],
@@ -261,7 +271,7 @@ def _wanted(
 def _found(there: DeploymentResponse) -> dict[str, Any]:
     limit, options = there.global_concurrency_limit, there.concurrency_options
     schedules = [
-        {"cron": s.schedule.cron, "timezone": s.schedule.timezone, "slug": s.slug}
+        {"cron": s.schedule.cron, "timezone": s.schedule.timezone, "slug": s.slug, "active": s.active}
         for s in there.schedules
         if isinstance(s.schedule, CronSchedule)
     ]
@@ -307,12 +317,14 @@ async def _create(client: PrefectClient, deployment: Deployment, flow_id: UUID, 
 
 async def _alert_block(client: PrefectClient, settings: Settings, changes: Changes) -> UUID | None:
     """Block that calls the webhook of the settings, None where there is none."""
-    if settings.alert_url is None:
-        return None
-    wanted = SecretStr(settings.alert_url.get_secret_value())
     found: Webhook | None = None
     with contextlib.suppress(ValueError):  # there is none yet
         found = await Webhook.aload(ALERT_BLOCK)
+    if settings.alert_url is None:
+        if found is not None and changes.add(f"removed block webhook/{ALERT_BLOCK}"):
+            await Webhook.adelete(f"webhook/{ALERT_BLOCK}")
+        return None
+    wanted = SecretStr(settings.alert_url.get_secret_value())
     same = found is not None and found.url.get_secret_value() == wanted.get_secret_value()
     if not same and changes.add(f"set block webhook/{ALERT_BLOCK}"):
         await Webhook(url=wanted).save(ALERT_BLOCK, overwrite=True)

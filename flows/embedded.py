@@ -37,6 +37,7 @@ def run_embedded(to: Path, *, force: bool, members: int | None, device: str, wor
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
         "STSR_DEVICE": device,
         "STSR_WORKERS": str(workers),
+        "STSR_SCHEDULER_ADDRESS": "",
         "DO_NOT_TRACK": "1",
     }
     from flows.nightly import nightly

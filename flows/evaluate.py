@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from flows import artifacts
+from flows.log import event
 from flows.parameters import FactorParameter
 from flows.stages import HOUR_S
 from stsr_core.evaluation.command import evaluate_checkpoint
@@ -77,7 +78,8 @@ def score(
     return evaluate_checkpoint(
         data, factor.space, factor.time, options,
         checkpoints=Path(settings.checkpoints) if settings.checkpoints else None,
-        record=record, json_file=None, html_file=report, device=settings.device, report=get_run_logger().info,
+        record=record, json_file=None, html_file=report, device=settings.device,
+        report=lambda said: event("score", factor=f"({factor.space},{factor.time})", said=said),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 
 from prefect import flow
@@ -90,7 +91,8 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     if new is None:
         return None
     found = stage(match, name)(stage(read, name)(job), job.target, library, settings.match_limit)
-    lattice = stage(to_lattice, name)(job, found)
+    lattice, fingerprint = stage(to_lattice, name)(job, found)
+    new = replace(new, fingerprint=fingerprint)
     plan = stage(make_plan, name)(lattice, found, library, job, settings)
     attempt = begin(job, plan, new.fingerprint, after=new.after, sole_publisher=settings.sole_publisher)
     if attempt is None:

@@ -18,6 +18,11 @@ OneProduct = Annotated[str, Field(min_length=1, title="Product", description="Na
 Members = Annotated[
     int | None, Field(ge=1, le=10_000, title="Members", description="Members; empty for those of the product.")
 ]
+PublishAs = Annotated[
+    str | None,
+    Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Publish as", description="Empty for the product and the period."),
+]
+SmokeMembers = Annotated[int, Field(ge=1, le=8, title="Members", description="Members of the smoke run.")]
 CatalogFile = Annotated[
     Path | None, Field(title="Catalogue file", description="catalog.yaml to use; empty for the one of the settings.")
 ]

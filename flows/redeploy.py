@@ -1,4 +1,4 @@
-"""The redeploy flow: another git reference of this code is fetched, checked, shown and put to work."""
+"""The redeploy flow: another git reference or image of this code is checked, shown and put to work."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.deployments import run_deployment
 from pydantic import Field
 
 from flows import artifacts
-from flows.deploy import Release, deployed
-from flows.parameters import ALL, ProductName
+from flows.declared import Declared, shipped_declaration
+from flows.deploy import Release, deploy, deployed
+from flows.log import event
+from flows.parameters import ALL, ProductName, SmokeMembers
 from stsr_core.errors import OperatorError
 from stsr_core.settings import Settings
 
-Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")]
+Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,299}$")]
 SMOKE_S = 3600  # seconds that a smoke run may take
 CHECK_S = 900
-MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy")
+MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy", "check")
 SHOWN = 6000  # characters of an output that artifacts show
 
 
@@ -47,15 +50,17 @@ def redeploy(
     reference: Reference,
     dry_run: bool = False,
     products: ProductName = ALL,
-    smoke_members: Annotated[int, Field(ge=1, le=8)] = 2,
+    smoke_members: SmokeMembers = 2,
 ) -> Release | None:
-    """Check a git reference and deploy it. To roll back, give an earlier reference.
+    """Check a git reference or an image and deploy it. To roll back, give an earlier one.
 
-    The code is fetched into a folder of its own and must import, pass `stsr doctor` and publish the shipped sample.
-    If that fails nothing changes; if registering fails, what was deployed before is registered again.
+    The code is fetched into a folder of its own, or its image started, and must import, pass `stsr doctor` and
+    publish the shipped sample. If that fails nothing changes; if registering fails, what was deployed before is
+    registered again.
 
     Args:
-        reference: branch, tag or commit of the repository in the settings.
+        reference: branch, tag or commit of the repository in the settings; where runs are containers, an image, or a
+            tag of the image that is deployed.
         dry_run: check and show the difference, but deploy nothing.
         products: product whose source the new code must read and match, or "all".
         smoke_members: members of the smoke run.
@@ -63,25 +68,75 @@ def redeploy(
     Returns:
         What is deployed now, None after a dry run.
     """
-    settings = Settings()
     before = asyncio.run(deployed())
+    if before is not None and before.image is not None:
+        new = _try_image(before, image_of(reference, before.image), products, smoke_members, dry_run=dry_run)
+    else:
+        new = _try_reference(before, reference, products, smoke_members, dry_run=dry_run)
+    if dry_run:
+        event("dry_run_passed", reference=new.reference)
+        return None
+    return new
+
+
+def _try_reference(before: Release | None, reference: str, products: str, members: int, *, dry_run: bool) -> Release:
+    settings = Settings()
     new = fetch.with_options(task_run_name=f"fetch {reference}")(reference, settings.repository, settings.releases)
     home = Path(before.home) if before and before.home else Path.cwd()
     release = Release(reference=f"{reference} ({new.commit[:12]})", code=str(new.folder), home=str(home))
     artifacts.page("redeploy", difference(before, new), f"What changes with {reference}")
     check_imports.with_options(task_run_name=f"import {reference}")(new.folder)
     examine.with_options(task_run_name=f"doctor of {reference}")(new.folder, home, products)
-    smoke_run.with_options(task_run_name=f"smoke run of {reference}")(new.folder, smoke_members)
-    if dry_run:
-        get_run_logger().info("Dry run: %s passed every check; nothing was deployed.", reference)
-        return None
-    try:
-        register.with_options(task_run_name=f"register {reference}")(release)
-    except RedeployError:
-        if before is not None:
-            register.with_options(task_run_name=f"roll back to {before.reference}")(before)
-        raise
+    smoke_run.with_options(task_run_name=f"smoke run of {reference}")(new.folder, members)
+    if not dry_run:
+        try:
+            register.with_options(task_run_name=f"register {reference}")(release)
+        except RedeployError:
+            if before is not None:
+                register.with_options(task_run_name=f"roll back to {before.reference}")(before)
+            raise
     return release
+
+
+def _try_image(before: Release, image: str, products: str, members: int, *, dry_run: bool) -> Release:
+    release = Release(reference=image, image=image, infrastructure=before.infrastructure)
+    artifacts.page("redeploy", f"From image **{before.image}** to **{image}**", f"What changes with {image}")
+    asked = {"products": products, "smoke_members": members}
+    run_in_image.with_options(task_run_name=f"check {image}")(image, asked)
+    if not dry_run:
+        try:
+            run_in_image.with_options(task_run_name=f"register {image}")(
+                image, {"release": release.model_dump(mode="json")}
+            )
+        except RedeployError:
+            register_again.with_options(task_run_name=f"roll back to {before.reference}")(before)
+            raise
+    return release
+
+
+def image_of(reference: str, deployed: str) -> str:
+    """Image that a reference names: itself, or what is deployed with another tag."""
+    if any(c in reference for c in "/:@"):
+        return reference
+    path, _, name = deployed.partition("@")[0].rpartition("/")
+    return "/".join(part for part in (path, f"{name.partition(':')[0]}:{reference}") if part)
+
+
+@task(name="run in image", cache_policy=NO_CACHE)
+def run_in_image(image: str, parameters: dict[str, Any]) -> None:
+    """Run the flow `check` in an image, by the code in it."""
+    run: Any = run_deployment(
+        "check/check", parameters=parameters, job_variables={"image": image}, timeout=SMOKE_S, poll_interval=2
+    )
+    if run.state is None or not run.state.is_completed():
+        found = f"{run.state.name}: {run.state.message}" if run.state else "no state"
+        raise RedeployError(f"Run {run.name} in {image} ended as {found}. Mend it there; see its log.")
+
+
+@task(name="register again", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+def register_again(before: Release) -> None:
+    """Register what was deployed before: this very code."""
+    asyncio.run(deploy(Declared.load(shipped_declaration()), before))
 
 
 @task(name="fetch", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, timeout_seconds=CHECK_S)
@@ -128,19 +183,19 @@ def smoke_run(folder: Path, members: int) -> None:
         catalogue = str(Path(temporary, "catalogue"))
         _stsr(folder, "demo", "--to", catalogue, "--members", str(members), "--workers", "1", limit_s=SMOKE_S)
         found = _stsr(folder, "catalog", "ls", "--catalog", catalogue, limit_s=CHECK_S)
-    get_run_logger().info("Smoke run published %s", found.strip())
+    event("smoke_run_passed", published=found.strip())
 
 
 @task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
 def register(release: Release) -> None:
     """Register the deployments of a release, by its own code."""
-    if release.code is None or release.home is None:
-        raise RedeployError(f"{release.reference} is an image. Deploy it with `stsr deploy --image`.")
+    assert release.code is not None
+    assert release.home is not None
     found = _stsr(
         Path(release.code), "deploy", "--code", release.code, "--home", release.home,
         "--reference", release.reference, cwd=Path(release.home), limit_s=CHECK_S, server=True,
     )  # fmt: skip
-    get_run_logger().info("%s", found.strip())
+    event("registered", reference=release.reference, changes=found.strip())
 
 
 def difference(before: Release | None, new: Fetched) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Shard
+from stsr_core.errors import SourceError
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
 from stsr_core.regrid import native_factor, reach
@@ -46,6 +46,7 @@ from stsr_core.store.quicklook import quicklook, wettest_step
 from stsr_core.store.receipts import read_receipts
 from stsr_core.store.series import write_series
 from stsr_core.store.verify import Expected, GateReport, Stored, verify
+from stsr_core.version import code_version
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class New:
     """Something to do.
 
     Attributes:
-        fingerprint: of the source.
+        fingerprint: of the source, as it was read.
         after: newest version there is, "" where there is none.
     """
 
@@ -120,16 +121,27 @@ def match(source: Reading, target: TargetGrid, library: Library, limit: float) -
 
 
 @task(name="regrid", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def to_lattice(job: Job, found: Match, days: Days = None) -> Cube:
-    """Read the source and regrid it conservatively onto the coarse lattice of the matched factor, block by block."""
+def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[Cube, str]:
+    """Read the source and regrid it conservatively onto the coarse lattice of the matched factor, block by block.
+
+    Returns:
+        The cube, and the fingerprint of the source that it was read from.
+
+    Raises:
+        SourceError: the source cannot be read, or was rewritten meanwhile.
+    """
+    url, options = job.source.url, _source_options(job)
+    before = fingerprint(url, base=job.base, storage_options=options)
     with _found(job, days) as reading:
         lattice = product.to_lattice(reading, job.target, found.factor)
+    if fingerprint(url, base=job.base, storage_options=options) != before:
+        raise SourceError(f"{url} changed while it was read. Run again when its producer has finished.")
     rows, columns = lattice.grid.shape
     event(
         "regridded", rows=rows, columns=columns, km=lattice.grid.x.step / 1000, step=lattice.times.step,
         negatives_set_to_zero=negatives_of(lattice),
     )  # fmt: skip
-    return lattice
+    return lattice, before
 
 
 @task(name="plan", cache_policy=NO_CACHE)
@@ -172,8 +184,7 @@ def begun(plan: Plan, attempt: Attempt) -> list[Shard]:
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
     """Make shards of a plan on the cluster, with progress in the log and in the UI."""
     factor = plan.recipe.served.configuration.factor
-    device = choose_device("cpu" if cluster.device == "cpu" else "auto")
-    downscaler = Downscaler.load(library.serving(factor), factor, device)
+    downscaler = Downscaler.load(library.serving(factor), factor, choose_device("cpu"))
     target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (
@@ -187,7 +198,7 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
             advance(steps, seconds)
             show(steps)
 
-        generate(plan, shards, downscaler, target, client, progress=progress)
+        generate(plan, shards, downscaler, target, client, progress=progress, device=cluster.device)
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:
@@ -323,7 +334,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         checkpoint=checkpoint.card.name,
         checkpoint_digest=checkpoint.digest,
         network_evaluations=plan.recipe.served.evaluations,
-        code_version=version("stsr"),
+        code_version=code_version(),
         seed=plan.recipe.seed,
         members=plan.recipe.members,
         scores=plan.recipe.served.scores,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
 from flows import artifacts
+from flows.log import event
 from flows.parameters import FactorParameter, Preset, RecipeName
 from flows.stages import HOUR_S
 from stsr_core.checkpoint import Checkpoint
@@ -34,6 +35,8 @@ def train(
     recipe: RecipeName = RecipeName.stsr,
     mean_steps: Steps = None,
     denoiser_steps: Steps = None,
+    learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
+    start: Path | None = None,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> str:
     """Train one checkpoint for all factors. Kill it at any time: the same parameters go on from the last save.
@@ -49,6 +52,8 @@ def train(
         recipe: beta and L of stsr, or of the authors as the reference.
         mean_steps: steps of the mean network; without it by preset.
         denoiser_steps: steps of the denoiser; without it by preset.
+        learning_rate: largest learning rate; without it by preset.
+        start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         seed: seed of weights and patches.
 
     Returns:
@@ -59,7 +64,7 @@ def train(
     checkpoint = chosen(
         Data.of(archive, train_on or [], validate_on or [], catalog_file), [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, seed=seed,
+        denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -83,11 +88,13 @@ def fit(
     recipe: RecipeName,
     mean_steps: int | None,
     denoiser_steps: int | None,
+    learning_rate: float | None,
+    start: Path | None,
     seed: int,
 ) -> Checkpoint:
     """Fit; a retry resumes from the last save."""
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
-        mean_steps=mean_steps, denoiser_steps=denoiser_steps, device=Settings().device, seed=seed,
-        report=get_run_logger().info,
+        mean_steps=mean_steps, denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start,
+        device=Settings().device, seed=seed, report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

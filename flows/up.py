@@ -158,8 +158,9 @@ def _environment(
     _write_secret(folder / ".env", "".join(f"{k}={v}\n" for k, v in settings.items()))
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     code = str(Path(__file__).resolve().parents[1])
+    repository = next((str(p) for p in (Path(code), Path.cwd()) if (p / ".git").exists()), code)
     return {
-        "STSR_REPOSITORY": code,  # of `redeploy`, if nothing else is set
+        "STSR_REPOSITORY": repository,  # of `redeploy`, if nothing else is set
         **kept,
         **settings,
         "PYTHONPATH": os.pathsep.join(p for p in (code, os.environ.get("PYTHONPATH", "")) if p),

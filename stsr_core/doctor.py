@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tomllib
 import urllib.error
 import urllib.request
 import uuid
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 
 from stsr_core.errors import StsrError
 from stsr_core.settings import Settings
+from stsr_core.version import code_version
 
 CLOCK_S = 5.0  # seconds that this clock may differ from that of the store
 FREE_GB = 5.0  # free space below which a local destination gets a warning
@@ -106,7 +108,7 @@ def _versions(_: Settings) -> Finding:
     from packaging.requirements import Requirement
 
     wrong = []
-    for line in requires("stsr") or []:
+    for line in _requirements():
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -119,7 +121,16 @@ def _versions(_: Settings) -> Finding:
             wrong.append(f"{requirement.name} {found}, needed {requirement.specifier}")
     if wrong:
         return Finding("versions", Health.fault, "; ".join(wrong), "pip install stsr again in this environment.")
-    return Finding("versions", Health.good, f"stsr {version('stsr')}, torch {version('torch')}")
+    return Finding("versions", Health.good, f"stsr {code_version()}, torch {version('torch')}")
+
+
+def _requirements() -> list[str]:
+    """What this code needs: a checkout may need other packages than the release that is installed."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        found: list[str] = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        return found
+    return requires("stsr") or []
 
 
 def _catalog(settings: Settings) -> Finding:
@@ -146,6 +157,8 @@ def _checkpoints(settings: Settings) -> Finding:
 def _device(settings: Settings) -> Finding:
     from stsr_core.ensemble.cluster import visible_gpus
 
+    if settings.scheduler_address is not None:
+        return Finding("device", Health.good, "that of the scheduler's workers")
     if settings.device == "cpu":
         return Finding("device", Health.good, f"CPU as set, {os.cpu_count()} cores")
     count, driver = visible_gpus(), _driver()

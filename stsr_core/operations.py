@@ -58,20 +58,14 @@ def deploy(
     from flows import deploy as deployer
     from flows.declared import Declared, InfrastructureName, shipped_declaration
 
-    if image is not None:
-        release = deployer.Release(reference=reference or image, image=image)
+    chosen = InfrastructureName(infrastructure.value)
+    if image is not None or chosen is not InfrastructureName.process:
+        release = deployer.Release(reference=reference or image or "", image=image, infrastructure=chosen)
     else:
         release = deployer.this_release(code, home, reference)
     if code is not None and not (code / "flows").is_dir():
         raise ConfigurationError(f"{code} holds no folder `flows`. Name the folder of a checkout.")
-    lines = asyncio.run(
-        deployer.deploy(
-            Declared.load(file or shipped_declaration()),
-            release,
-            infrastructure=InfrastructureName(infrastructure.value),
-            dry_run=dry_run,
-        )
-    )
+    lines = asyncio.run(deployer.deploy(Declared.load(file or shipped_declaration()), release, dry_run=dry_run))
     for line in lines:
         typer.echo(f"would have {line}" if dry_run else line)
     typer.echo(f"{len(lines)} changes." if lines else "Nothing to change.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -65,6 +65,11 @@ class Settings(BaseSettings):
         default=Path("stsr-releases"), description="Folder that `redeploy` keeps the code of references in."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value != ""}
+
     @property
     def s3_options(self) -> dict[str, object]:
         """Storage options for s3fs (`endpoint_url`, `key`, `secret`, `anon`); empty where nothing is set."""
@@ -100,7 +105,7 @@ def settings_table() -> str:
     for name, found in Settings.model_fields.items():
         default = "" if found.default is None else f"`{found.default}`"
         rows.append(f"| `STSR_{name.upper()}` | {default} | {found.description} |")
-    head = "# Settings\n\nRead from the environment or from `.env` where a command or run takes place.\n"
+    head = "# Settings\n\nRead from the environment, else from `.env`, where a command or run is. Empty is unset.\n"
     written = "Written by `python -m stsr_core.settings > infra/settings.md`.\n"
     return "\n".join([head, *rows, "", written])
 

@@ -1,5 +1,8 @@
+import re
+
 import pytest
 
+from stsr_core import doctor
 from stsr_core.doctor import Health, examine
 
 
@@ -42,6 +45,12 @@ def test_each_fault_is_found_and_says_what_to_do(here, monkeypatch, name, value,
     finding = found()[check]
     assert finding.health is Health.fault
     assert message in str(finding)
+
+
+def test_a_checkout_that_needs_other_packages_than_are_installed_is_found(here, monkeypatch):
+    (here / "pyproject.toml").write_text('[project]\ndependencies = ["zarr>=99", "nosuch-package"]\n')
+    monkeypatch.setattr(doctor, "__file__", str(here / "stsr_core" / "doctor.py"))
+    assert re.fullmatch(r"zarr 3\S+, needed >=99; nosuch-package is missing", found()["versions"].found)
 
 
 def test_a_damaged_checkpoint_is_found(here, monkeypatch, checkpoints):

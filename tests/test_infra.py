@@ -1,10 +1,16 @@
-"""infra/: what it names exists, and settings.md is what the settings say. No container engine runs here."""
+"""infra/: linted, valid by its schemas, and what it names exists. No container engine runs here."""
 
 import asyncio
+import json
 import re
+import shutil
+import subprocess
+import sysconfig
+import tomllib
 from pathlib import Path
 
 import httpx
+import kubernetes_validate
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -54,6 +60,30 @@ def test_containers_copy_what_exists_and_run_unprivileged_with_a_health_check(pa
         assert f'"{package}"' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda p: p.name)
+def test_hadolint_has_nothing_to_say(path):
+    done = subprocess.run([program("hadolint"), "--no-color", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda p: p.name)
+def test_containers_build_from_a_lock_file_that_fits_the_requirements(path):
+    (lock,) = re.findall(
+        r"^RUN pip install --no-cache-dir --require-hashes --no-deps .*-r (\S+)$", path.read_text(), re.M
+    )
+    pinned = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) \\$", (ROOT / lock).read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["serve"]]
+    for requirement in map(Requirement, needed + project["build-system"]["requires"]):
+        found = pinned[re.sub("[-_.]+", "-", requirement.name.lower())]
+        assert requirement.specifier.contains(found), f"{requirement} is locked to {found}. Run infra/lock."
+
+
+def program(name):
+    beside = Path(sysconfig.get_path("scripts")) / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
 def images():
     found = set(re.findall(r"^FROM (\S+)$", "".join(p.read_text() for p in CONTAINERFILES), re.MULTILINE))
     found |= {s["image"] for s in documents("compose.yaml")[0]["services"].values()}
@@ -74,8 +104,6 @@ def test_images_are_pinned_and_fit_the_requirements(image):
 
 
 def _requirements():
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["up"]]
 
@@ -99,11 +127,64 @@ def test_compose_is_consistent():
     assert docker.job_variables["volumes"] == [f"{compose['volumes']['data']['name']}:/data"]
 
 
+def test_docker_compose_accepts_the_compose_file(tmp_path):
+    filled = (INFRA / "example.env").read_text().replace("=\n", "=x\n")
+    (tmp_path / ".env").write_text(filled)
+    command = [program("docker-compose"), "--env-file", tmp_path / ".env", "-f", INFRA / "compose.yaml", "config"]
+    done = subprocess.run([*command, "--format", "json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    services = json.loads(done.stdout)["services"]
+    assert services["worker"]["environment"]["STSR_S3_ACCESS_KEY_ID"] == "x"
+    (tmp_path / ".env").write_text("")
+    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "set it in .env" in done.stderr
+
+
+def rendered():
+    """What `kubectl apply -k` would send, and the job that the Prefect worker makes of a run."""
+    found = [
+        {**d, "metadata": {**d["metadata"], "namespace": "stsr"}}
+        for name in documents("kubernetes/kustomization.yaml")[0]["resources"]
+        for d in documents(f"kubernetes/{name}")
+        if d["kind"] != "DaskCluster"  # of the operator, in none of Kubernetes' schemas
+    ]
+    kubernetes = Declared.load(shipped_declaration()).infrastructures["kubernetes"]
+    values = kubernetes.job_variables | {"command": ["stsr"], "env": [], "labels": {"a": "b"}, "name": "run"}
+    text = json.dumps(kubernetes.job_configuration["job_manifest"])
+    for name, value in values.items():
+        text = text.replace(f'"{{{{ {name} }}}}"', json.dumps(value)).replace(f"{{{{ {name} }}}}", str(value))
+    assert "{{" not in text
+    return [*found, json.loads(text)]
+
+
+@pytest.mark.parametrize("document", rendered(), ids=lambda d: d["kind"])
+def test_kubernetes_knows_every_field(document):
+    kubernetes_validate.validate(document, "1.37", strict=True)
+
+
+def test_runs_in_kubernetes_get_settings_and_keys_and_no_privileges():
+    (container,) = rendered()[-1]["spec"]["template"]["spec"]["containers"]
+    kustomization = documents("kubernetes/kustomization.yaml")[0]
+    (settings,), (secrets,) = kustomization["configMapGenerator"], kustomization["secretGenerator"]
+    assert container["envFrom"] == [
+        {"configMapRef": {"name": settings["name"]}}, {"secretRef": {"name": secrets["name"]}},
+    ]  # fmt: skip
+    for d in rendered():  # the namespace enforces `restricted`
+        pod = d.get("spec", {}).get("template", {}).get("spec")
+        if pod is not None:
+            assert pod["securityContext"]["runAsNonRoot"]
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for c in pod["containers"]:
+                assert c["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
 @pytest.mark.parametrize(
     "name", ["Containerfile", "Containerfile.cuda", "compose.yaml", "kubernetes/kustomization.yaml"]
 )
 def test_nothing_reports_to_anybody_unless_asked_to(name):
     assert re.search(r"PREFECT_SERVER_ANALYTICS_ENABLED\W+false", (INFRA / name).read_text())
+    assert re.search(r"DO_NOT_TRACK\W+1", (INFRA / name).read_text())
 
 
 def test_kubernetes_is_consistent():
@@ -121,7 +202,7 @@ def test_kubernetes_is_consistent():
     dask = next(d for d in found if d["kind"] == "DaskCluster")
     address = next(x for x in kustomization["configMapGenerator"][0]["literals"] if "SCHEDULER" in x)
     assert address.endswith(f"tcp://{dask['metadata']['name']}-scheduler.{kustomization['namespace']}.svc:8786")
-    assert dask["spec"]["worker"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert dask["spec"]["worker"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {p["port"] for p in dask["spec"]["scheduler"]["service"]["ports"]} == {8786, 8787}
     served = deployed["stsr-catalogue"]["containers"][0]
     destination = next(x for x in kustomization["configMapGenerator"][0]["literals"] if "DESTINATION" in x)

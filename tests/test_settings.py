@@ -32,3 +32,12 @@ def test_a_setting_that_is_not_understood_is_refused(monkeypatch):
     monkeypatch.setenv("STSR_DEVICE", "tpu")
     with pytest.raises(ValidationError, match="device"):
         Settings()
+
+
+def test_an_empty_variable_is_unset_and_hides_the_one_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("STSR_SCHEDULER_ADDRESS=tcp://elsewhere:8786\nSTSR_ALERT_URL=\n")
+    assert Settings().scheduler_address == "tcp://elsewhere:8786"
+    assert Settings().alert_url is None
+    monkeypatch.setenv("STSR_SCHEDULER_ADDRESS", "")
+    assert Settings().scheduler_address is None

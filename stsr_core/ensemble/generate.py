@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from distributed import Client, Future, KilledWorker, WorkerPlugin, as_completed, get_worker, secede
@@ -164,7 +164,14 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
 
 
 def generate(
-    plan: Plan, shards: Sequence[Shard], downscaler: Downscaler, target: Target, client: Client, *, progress: Progress
+    plan: Plan,
+    shards: Sequence[Shard],
+    downscaler: Downscaler,
+    target: Target,
+    client: Client,
+    *,
+    progress: Progress,
+    device: Literal["auto", "cpu", "cuda"] | None = None,
 ) -> None:
     """Make shards of a plan.
 
@@ -176,12 +183,15 @@ def generate(
         client: the cluster.
         progress: called with the number of network evaluations just done and the seconds they took, from another
             thread.
+        device: what the workers use, which may have GPUs where this process has none; without it a device of the kind
+            that the downscaler is on.
 
     Raises:
         ShardError: a shard failed on every try, or the scheduler went away; shards that were finished stay.
     """
     todo = (plan.task(shard) for shard in shards)
-    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, "auto" if downscaler.device.type == "cuda" else "cpu")
+    chosen = device or ("auto" if downscaler.device.type == "cuda" else "cpu")
+    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, chosen)
     client.register_plugin(plugin)
     run = _Run(plugin.name, f"stsr-progress-{uuid.uuid4().hex}", target)
     with _reported(client, run.topic, progress):

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib.metadata import version
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import numpy as np
 from stsr_core.ensemble.noise import NOISE_TILE
 from stsr_core.ensemble.windows import WindowLattice
 from stsr_core.errors import ConfigurationError
+from stsr_core.version import code_version
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class Recipe:
             "seed": self.seed,
             "conserve": self.conserve,
             "noise_tile": NOISE_TILE,
-            "code": version("stsr"),
+            "code": code_version(),
         }
 
 

@@ -13,16 +13,19 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from flows import tasks
 from flows.artifacts import key_of
 from flows.backfill import cut_pieces
 from flows.declared import Declared, shipped_declaration
+from flows.jobs import jobs
 from flows.parameters import Order, Period, Pieces, Retention
-from flows.redeploy import RedeployError, fetch
+from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError, GateError, SourceError
-from stsr_core.factors import Factor
+from stsr_core.factors import Factor, Match
 from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.settings import Settings
 from stsr_core.sources.cube import Cube
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +75,15 @@ def test_only_what_may_pass_is_tried_again():
     assert may_pass(None, None, State(OSError("disk away")))
     assert not may_pass(None, None, State(GateError("spread")))
     assert not may_pass(None, None, State(ConfigurationError("typo")))
+
+
+def test_a_source_that_is_rewritten_while_it_is_read_is_not_taken_for_either(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job = jobs("arpege-provence-1km", Settings())[0]
+    found = iter(["before", "after"])
+    monkeypatch.setattr(tasks, "fingerprint", lambda *_, **__: next(found))
+    with pytest.raises(SourceError, match="changed while it was read"):
+        tasks.to_lattice.fn(job, Match(10.0, 1.0, Factor(space=10, time=1), 0.0))
 
 
 def test_keys_of_artifacts_are_what_prefect_accepts():
@@ -129,6 +141,19 @@ def test_a_declaration_that_is_not_understood_is_refused(tmp_path, change, messa
     (tmp_path / "prefect.yaml").write_text(json.dumps({**text, **change}))
     with pytest.raises(ConfigurationError, match=message):
         Declared.load(tmp_path / "prefect.yaml")
+
+
+@pytest.mark.parametrize(
+    ("reference", "image"),
+    [
+        ("1.2", "host:5000/team/stsr:1.2"),
+        ("host/other:3", "host/other:3"),
+        ("other@sha256:0a", "other@sha256:0a"),
+    ],
+)
+def test_a_tag_is_that_of_the_image_that_is_deployed(reference, image):
+    assert image_of(reference, "host:5000/team/stsr:1.1@sha256:0b") == image
+    assert image_of("2", "stsr") == "stsr:2"
 
 
 def test_a_reference_that_is_not_there_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 RUN_SECONDS = 420.0
+BUSY_SECONDS = 60.0
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -25,7 +26,13 @@ class Api:
         return answer.json()
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body or {}, timeout=60)
+        """Send a request, again while the server is busy."""
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            answer = httpx.post(f"{self.url}{path}", json=body or {}, timeout=60)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
+                return answer
+            time.sleep(1)
 
     def get(self, path: str) -> Any:
         answer = httpx.get(f"{self.url}{path}", timeout=60)

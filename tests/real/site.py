@@ -17,12 +17,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 
 from tests.real.prefect_api import Api
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = "small"
+RELEASES = {  # tag, and what is added to a file of it
+    "good": ("flows/nightly.py", ""),
+    "broken": ("flows/nightly.py", "\nraise RuntimeError('a defect of the release')\n"),
+    "unregistrable": (
+        "flows/deploy.py",
+        "\n\nasync def _automations(*_):\n    raise ConfigurationError('a defect of its deploy')\n",
+    ),
+}
 CODE = ("stsr_core", "flows", "deployments", "catalog.yaml", "pyproject.toml")
 
 
@@ -63,17 +72,32 @@ class Site:
             "secret": lines["STSR_S3_SECRET_ACCESS_KEY"],
         }
 
-    def stsr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the folder, as an operator does."""
-        environment = {
-            **self.environment,
+    @property
+    def for_commands(self) -> dict[str, str]:
+        """Environment of commands that talk to the server."""
+        return self.environment | {
             "PREFECT_API_URL": self.api.url,
             "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
         }
+
+    def stsr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the folder, as an operator does."""
         return subprocess.run(
             [sys.executable, "-m", "stsr_core.cli", *arguments],
-            cwd=self.folder, env=environment, capture_output=True, text=True, check=False,
+            cwd=self.folder, env=self.for_commands, capture_output=True, text=True, check=False,
         )  # fmt: skip
+
+
+def engine_of(run: str) -> psutil.Process:
+    """The process of a flow run."""
+    for process in psutil.process_iter():
+        try:
+            if "prefect" in " ".join(process.cmdline()) and process.environ().get("PREFECT__FLOW_RUN_ID") == run:
+                return process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    raise AssertionError(f"run {run} has no process")
 
 
 def free_port() -> int:
@@ -93,7 +117,7 @@ def small_catalog(path: Path) -> None:
 
 
 def repository(folder: Path) -> Path:
-    """A git repository of this code with the tags `good` and `broken`."""
+    """A git repository of this code with a tag for each of RELEASES."""
     folder.mkdir()
     for name in CODE:
         source = ROOT / name
@@ -101,19 +125,20 @@ def repository(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
-
-    def git(*arguments: str) -> None:
-        identity = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
-        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
-
-    git("init", "--quiet")
-    for tag, line in (("good", ""), ("broken", "\nraise RuntimeError('a defect of the release')\n")):
-        with (folder / "flows" / "nightly.py").open("a") as opened:
-            opened.write(line)
-        git("add", "-A")
-        git("commit", "--quiet", "--allow-empty", "-m", f"Release {tag}")
-        git("tag", tag)
+    git(folder, "init", "--quiet")
+    for tag, (name, lines) in RELEASES.items():
+        sound = (folder / name).read_text()
+        (folder / name).write_text(sound + lines)
+        git(folder, "add", "-A")
+        git(folder, "commit", "--quiet", "--allow-empty", "-m", f"Release {tag}")
+        git(folder, "tag", tag)
+        (folder / name).write_text(sound)
     return folder
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=tests", "-c", "user.email=tests@example.org")
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
 
 
 @contextmanager

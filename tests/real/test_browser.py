@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
@@ -43,8 +44,11 @@ def page() -> Iterator[Page]:
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(WAIT_MS)
         expect.set_options(timeout=WAIT_MS)
+        asked: set[str] = set()
+        page.on("request", lambda request: asked.add(urlsplit(request.url).hostname or "inline"))
         yield page
         browser.close()
+        assert asked <= {"127.0.0.1", "inline"}, "the UI asks elsewhere"
 
 
 def open_form(page: Page, site: Site, deployment: str) -> None:

@@ -3,14 +3,18 @@ that shrinks or vanishes."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -22,7 +26,7 @@ from stsr_core.catalog import find, ls
 from stsr_core.catalog.integrity import verify_version
 from tests.real import postgres
 from tests.real.prefect_api import Api
-from tests.real.site import PRODUCT, ROOT, free_port, small_catalog
+from tests.real.site import PRODUCT, ROOT, engine_of, free_port, small_catalog
 
 pytestmark = pytest.mark.slow
 AWAY_S = 10.0  # seconds that a server is away
@@ -47,6 +51,14 @@ class Site:
     def catalogue(self) -> Path:
         return self.folder / "catalogue"
 
+    def deploy(self, *arguments: str, **settings: str) -> None:
+        command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(self.folder), *arguments]
+        environment = self.environment | settings
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def run(self, name: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -65,6 +77,9 @@ class Site:
         """Kill a process at once, and only that one."""
         self.processes[name].kill()
         self.processes[name].wait()
+
+    def attempts(self) -> set[str]:
+        return {path.name for path in (self.catalogue / PRODUCT / "data").glob("*")}
 
     def receipts(self) -> int:
         return len(list((self.catalogue / PRODUCT / "data").rglob("receipts/*.json")))
@@ -127,9 +142,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
         site = Site(folder, database, environment, port)
         try:
             site.run_server()
-            deploy = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder)]
-            done = subprocess.run(deploy, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
+            site.deploy()
             site.run_worker()
             yield site
         finally:
@@ -213,6 +226,91 @@ def test_a_source_that_shrinks_becomes_a_shorter_version_and_one_that_vanishes_n
     assert vanished["state_type"] == "FAILED"
     assert "source.nc" in vanished["state"]["message"]
     assert len(versions(site)) == len(before) + 1
+
+
+def set_gate(site: Site, name: str, value: float) -> None:
+    catalog = yaml.safe_load((site.folder / "catalog.yaml").read_text())
+    catalog["products"][PRODUCT]["gates"][name] = value
+    (site.folder / "catalog.yaml").write_text(yaml.safe_dump(catalog))
+
+
+def test_a_gate_that_fails_keeps_the_attempt_and_a_retry_in_the_ui_publishes_it_when_the_bound_is_mended(
+    site: Site,
+) -> None:
+    before, attempts = versions(site), site.attempts()
+    set_gate(site, "max_mm", 0.01)
+    run = site.api.start("nightly/nightly", force=True)
+    found = site.api.finished(run)
+    assert found["state_type"] == "FAILED"
+    assert "0.01" in found["state"]["message"]
+    gates = json.loads(site.api.artifacts(run)[f"gates-{PRODUCT}"]["data"])
+    assert [gate["name"] for gate in gates if gate["passed"] == "NO"]
+    (kept,) = site.attempts() - attempts
+    assert versions(site) == before
+    set_gate(site, "max_mm", 300.0)
+    made = site.receipts()
+    retry = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
+    site.api.post(f"/flow_runs/{run}/set_state", {"state": retry, "force": True})
+    found = site.api.finished(run)
+    assert found["state_type"] == "COMPLETED", found["state"]["message"]
+    assert len(versions(site)) == len(before) + 1
+    assert f"/data/{kept}/" in find(PRODUCT, "latest", str(site.catalogue)).url
+    assert site.receipts() == made
+    sound(site)
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, list[str]]]:
+    """A server that keeps the texts that are posted to it; yields its address and them."""
+    texts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/", texts
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def impatient(folder: Path) -> Path:
+    """A prefect.yaml whose windows are seconds."""
+    text = (ROOT / "deployments" / "prefect.yaml").read_text()
+    assert "within_s: 150\n" in text
+    assert "within_s: 93600\n" in text
+    path = folder / "impatient.yaml"
+    path.write_text(text.replace("within_s: 150\n", "within_s: 45\n").replace("within_s: 93600\n", "within_s: 20\n"))
+    return path
+
+
+def test_who_is_told_what_and_a_run_that_died_with_its_worker_is_marked(site: Site) -> None:
+    with webhook() as (url, texts):
+        site.deploy("--file", str(impatient(site.folder)), STSR_ALERT_URL=url)
+        run = site.api.start("nightly/nightly", members=48, force=True)
+        made = site.receipts()
+        wait_for(lambda: site.receipts() > made, "the first receipt")
+        time.sleep(31)  # a heartbeat
+        site.kill("worker")
+        engine_of(run).kill()
+        late = site.api.start("nightly/nightly", catalog_file="/nowhere.yaml")
+        assert site.api.finished(run)["state_type"] == "CRASHED"
+        wait_for(lambda: f"{site.api.get(f'/flow_runs/{late}')['name']} is late" in "".join(texts), "the late run")
+        site.run_worker()
+        assert site.api.finished(late)["state_type"] == "FAILED"
+        silent = f"stsr: {PRODUCT} got no new version for 26 hours"
+        wait_for(lambda: sum(silent in text for text in texts) >= 2, "two alerts about no new version")
+        wait_for(lambda: "ended as Failed: " in "".join(texts), "the failed run")
+        assert "ended as Crashed: No heartbeat" in "".join(texts)
+        site.deploy()
 
 
 def sound(site: Site) -> None:

