@@ -15,9 +15,11 @@ from flows import artifacts
 from flows.log import event
 from flows.parameters import FactorParameter
 from flows.stages import HOUR_S
+from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import evaluate_checkpoint
 from stsr_core.evaluation.evaluate import Evaluation, Options
 from stsr_core.settings import Settings
+from stsr_core.statics import named_sources
 
 if TYPE_CHECKING:
     from stsr_core.evaluation.evaluate import Table
@@ -38,6 +40,7 @@ def evaluate(
     warming: bool = False,
     record: bool = False,
     report: Path | None = None,
+    statics: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score the checkpoint that serves a factor, and show the table.
 
@@ -53,14 +56,17 @@ def evaluate(
         warming: also score the response to a wetter input.
         record: write the scores to the checkpoint's card.
         report: write a page with tables and pictures here.
+        statics: static fields that the checkpoint needs, by their names in catalog.yaml, or as NAME=FILE.
 
     Returns:
         Scores by method and name.
     """
-    workers = Settings().workers or os.cpu_count() or 1
+    settings = Settings()
+    workers = settings.workers or os.cpu_count() or 1
     options = Options(
         members=members, hours=hours, cells=cells, variable=variable, workers=workers, ablations=ablations,
         reference=reference, warming=warming,
+        statics=named_sources(statics or [], choose_catalog(settings.catalog_file), settings.source_options),
     )  # fmt: skip
     named = score.with_options(task_run_name=f"score ({factor.space},{factor.time}) on {len(data)} inputs")
     evaluation = named(data, factor, options, record=record, report=report)

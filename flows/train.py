@@ -38,6 +38,7 @@ def train(
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
     start: Path | None = None,
     seed: Annotated[int, Field(ge=0)] = 0,
+    statics: list[str] | None = None,
 ) -> str:
     """Train one checkpoint for all factors. Kill it at any time: the same parameters go on from the last save.
 
@@ -55,14 +56,16 @@ def train(
         learning_rate: largest learning rate; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         seed: seed of weights and patches.
+        statics: static fields that the networks see, by their names in catalog.yaml, or as NAME=FILE.
 
     Returns:
         Path of the checkpoint's card.
     """
     chosen = fit.with_options(task_run_name=f"fit {name} ({preset.value})")
     catalog_file = choose_catalog(Settings().catalog_file)
+    data = Data.of(archive, train_on or [], validate_on or [], catalog_file, statics or [])
     checkpoint = chosen(
-        Data.of(archive, train_on or [], validate_on or [], catalog_file), [(f.space, f.time) for f in factors],
+        data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
         denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start, seed=seed,
     )  # fmt: skip

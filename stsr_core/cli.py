@@ -251,12 +251,10 @@ def inspect(
 
 def _statics(lines: list[str] | None, settings: Any) -> Any:
     """Where the static fields are that are named on the command line."""
-    from stsr_core.configuration import Configuration, choose_catalog
-    from stsr_core.statics import configured_sources, named_sources
+    from stsr_core.configuration import choose_catalog
+    from stsr_core.statics import named_sources
 
-    path = choose_catalog(settings.catalog_file)
-    configured = configured_sources(Configuration.load(path).statics, path.parent, settings.source_options)
-    return named_sources(lines or [], configured)
+    return named_sources(lines or [], choose_catalog(settings.catalog_file), settings.source_options)
 
 
 def _options(url: str, settings: Any) -> dict[str, object]:

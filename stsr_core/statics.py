@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stsr_core.configuration import Configuration
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.grids import Grid, TimeAxis
 from stsr_core.regrid import regrid
@@ -140,12 +141,15 @@ def configured_sources(
     return {name: StaticSource(s.url, s.variable, s.crs, base, options_of(s.url)) for name, s in statics.items()}
 
 
-def named_sources(lines: Sequence[str], configured: Mapping[str, StaticSource]) -> dict[str, StaticSource]:
-    """Where static fields named on the command line are: NAME=FILE, or NAME for one of catalog.yaml.
+def named_sources(
+    lines: Sequence[str], catalog_file: Path, options_of: Callable[[str], Mapping[str, object]] = lambda _: {}
+) -> dict[str, StaticSource]:
+    """Where static fields that are asked for are: NAME=FILE, or NAME for one of catalog.yaml.
 
     Raises:
         ConfigurationError: a name that catalog.yaml does not know.
     """
+    configured = configured_sources(Configuration.load(catalog_file).statics, catalog_file.parent, options_of)
     found = {}
     for text in lines:
         name, given, url = text.partition("=")

@@ -5,17 +5,18 @@ import numpy as np
 import pyproj
 import pytest
 import xarray as xr
+import yaml
 
 import stsr_core
 from stsr_core.checkpoint import Architecture, Library
-from stsr_core.configuration import Static
+from stsr_core.configuration import shipped_catalog
 from stsr_core.ensemble.downscale import prepared
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import Axis, Grid
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import cube_of
-from stsr_core.statics import StaticSource, configured_sources, named_sources
+from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training import command
 from stsr_core.training.fit import PRESETS, Preset
 from stsr_core.training.patches import Region, draw_patch, region_of
@@ -161,12 +162,17 @@ def test_what_is_lacking_or_does_not_fit_is_said(folder, checkpoints, tmp_path):
 
 
 def test_fields_are_named_by_file_or_by_catalog(tmp_path):
-    static = Static(url="z.nc", variable="z", crs=CRS, description="", license="", attribution="")
-    configured = configured_sources({"orography": static}, tmp_path)
-    assert named_sources(["orography"], configured)["orography"] == StaticSource("z.nc", "z", CRS, tmp_path)
-    assert named_sources(["slope=s.nc"], configured)["slope"] == StaticSource("s.nc", "slope")
-    with pytest.raises(ConfigurationError, match="No static field 'slope' in catalog.yaml; there are orography"):
-        named_sources(["slope"], configured)
+    catalog = yaml.safe_load(shipped_catalog().read_text(encoding="utf-8"))
+    static = {"url": "z.nc", "variable": "z", "crs": CRS, "description": "", "license": "", "attribution": ""}
+    path = tmp_path / "catalog.yaml"
+    path.write_text(yaml.safe_dump({**catalog, "statics": {"orography": static}}), encoding="utf-8")
+    found = named_sources(["orography", "slope=s.nc"], path)
+    assert found == {
+        "orography": StaticSource("z.nc", "z", CRS, tmp_path, {}),
+        "slope": StaticSource("s.nc", "slope"),
+    }
+    with pytest.raises(ConfigurationError, match=r"No static field 'slope' in catalog.yaml; there are orography"):
+        named_sources(["slope"], path)
 
 
 def test_a_start_with_other_fields_is_refused(folder, checkpoints):

@@ -18,7 +18,7 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import NOTHING
-from stsr_core.statics import StaticSource, configured_sources, named_sources
+from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training.fit import PRESETS, Run, Training, fit
 from stsr_core.training.patches import Region, load_archive
 
@@ -63,11 +63,10 @@ class Data:
         """
         if (archive is None) == (not train and not validation):
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
-        configuration, base = Configuration.load(catalog_file), catalog_file.resolve().parent
-        fields = named_sources(statics, configured_sources(configuration.statics, base))
+        fields = named_sources(statics, catalog_file)
         if archive is None:
             return cls([str(p) for p in train], [str(p) for p in validation], statics=fields)
-        found = configuration.archive(archive)
+        found, base = Configuration.load(catalog_file).archive(archive), catalog_file.resolve().parent
         return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields)
 
     def regions(self, urls: Sequence[str], cache: Path) -> list[Region]:
