@@ -121,7 +121,7 @@ def test_nightly_is_run_from_its_form_and_shows_what_it_did(site: Site, page: Pa
 
 def test_redeploy_is_tried_from_its_form_and_shows_the_difference(site: Site, page: Page) -> None:
     open_form(page, site, "redeploy/redeploy")
-    field(page, "reference").locator("input").fill("good")
+    field(page, "reference").locator("input, textarea").fill("good")
     field(page, "dry_run").get_by_role("switch").click()
     field(page, "smoke_members").locator("input").fill("1")
     take(page, "redeploy-form")
