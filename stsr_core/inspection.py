@@ -199,6 +199,17 @@ def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) ->
         return "select", {d: (int(v) if v.isdigit() else v) for d, n, v in dims[:-2] if int(n)} or None if len(
             dims
         ) > 2 else None
+    return _asked_for(declared, message)
+
+
+def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
+    """Declaration that a message itself asks for."""
+    if stated := re.search(r"declare `units: ([^`]+)`", message):
+        return "units", stated.group(1)
+    if "put a cell" in message:
+        return None  # only the producer knows the right projection
+    if "evenly spaced steps" in message:
+        return "accumulated", "day"
     for key in re.findall(r"`(\w+):?", message):
         if key in PROVISIONAL and not getattr(declared, key, None):
             return key, PROVISIONAL[key]

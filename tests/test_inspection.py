@@ -57,6 +57,19 @@ def test_every_doubt_comes_with_the_line_that_settles_it(bare):
     assert np.isnan(read_cube(bare, "rain", declared).amount).mean() == pytest.approx(0.1)
 
 
+def test_the_line_for_a_doubt_keeps_what_the_file_means(bare):
+    rain = bare["rain"].where(bare["rain"] >= 0)
+    rate = (rain / 3600).assign_attrs(units="kg m-2 s-1", cell_methods="time: point")
+    found = look(bare.assign(rain=rate), declared=Declared(time_label="end", crs="EPSG:2154"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["units: kg m-2 s-1"]
+    time = np.datetime64("2001-01-01T01", "ns") + np.arange(48) * np.timedelta64(1, "h")
+    hourly = np.random.default_rng(0).gamma(0.5, 2.0, (2, 24, 20, 30))
+    sums = (("time", "y", "x"), hourly.cumsum(axis=1).reshape(48, 20, 30), {"units": "mm"})
+    days = xr.Dataset({"rain": sums}, {"time": time, "y": bare["y"], "x": bare["x"]})
+    found = look(days, declared=Declared(time_label="end", crs="EPSG:2154"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["accumulated: day"]
+
+
 def test_what_no_declaration_mends_is_said_to_be_refused(bare):
     bare["rain"] = bare["rain"].where(bare["rain"] > 0, -200.0 * np.arange(1, 21)[:, None])
     found = look(bare, declared=Declared(time_label="end", units="mm"))

@@ -14,6 +14,7 @@ import s3fs
 import xarray as xr
 
 from stsr_core.errors import SourceError
+from stsr_core.settings import Settings
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
@@ -113,6 +114,19 @@ def test_wrong_keys_and_missing_places_are_said_without_the_keys(s3, bucket):
         open_dataset("s3://no-such-bucket/a.nc", storage_options=s3.options)
     with pytest.raises(SourceError, match="cannot be read"):
         fingerprint("s3://no-such-bucket/a.nc", storage_options=s3.options)
+
+
+def test_a_profile_of_the_users_own_is_as_good_as_keys(s3, bucket, tmp_path, monkeypatch):
+    credentials = tmp_path / "credentials"
+    credentials.write_text(f"[nightly]\naws_access_key_id = {s3.key}\naws_secret_access_key = {s3.secret}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    monkeypatch.setenv("STSR_SOURCE_S3_ENDPOINT", s3.endpoint)
+    monkeypatch.setenv("STSR_SOURCE_S3_PROFILE", "nightly")
+    options = {**Settings().source_options(bucket), "skip_instance_cache": True}
+    with open_dataset(f"{bucket}/hdf.nc", storage_options=options) as dataset:
+        np.testing.assert_array_equal(read_coarse(dataset, "pr", START).amount, VALUES)
+    with pytest.raises(SourceError, match="cannot be read"):
+        open_dataset(f"{bucket}/hdf.nc", storage_options={**options, "profile": "nobody"})
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
