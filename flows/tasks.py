@@ -157,8 +157,7 @@ def begun(plan: Plan, attempt: Attempt) -> list[Shard]:
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
     """Make shards of a plan on the cluster, with progress in the log and in the UI."""
     factor = plan.recipe.served.configuration.factor
-    device = choose_device("cpu" if cluster.device == "cpu" else "auto")
-    downscaler = Downscaler.load(library.serving(factor), factor, device)
+    downscaler = Downscaler.load(library.serving(factor), factor, choose_device("cpu"))
     target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (
@@ -172,7 +171,10 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
             advance(steps, seconds)
             show(steps)
 
-        generate(plan, shards, downscaler, target, client, progress=progress)
+        generate(
+            plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
+            progress=progress,
+        )  # fmt: skip
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:

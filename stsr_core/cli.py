@@ -105,14 +105,18 @@ def plan(
     product: Annotated[str, typer.Argument(help="Product of catalog.yaml.")],
     members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
 ) -> None:
-    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours."""
+    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours.
+
+    Shards done before are those that a run of the same version left when it died.
+    """
+    from stsr_core.catalog.search import newest
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Configuration, choose_catalog
-    from stsr_core.ensemble.product import Cost, plan_product, to_lattice
+    from stsr_core.ensemble.product import Cost, attempt_name, made_before, plan_product, to_lattice
     from stsr_core.regrid import native_factor, reach
     from stsr_core.settings import Settings
     from stsr_core.sources.harmonise import read_coarse
-    from stsr_core.sources.open import open_dataset
+    from stsr_core.sources.open import fingerprint, open_dataset
 
     settings = Settings()
     path = choose_catalog(settings.catalog_file)
@@ -121,7 +125,8 @@ def plan(
     if members is not None:
         wanted = wanted.model_copy(update={"members": members})
     source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
-    with open_dataset(source.url, base=path.parent, storage_options=_options(source.url, settings)) as dataset:
+    options = _options(source.url, settings)
+    with open_dataset(source.url, base=path.parent, storage_options=options) as dataset:
         coarse = read_coarse(dataset, source.variable, source.declared, near=reach(target))
     library = Library.open(settings.checkpoints)
     found = library.family.nearest(*native_factor(coarse, target), limit=settings.match_limit)
@@ -131,7 +136,15 @@ def plan(
         f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
         f"nearest (log distance {found.distance:.3f})"
     )
-    for name, value in [("fine shape", str(planned.fine_shape)), *cost.rows(settings.price_per_device_hour)]:
+    place = settings.destination.rstrip("/")
+    last = newest(product, place, storage_options=_options(place, settings))
+    found_now = fingerprint(source.url, base=path.parent, storage_options=options)
+    attempt = attempt_name(planned, found_now, last.version if last is not None else "")
+    done = made_before(
+        planned, f"{place}/{product}/data/{attempt}/data.zarr/ensemble", "precipitation", _options(place, settings)
+    )
+    rows = [*cost.rows(settings.price_per_device_hour), ("shards done before", str(done))]
+    for name, value in [("fine shape", str(planned.fine_shape)), *rows]:
         say(f"{name:>24}  {value}")
     cost.check(settings.max_device_hours)
 
@@ -184,11 +197,11 @@ def downscale(
         seed=seed,
         nearest=nearest,
         conserve=conserve,
-        device=device.value,
+        device="cpu",  # workers move their copy to their device
         checkpoints=settings.checkpoints,
     )
     total = sum(plan.evaluations(shard) for shard in plan.shards)
-    cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers)
+    cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers, settings.precision)
     with progress_bar("network evaluations", total) as advance:
         downscale_to_store(
             plan,
@@ -388,8 +401,8 @@ def bench(
     space, time = _factor(factor)
     options = benchmark.Options(
         factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
-        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value, output=output,
-        storage_options=_options(output or "", settings),
+        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value,
+        precision=settings.precision, output=output, storage_options=_options(output or "", settings),
         source=benchmark.Source(source or benchmark.SAMPLE, variable, Declarations.of(declare or []).declared),
     )  # fmt: skip
     if profile:
