@@ -7,14 +7,14 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stsr_core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
 RESOURCE = "GPU"  # what every worker offers, CPU workers too, so that submissions are the same
 SLOT = 0.5  # what a shard takes of it until it is written: while one is written, the next is computed
@@ -67,7 +67,7 @@ class Cluster:
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
             _quiet(),
-            self._local(gpus) as cluster,
+            _ended(self._local(gpus)) as cluster,
             Client(cluster) as client,
         ):
             yield client
@@ -87,6 +87,16 @@ class Cluster:
             dashboard_address=":0",
             silence_logs=logging.ERROR,
         )
+
+
+@contextmanager
+def _ended(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """End a cluster with the block; one that takes long to end, as on busy machines, does not undo finished work."""
+    try:
+        yield cluster.__enter__()
+    finally:
+        with suppress(TimeoutError):  # what is left of it ends with this process
+            cluster.close()
 
 
 @contextmanager
