@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
-import numpy as np
 from prefect import get_client
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
@@ -18,7 +15,7 @@ from flows.log import event
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.publish import Attempt
 from stsr_core.catalog.search import newest
-from stsr_core.version import code_version
+from stsr_core.ensemble.product import attempt_name
 
 if TYPE_CHECKING:
     from flows.tasks import Job
@@ -42,7 +39,7 @@ def begin(job: Job, plan: Plan, digest: str, *, after: str, sole_publisher: bool
         The attempt; None where this very attempt has been published meanwhile.
     """
     fresh = Attempt.begin(job.destination, job.name, job.options, sole_publisher=sole_publisher)
-    named = replace(fresh, name=_name(plan, digest, after))
+    named = replace(fresh, name=attempt_name(plan, digest, after))
     if not claim(named, owner(), _is_over):
         event("attempt_taken", attempt=named.name, instead=fresh.name)
         return fresh
@@ -53,18 +50,6 @@ def begin(job: Job, plan: Plan, digest: str, *, after: str, sole_publisher: bool
 def owner() -> str:
     """Name under which this run claims attempts."""
     return str(flow_run.id)
-
-
-def _name(plan: Plan, digest: str, after: str) -> str:
-    """Digest of what the version is made from and by, in 12 hexadecimal digits."""
-    bounds = plan.cube.times.bounds
-    identity = [
-        digest, after, str(bounds[0, 0]), str(bounds[-1, 1]), plan.origin, plan.fine_shape, plan.recipe.identity(),
-        plan.task(plan.shards[0]).digest, code_version(),
-    ]  # fmt: skip
-    name = hashlib.sha256(json.dumps(identity, default=str).encode())
-    name.update(np.ascontiguousarray(plan.cube.amount, dtype="<f4").tobytes())
-    return name.hexdigest()[:12]
 
 
 def _is_over(run: str) -> bool:

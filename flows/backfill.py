@@ -116,7 +116,7 @@ def backfill(
     if attempt is None:
         event("nothing_new", product=named.name)
         return None
-    cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers)
+    cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers, settings.precision)
     work = Work(named, plan, library, attempt, cluster)
     _make_all(work, pieces, found, settings)
     report = stage(check, named.name)(plan, attempt, named.product)

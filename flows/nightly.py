@@ -98,7 +98,7 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult
     if attempt is None:
         event("published_meanwhile")
         return None
-    cluster = Cluster(settings.scheduler_address, settings.device, settings.workers)
+    cluster = Cluster(settings.scheduler_address, settings.device, settings.workers, settings.precision)
     stage(generate_ensemble, name)(plan, library, attempt, cluster, partial(show_plan, name, plan, found, settings))
     report = stage(check, name)(plan, attempt, job.product)
     made = stage(publish_version, name)(job, plan, found, new, library, attempt, report)

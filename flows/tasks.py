@@ -198,7 +198,10 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
             advance(steps, seconds)
             show(steps)
 
-        generate(plan, shards, downscaler, target, client, progress=progress, device=cluster.device)
+        generate(
+            plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
+            progress=progress,
+        )  # fmt: skip
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:

@@ -67,6 +67,7 @@ class Options:
         members: members.
         workers: numbers of local workers, one run each.
         device: auto, cpu or cuda.
+        precision: auto, float32 or bfloat16.
         output: folder or bucket prefix that the stores are written below; None is a temporary folder.
         storage_options: of the output's filesystem.
         source: coarse file whose cells are taken as they are, and how it is read.
@@ -78,6 +79,7 @@ class Options:
     members: int = 8
     workers: tuple[int, ...] = (1, 2)
     device: str = "auto"
+    precision: str = "auto"
     output: str | None = None
     storage_options: Mapping[str, object] | None = None
     source: Source = Source()
@@ -109,6 +111,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
     served = checkpoint.card.serving(options.factor)
     recipe = Recipe.of(checkpoint, served, seed=1, members=options.members, conserve=True)
     plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    device = choose_device(options.device)
     downscaler = Downscaler.load(checkpoint, options.factor, choose_device("cpu"))
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +121,11 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
             report(_line(runs[-1]))
     first, last = runs[0], runs[-1]
     return {
-        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+        },
         "checkpoint": checkpoint.card.name,
         "factor": [options.factor.space, options.factor.time],
         "fine_shape": list(plan.fine_shape),
@@ -127,7 +134,11 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "runs": runs,
         "speedup": first["seconds"] / last["seconds"],
         "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
-        **_flops(plan, downscaler, float(first["cell_evaluations_per_s_in_networks"])),
+        **_flops(
+            plan,
+            downscaler.on(device, precision=options.precision, compiled=False),
+            float(first["cell_evaluations_per_s_in_networks"]),
+        ),
     }
 
 
@@ -146,7 +157,10 @@ def _run(plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Op
         client.wait_for_workers(1)
         started = time.perf_counter()
         create_ensemble(url, layout_of(plan), array=ARRAY, options=store_options)
-        generate(plan, plan.shards, downscaler, Target(url, ARRAY, store_options), client, progress=progress)
+        generate(
+            plan, plan.shards, downscaler, Target(url, ARRAY, store_options), client, device=options.device,
+            precision=options.precision, progress=progress,
+        )  # fmt: skip
         finish(url, {}, store_options)
         seconds = time.perf_counter() - started
         deadline = time.monotonic() + 5
@@ -157,7 +171,7 @@ def _run(plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Op
     written = int(fs.du(path))
     remove_store(url, store_options)
     cells = float(np.prod(plan.fine_shape))
-    window_cells = float(_window_cells(plan))
+    window_cells = float(sum(plan.cell_evaluations(shard) for shard in plan.shards))
     return {
         "workers": workers,
         "seconds": seconds,
@@ -177,16 +191,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _window_cells(plan: Plan) -> int:
-    """Fine cell-steps of all network evaluations of a plan."""
-    total = 0
-    for shard in plan.shards:
-        wet = plan.wet_windows(shard)
-        cells = sum(int(np.prod([b - a for a, b in w])) for w in wet) * plan.time * plan.space**2
-        total += cells * (1 + (shard.members[1] - shard.members[0]) * plan.recipe.served.evaluations)
-    return total
-
-
 def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
     if not has_rainfarm():
         return None
@@ -196,14 +200,37 @@ def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
 
 
 def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
-    """Floating-point operations of the denoiser per fine cell-step, and how many a second the networks did."""
+    """Floating-point operations of the denoiser per fine cell-step, how many a second the networks did, and the share
+    of what the device can do, taken from products of large matrices in the networks' precision."""
     coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
     conditions = downscaler.condition(coarse[None])
     frame = torch.zeros_like(conditions[:, :, :1])
     with FlopCounterMode(display=False) as counter:
         downscaler.expected_residual(frame, 0.5, frame, conditions)
     per_cell = counter.get_total_flops() / frame.numel()
-    return {"flop_per_cell_evaluation": per_cell, "gflop_per_s_per_worker": per_cell * rate / 1e9}
+    peak = peak_flops(downscaler.device, downscaler.precision)
+    return {
+        "flop_per_cell_evaluation": per_cell,
+        "gflop_per_s_per_worker": per_cell * rate / 1e9,
+        "peak_gflop_per_s": peak / 1e9,
+        "share_of_peak": per_cell * rate / peak,
+    }
+
+
+def peak_flops(device: torch.device, precision: torch.dtype, tries: int = 5) -> float:
+    """Floating-point operations per second of products of large matrices, on one thread where there are threads."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=precision)
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(tries):
+        started = time.perf_counter()
+        a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return 2 * size**3 / min(seconds)
 
 
 def _line(run: Mapping[str, float]) -> str:
@@ -220,7 +247,8 @@ def profile_shard(options: Options, *, checkpoints: str | None = None, lines: in
     checkpoint = Library.open(checkpoints).serving(options.factor)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=1, conserve=True)
     plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
-    downscaler = Downscaler.load(checkpoint, options.factor, choose_device(options.device))
+    torch.set_num_threads(1)  # as on a worker
+    downscaler = Downscaler.load(checkpoint, options.factor, choose_device(options.device), precision=options.precision)
     profile = cProfile.Profile()
     profile.runcall(make_shard, plan.task(plan.shards[0]), downscaler)
     text = io.StringIO()

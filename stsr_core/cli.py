@@ -115,14 +115,18 @@ def plan(
     product: Annotated[str, typer.Argument(help="Product of catalog.yaml.")],
     members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
 ) -> None:
-    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours."""
+    """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours.
+
+    Shards done before are those that a run of the same version left when it died.
+    """
+    from stsr_core.catalog.search import newest
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Configuration, choose_catalog
-    from stsr_core.ensemble.product import Cost, plan_product, to_lattice
+    from stsr_core.ensemble.product import Cost, attempt_name, made_before, plan_product, to_lattice
     from stsr_core.regrid import native_factor, reach
     from stsr_core.settings import Settings
     from stsr_core.sources.harmonise import find
-    from stsr_core.sources.open import open_dataset
+    from stsr_core.sources.open import fingerprint, open_dataset
     from stsr_core.statics import configured_sources
 
     settings = Settings()
@@ -133,7 +137,8 @@ def plan(
         wanted = wanted.model_copy(update={"members": members})
     source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
     statics = configured_sources(configuration.statics, path.parent, settings.source_options)
-    with open_dataset(source.url, base=path.parent, storage_options=settings.source_options(source.url)) as dataset:
+    options = settings.source_options(source.url)
+    with open_dataset(source.url, base=path.parent, storage_options=options) as dataset:
         reading = find(dataset, source.variable, source.declared, near=reach(target))
         library = Library.open(settings.checkpoints)
         found = library.family.nearest(*native_factor(reading, target), limit=settings.match_limit)
@@ -143,7 +148,15 @@ def plan(
         f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
         f"nearest (log distance {found.distance:.3f})"
     )
-    for name, value in [("fine shape", str(planned.fine_shape)), *cost.rows(settings.price_per_device_hour)]:
+    place = settings.destination.rstrip("/")
+    last = newest(product, place, storage_options=_options(place, settings))
+    found_now = fingerprint(source.url, base=path.parent, storage_options=options)
+    attempt = attempt_name(planned, found_now, last.version if last is not None else "")
+    done = made_before(
+        planned, f"{place}/{product}/data/{attempt}/data.zarr/ensemble", "precipitation", _options(place, settings)
+    )
+    rows = [*cost.rows(settings.price_per_device_hour), ("shards done before", str(done))]
+    for name, value in [("fine shape", str(planned.fine_shape)), *rows]:
         say(f"{name:>24}  {value}")
     cost.check(settings.max_device_hours)
 
@@ -197,12 +210,12 @@ def downscale(
         seed=seed,
         nearest=nearest,
         conserve=conserve,
-        device=device.value,
+        device="cpu",  # workers move their copy to their device
         checkpoints=settings.checkpoints,
         statics=_statics(static, settings),
     )
     total = sum(plan.evaluations(shard) for shard in plan.shards)
-    cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers)
+    cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers, settings.precision)
     with progress_bar("network evaluations", total) as advance:
         downscale_to_store(
             plan,
@@ -427,8 +440,8 @@ def bench(
     space, time = _factor(factor)
     options = benchmark.Options(
         factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
-        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value, output=output,
-        storage_options=_options(output or "", settings),
+        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value,
+        precision=settings.precision, output=output, storage_options=_options(output or "", settings),
         source=benchmark.Source(source or benchmark.SAMPLE, variable, Declarations.of(declare or []).declared),
     )  # fmt: skip
     if profile:

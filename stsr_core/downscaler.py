@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stsr_core.checkpoint import Checkpoint, Served
 from stsr_core.conservation import conserve
@@ -18,8 +19,13 @@ from stsr_core.diffusion import sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.layers import VideoUNet
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import condition, linear_interpolation, to_amount
+
+BATCH_BYTES = 1000  # memory that a network call takes per fine cell-step, generously
+BATCH_SHARE = 0.25  # of a GPU's memory that one call may take
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -59,19 +65,42 @@ def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
     return networks
 
 
+def _compile(unet: VideoUNet) -> None:
+    """Have torch.compile translate a network, once for windows of any size, at its first call."""
+    from torch._dynamo import config
+
+    config.suppress_errors = True
+    unet.body = torch.compile(unet.body, dynamic=True)  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True)
 class Downscaler:
-    """Networks of one checkpoint, ready for one factor on one device."""
+    """Networks of one checkpoint, ready for one factor on one device.
+
+    Attributes:
+        served: factor configuration, residual scale and network evaluations.
+        scale_mm: constant of the transform.
+        mean_network: conditional mean.
+        denoiser: of the residual.
+        device: where they are.
+        precision: in which they compute.
+        batch_cells: fine cell-steps that one call may hold, so that windows and members fill the device; 0 takes
+            one window of one member at a time. Fixed by the kind of device, as results depend on it by rounding.
+    """
 
     served: Served
     scale_mm: float
-    mean_network: nn.Module
-    denoiser: nn.Module
+    mean_network: MeanNetwork
+    denoiser: Denoiser
     device: torch.device
+    precision: torch.dtype = torch.float32
+    batch_cells: int = 0
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, factor: Factor, device: torch.device) -> Downscaler:
-        """Load the weights.
+    def load(
+        cls, checkpoint: Checkpoint, factor: Factor, device: torch.device, *, precision: str = "auto"
+    ) -> Downscaler:
+        """Load the weights; see `on` for the precision.
 
         Raises:
             CheckpointError: weights damaged, of other shapes than the card says, or factor not served.
@@ -79,9 +108,28 @@ class Downscaler:
         networks = load_networks(checkpoint)
         for network in networks:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            network.to(device).eval().requires_grad_(False)
+            network.eval().requires_grad_(False)
         card = checkpoint.card
-        return cls(card.serving(factor), card.transform.scale_mm, *networks, device)
+        loaded = cls(card.serving(factor), card.transform.scale_mm, *networks, torch.device("cpu"))
+        return loaded.on(device, precision=precision)
+
+    def on(self, device: torch.device, *, precision: str = "auto", compiled: bool | None = None) -> Downscaler:
+        """Put the networks on a device.
+
+        Args:
+            device: where they are to be.
+            precision: "float32", "bfloat16", or "auto" for bfloat16 on GPUs only.
+            compiled: whether torch.compile translates them for the device; None does so on GPUs. What it cannot
+                translate runs as it is.
+        """
+        gpu = device.type == "cuda"
+        for network in (self.mean_network, self.denoiser):
+            network.to(device)
+            if compiled or (compiled is None and gpu and find_spec("triton") is not None):
+                _compile(network.unet)
+        chosen = PRECISIONS["bfloat16" if gpu else "float32"] if precision == "auto" else PRECISIONS[precision]
+        memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
+        return replace(self, device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES)
 
     @property
     def factor(self) -> Factor:
@@ -94,7 +142,8 @@ class Downscaler:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        half = self.precision is not torch.float32
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
             yield
 
     def condition(self, coarse: Tensor, statics: Tensor | None = None) -> Tensor:

@@ -30,6 +30,9 @@ class Settings(BaseSettings):
         default=None, description="Address of an existing Dask scheduler; without it a local cluster is started."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the networks run.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="In which the networks compute; auto is bfloat16 on GPUs and float32 on CPUs."
+    )
     workers: int = Field(default=0, ge=0, description="Local workers; 0 means one per core or per GPU.")
     device_rate: float = Field(
         default=6e5,

@@ -23,6 +23,7 @@ def test_the_engine_is_measured_for_every_number_of_workers(checkpoints, tmp_pat
     assert run["bytes_written"] > 0
     assert 0 < run["peak_memory_per_worker"] < 4e9
     assert figures["flop_per_cell_evaluation"] > 100
+    assert 0 < figures["share_of_peak"] < 1
     assert figures["rainfarm_seconds_per_member"] > 0
     assert "1 workers" in lines[0]
     assert list(tmp_path.iterdir()) == []

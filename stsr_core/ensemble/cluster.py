@@ -7,17 +7,19 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stsr_core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
-ONE = {"GPU": 1.0}  # what every worker offers, CPU workers too, so that submissions are the same
-SLOT = {"GPU": 0.5}  # what a shard takes until it is written: while one is written, the next is computed
+RESOURCE = "GPU"  # what every worker offers, CPU workers too, so that submissions are the same
+SLOT = 0.5  # what a shard takes of it until it is written: while one is written, the next is computed
+ONE = {RESOURCE: 1.0}
+MANY = {RESOURCE: 4.0}  # a GPU computes shards faster than one thread of its CPU packs and writes them
 # One thread a worker: more workers use the cores better, and results do not depend on their number.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -28,13 +30,15 @@ class Cluster:
 
     Attributes:
         scheduler_address: an existing scheduler; everything else is ignored then but the device.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda; on an existing cluster each worker finds its own.
         workers: number of local workers; 0 means one per GPU or core.
+        precision: auto, float32 or bfloat16, see `Downscaler.on`.
     """
 
     scheduler_address: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @contextmanager
     def client(self) -> Iterator[Client]:
@@ -63,7 +67,7 @@ class Cluster:
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": ENVIRONMENT}),
             _quiet(),
-            self._local(gpus) as cluster,
+            _ended(self._local(gpus)) as cluster,
             Client(cluster) as client,
         ):
             yield client
@@ -73,7 +77,7 @@ class Cluster:
             from dask_cuda import LocalCUDACluster
 
             count = min(self.workers or gpus, gpus)
-            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=ONE, dashboard_address=":0")
+            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=MANY, dashboard_address=":0")
         from distributed import LocalCluster
 
         return LocalCluster(
@@ -83,6 +87,16 @@ class Cluster:
             dashboard_address=":0",
             silence_logs=logging.ERROR,
         )
+
+
+@contextmanager
+def _ended(cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """End a cluster with the block; one that takes long to end, as on busy machines, does not undo finished work."""
+    try:
+        yield cluster.__enter__()
+    finally:
+        with suppress(TimeoutError):  # what is left of it ends with this process
+            cluster.close()
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def downscale_to_store(
 
     Args:
         plan: what to make.
-        downscaler: the plan's networks.
+        downscaler: the plan's networks, on the CPU.
         output: folder or URL of the store.
         cluster: where to make it.
         overwrite: replace what is there.
@@ -235,7 +235,10 @@ def downscale_to_store(
         reopen(output, options)
     create_ensemble(output, layout, array=ARRAY, options=options)
     with cluster.client() as client:
-        generate(plan, shards, downscaler, target, client, progress=progress)
+        generate(
+            plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
+            progress=progress,
+        )  # fmt: skip
     finish(output, layout.attributes, options)
 
 

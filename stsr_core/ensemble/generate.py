@@ -1,27 +1,27 @@
 """Driving the work: shards as plain Dask futures, a receipt for each, only what is missing.
 
 Workers write shard and receipt themselves; the driver sees receipts only. No more than a few shards per
-worker are in flight, so memory does not grow with the plan: one is computed, one is written, one waits.
+worker are in flight, so memory does not grow with the plan: one is computed, one is packed and written, one waits.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from distributed import Client, Future, KilledWorker, WorkerPlugin, as_completed, get_worker, secede
 from distributed.comm.core import CommClosedError
 
 from stsr_core.downscaler import Downscaler, choose_device
-from stsr_core.ensemble.cluster import SLOT
-from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
-from stsr_core.errors import StoreError, StsrError
+from stsr_core.ensemble.cluster import RESOURCE, SLOT
+from stsr_core.ensemble.shard import Progress, ShardResult, compute_fields, quantised
+from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from stsr_core.ensemble.plan import Plan, Shard, ShardTask
 
-IN_FLIGHT = 3  # shards per worker that are submitted at a time
+WAITING = 1  # shards per worker that are submitted beyond those that it works on
 RETRIES = 2  # times that a shard is tried on another worker
 _log = logging.getLogger("stsr.shard")
 
@@ -54,16 +54,13 @@ class Target:
 class Networks(WorkerPlugin):
     """Puts the networks on a worker's device, once per worker and checkpoint."""
 
-    def __init__(self, digest: str, downscaler: Downscaler, device: str) -> None:
-        self.name = f"stsr-networks-{digest}-{downscaler.factor}"
-        self.downscaler, self.device = downscaler, device
+    def __init__(self, digest: str, downscaler: Downscaler, device: str, precision: str) -> None:
+        self.name = f"stsr-networks-{digest}-{downscaler.factor}-{device}-{precision}"
+        self.downscaler, self.device, self.precision = downscaler, device, precision
 
     def setup(self, worker: Worker) -> None:
-        """Load them."""
-        device = choose_device(self.device)
-        for network in (self.downscaler.mean_network, self.downscaler.denoiser):
-            network.to(device)
-        self.downscaler = replace(self.downscaler, device=device)
+        """Load them; a worker chooses its device by itself, the driver may have none."""
+        self.downscaler = self.downscaler.on(choose_device(self.device), precision=self.precision)
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,19 @@ class _Run:
     target: Target
 
 
-def _on_worker(task: ShardTask, run: _Run) -> Receipt:
-    """Make, write and vouch for one shard; runs on a worker, which goes on with the next while this one is written."""
+@dataclass(frozen=True)
+class _Failed:
+    """A shard that could not be made on one worker."""
+
+    worker: str
+    error: StsrError
+
+
+_Outcome: TypeAlias = Receipt | _Failed
+
+
+def _on_worker(task: ShardTask, run: _Run) -> _Outcome:
+    """Make, write and vouch for one shard; runs on a worker, which computes the next while this one is packed."""
     worker = get_worker()
     plugin = worker.plugins[run.plugin]
     assert isinstance(plugin, Networks)
@@ -88,13 +96,14 @@ def _on_worker(task: ShardTask, run: _Run) -> Receipt:
         worker.log_event(run.topic, (evaluations, seconds))
 
     try:
-        result = make_shard(task, plugin.downscaler, progress)
+        fields = compute_fields(task, plugin.downscaler, progress)
         secede()
-        return _written(task, result, plugin.downscaler, run.target)
-    except StsrError:
-        raise
+        return _written(task, quantised(task, fields), run.target)
+    except StsrError as e:
+        return _Failed(worker.address, e)
     except Exception as e:
-        raise ShardError(f"Shard {task.shard.key} failed: {type(e).__name__}: {e}") from e
+        _log.exception(line("shard_failed", shard=task.shard.key))
+        return _Failed(worker.address, ShardError(f"Shard {task.shard.key} failed: {type(e).__name__}: {e}"))
 
 
 def _raise_if_cancelled(worker: Worker, key: Key) -> None:
@@ -104,9 +113,10 @@ def _raise_if_cancelled(worker: Worker, key: Key) -> None:
         raise ShardError(f"{key} was cancelled.")
 
 
-def _written(task: ShardTask, result: ShardResult, downscaler: Downscaler, target: Target) -> Receipt:
+def _written(task: ShardTask, result: ShardResult, target: Target) -> Receipt:
     """Write a shard, then its receipt."""
-    region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
+    factor = task.recipe.served.configuration.factor
+    region = task.shard.region(factor.space, factor.time)
     digest = write_shard(target.url, target.array, region, result.quanta, target.options)
     receipt = Receipt(
         shard=task.shard.key,
@@ -170,8 +180,9 @@ def generate(
     target: Target,
     client: Client,
     *,
+    device: str = "auto",
+    precision: str = "auto",
     progress: Progress,
-    device: Literal["auto", "cpu", "cuda"] | None = None,
 ) -> None:
     """Make shards of a plan.
 
@@ -181,27 +192,27 @@ def generate(
         downscaler: the plan's networks, on the CPU; workers move their copy to their device.
         target: where shards and receipts go; its metadata is written already.
         client: the cluster.
+        device: auto, cpu or cuda, on every worker.
+        precision: see `Downscaler.on`.
         progress: called with the number of network evaluations just done and the seconds they took, from another
             thread.
-        device: what the workers use, which may have GPUs where this process has none; without it a device of the kind
-            that the downscaler is on.
 
     Raises:
         ShardError: a shard failed on every try, or the scheduler went away; shards that were finished stay.
+        ConfigurationError: no worker of the cluster offers what shards ask for.
     """
-    todo = (plan.task(shard) for shard in shards)
-    chosen = device or ("auto" if downscaler.device.type == "cuda" else "cpu")
-    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, chosen)
+    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, device, precision)
     client.register_plugin(plugin)
     run = _Run(plugin.name, f"stsr-progress-{uuid.uuid4().hex}", target)
     with _reported(client, run.topic, progress):
-        submitted = _submitted(client, todo, run)
-        pool = as_completed(next(submitted, ()))
+        flight = _Flight(client, (plan.task(shard) for shard in shards), run)
+        pool = as_completed(flight.more())
         try:
             for future in pool:
-                _log.info(_made(_result(future)))
-                for more in next(submitted, ()):
-                    pool.add(more)
+                outcome = _result(future)
+                if isinstance(outcome, Receipt):
+                    _log.info(_made(outcome))
+                pool.update(flight.landed(future.key, outcome))
         except (CancelledError, CommClosedError) as e:
             raise ShardError(
                 "The Dask scheduler went away, or cancelled the run. Start it again; the same command goes on with "
@@ -212,8 +223,8 @@ def generate(
                 client.cancel(list(pool.futures))
 
 
-def _result(future: Future[Receipt]) -> Receipt:
-    """Receipt of a shard; raises ShardError if it killed its workers."""
+def _result(future: Future[_Outcome]) -> _Outcome:
+    """What became of a shard; raises ShardError if it killed its workers."""
     try:
         return future.result()
     except KilledWorker as e:
@@ -230,22 +241,58 @@ def _made(receipt: Receipt) -> str:
     )  # fmt: skip
 
 
-def _submitted(client: Client, todo: Iterator[ShardTask], run: _Run) -> Iterator[list[Future[Receipt]]]:
-    """Yield a first handful of futures that fills the cluster, then one more at a time."""
+class _Flight:
+    """The shards in flight: as many as the cluster of the moment takes, and those that failed once more elsewhere."""
 
-    def submit(count: int) -> list[Future[Receipt]]:
-        return [
-            client.submit(_on_worker, task, run, resources=SLOT, retries=RETRIES, pure=False, key=_key(task))
-            for _, task in zip(range(count), todo, strict=False)
-        ]
+    def __init__(self, client: Client, todo: Iterable[ShardTask], run: _Run) -> None:
+        self.client, self.todo, self.run = client, iter(todo), run
+        self.tasks: dict[Key, ShardTask] = {}
+        self.shunned: dict[str, list[str]] = {}  # by shard, the workers on which it failed
 
-    yield submit(IN_FLIGHT * max(1, len(client.scheduler_info(n_workers=-1)["workers"])))
-    while more := submit(1):
-        yield more
+    def more(self) -> list[Future[_Outcome]]:
+        """Submit what the cluster takes beside what is in flight."""
+        room = range(self._capacity() - len(self.tasks))
+        return [self._submit(task) for _, task in zip(room, self.todo, strict=False)]
 
+    def landed(self, key: Key, outcome: _Outcome) -> list[Future[_Outcome]]:
+        """Submit what follows a shard: the same once more if it failed, and others; raises what failed too often."""
+        task = self.tasks.pop(key)
+        if isinstance(outcome, Receipt):
+            self.shunned.pop(task.shard.key, None)
+            return self.more()
+        shunned = self.shunned.setdefault(task.shard.key, [])
+        if len(shunned) == RETRIES:
+            raise outcome.error
+        shunned.append(outcome.worker)
+        _log.warning(line("shard_failed", shard=task.shard.key, worker=outcome.worker, why=outcome.error))
+        return [self._submit(task), *self.more()]
 
-def _key(task: ShardTask) -> str:
-    return f"shard-{task.shard.key}-{task.digest[:12]}"
+    def _submit(self, task: ShardTask) -> Future[_Outcome]:
+        shunned = self.shunned.get(task.shard.key, [])
+        others = [a for a, offer in self._offers().items() if offer and a not in shunned] if shunned else []
+        key = f"shard-{task.shard.key}-{task.digest[:12]}-{len(shunned)}"
+        self.tasks[key] = task
+        return self.client.submit(
+            _on_worker, task, self.run, resources={RESOURCE: SLOT}, pure=False, key=key, workers=others or None,
+            allow_other_workers=bool(others),
+        )  # fmt: skip
+
+    def _capacity(self) -> int:
+        """Shards that the workers of the moment take; a few where none has come yet, as clusters start late."""
+        offers = self._offers()
+        if not offers:
+            _log.info(line("waiting_for_workers"))
+        elif not any(offers.values()):
+            raise ConfigurationError(
+                f"None of the {len(offers)} Dask workers offers the resource {RESOURCE} that shards need. Start them "
+                f"with `dask worker --resources {RESOURCE}=1`."
+            )
+        return sum(int(offer / SLOT) + WAITING for offer in offers.values() if offer) or WAITING
+
+    def _offers(self) -> dict[str, float]:
+        """What each worker offers for shards, by its address."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        return {address: float(w["resources"].get(RESOURCE, 0.0)) for address, w in workers.items()}
 
 
 @contextmanager

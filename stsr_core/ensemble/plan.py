@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -133,6 +133,10 @@ class ShardTask:
     digest: str
 
 
+_Place: TypeAlias = "tuple[Box, NDArray[np.float32], NDArray[np.float32] | None, hashlib._Hash]"
+"""What a place reads: its box, the amounts and static fields there, and the digest so far."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """All shards of one ensemble over one coarse cube.
@@ -215,48 +219,70 @@ class Plan:
         return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
 
     @cached_property
-    def _counts(self) -> dict[Box, tuple[int, int]]:
-        """Numbers of wet and of all windows by box, filled as they are asked for; all member blocks share them."""
+    def _counts(self) -> dict[Box, tuple[int, int, int]]:
+        """Wet windows, all windows, and fine cell-steps of wet ones by box; all member blocks share them."""
         return {}
 
-    def _count(self, shard: Shard) -> tuple[int, int]:
+    def _count(self, shard: Shard) -> tuple[int, int, int]:
         if shard.box not in self._counts:
-            self._counts[shard.box] = len(self.wet_windows(shard)), len(self.windows(shard))
+            wet = self.wet_windows(shard)
+            cells = sum((t[1] - t[0]) * (y[1] - y[0]) * (x[1] - x[0]) for t, y, x in wet)
+            self._counts[shard.box] = len(wet), len(self.windows(shard)), cells * self.time * self.space**2
         return self._counts[shard.box]
+
+    def _passes(self, shard: Shard) -> int:
+        """Network evaluations that each wet window takes: one of the mean, those of the members."""
+        return 1 + (shard.members[1] - shard.members[0]) * self.recipe.served.evaluations
 
     def evaluations(self, shard: Shard) -> int:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
-        members = shard.members[1] - shard.members[0]
-        return self._count(shard)[0] * (1 + members * self.recipe.served.evaluations)
+        return self._count(shard)[0] * self._passes(shard)
+
+    def cell_evaluations(self, shard: Shard) -> int:
+        """Fine cell-steps of all those evaluations."""
+        return self._count(shard)[2] * self._passes(shard)
 
     @property
     def skipped(self) -> float:
         """Share of all windows that need no network, because no rain falls in them."""
-        wet, windows = np.sum([self._count(shard) for shard in self.shards], axis=0)
+        wet, windows, _ = np.sum([self._count(shard) for shard in self.shards], axis=0)
         return float(1 - wet / windows)
 
     def task(self, shard: Shard) -> ShardTask:
         """Cut out what a worker needs to make a shard."""
-        windows = self.windows(shard)
-        read = _hull([shifted(w, self.origin) for w in windows], HALO)
-        coarse = _padded(self.cube.amount, read)
-        # Absolute places only: a longer period or a larger box changes no shard whose windows stay as they are.
-        t, y, x = self.origin
-        identity = {
-            **self.recipe.identity(),
-            "members": shard.members,
-            "box": shifted(shard.box, (-t, -y, -x)),
-            "windows": windows,
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
-        statics = self._statics(read)
-        if statics is not None:
-            digest.update(np.ascontiguousarray(statics, dtype="<f4").tobytes())
+        if shard.box not in self._last_place:  # members come fastest and share their place
+            self._last_place.clear()
+            self._last_place[shard.box] = self._place(shard)
+        read, coarse, statics, place = self._last_place[shard.box]
+        digest = place.copy()
+        digest.update(json.dumps(shard.members).encode())
         shape = self.cube.amount.shape
         return ShardTask(shard, self.recipe, self.origin, shape, read, coarse, statics, digest.hexdigest())
 
-    def _statics(self, read: Box) -> NDArray[np.float32] | None:
+    @cached_property
+    def _last_place(self) -> dict[Box, _Place]:
+        """What members share of the box that was asked for last."""
+        return {}
+
+    @cached_property
+    def _identity(self) -> bytes:
+        return json.dumps(self.recipe.identity(), sort_keys=True).encode()
+
+    def _place(self, shard: Shard) -> _Place:
+        windows = self.windows(shard)
+        read = _grown(shifted(_hull(windows), self.origin), HALO)
+        coarse = _padded(self.cube.amount, read)
+        # Absolute places only: a longer period or a larger box changes no shard whose windows stay as they are.
+        t, y, x = self.origin
+        digest = hashlib.sha256(self._identity)
+        digest.update(json.dumps([shifted(shard.box, (-t, -y, -x)), windows]).encode())
+        digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
+        statics = self._below(read)
+        if statics is not None:
+            digest.update(np.ascontiguousarray(statics, dtype="<f4").tobytes())
+        return read, coarse, statics, digest
+
+    def _below(self, read: Box) -> NDArray[np.float32] | None:
         """Static fields below the windows of what is read; these lie inside the cube, their halo may not."""
         if self.statics is None:
             return None
@@ -289,10 +315,14 @@ def _slices(box: Box) -> tuple[slice, slice, slice]:
     return slice(*t), slice(*y), slice(*x)
 
 
-def _hull(windows: list[Box], halo: int) -> Box:
-    lows = np.min([[a for a, _ in w] for w in windows], axis=0) - halo
-    highs = np.max([[b for _, b in w] for w in windows], axis=0) + halo
-    t, y, x = ((int(a), int(b)) for a, b in zip(lows, highs, strict=True))
+def _hull(windows: tuple[Box, ...]) -> Box:
+    """Box around windows, which come in ascending order on every axis."""
+    t, y, x = ((first[0], last[1]) for first, last in zip(windows[0], windows[-1], strict=True))
+    return t, y, x
+
+
+def _grown(box: Box, by: int) -> Box:
+    t, y, x = ((a - by, b + by) for a, b in box)
     return t, y, x
 
 

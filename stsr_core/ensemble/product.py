@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError
 from stsr_core.regrid import coarse_grid, read_onto, regrid_time
 from stsr_core.statics import static_fields
+from stsr_core.store.receipts import read_receipts
+from stsr_core.version import code_version
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Product, TargetGrid
     from stsr_core.factors import Factor, Match
@@ -53,6 +60,32 @@ def plan_product(
     return Plan(cube, recipe, fields)
 
 
+def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:
+    """Name of the attempt at a version, in 12 hexadecimal digits: a digest of all that determines its bytes.
+
+    Args:
+        plan: what is made.
+        fingerprint: of the source.
+        after: version that it follows.
+    """
+    bounds = plan.cube.times.bounds
+    identity = [
+        fingerprint, after, str(bounds[0, 0]), str(bounds[-1, 1]), plan.origin, plan.fine_shape,
+        plan.recipe.identity(), plan.task(plan.shards[0]).digest, code_version(),
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(identity, default=str).encode())
+    name.update(np.ascontiguousarray(plan.cube.amount, dtype="<f4").tobytes())
+    return name.hexdigest()[:12]
+
+
+def made_before(plan: Plan, url: str, array: str, options: Mapping[str, object]) -> int:
+    """Count the shards of a plan that receipts at a URL vouch for; their bytes are not read."""
+    receipts = read_receipts(url, array, options)
+    if not receipts:
+        return 0
+    return sum(t.shard.key in receipts and receipts[t.shard.key].plan_digest == t.digest for t in plan.tasks())
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a plan takes.
@@ -78,17 +111,13 @@ class Cost:
     @classmethod
     def of(cls, plan: Plan, device_rate: float) -> Cost:
         """Cost of a plan at `device_rate` fine cell-evaluations per second and device."""
-        evaluations = sum(plan.evaluations(shard) for shard in plan.shards)
-        configuration = plan.recipe.served.configuration
-        lattice = plan.lattice
-        window = configuration.context_length * plan.time * (lattice.space.length * plan.space) ** 2
+        cells = sum(plan.cell_evaluations(shard) for shard in plan.shards)
         members, nt, ny, nx = plan.fine_shape
-        cells = evaluations * min(window, configuration.context_length * plan.time * ny * nx)
         return cls(
             shards=len(plan.shards),
             dry=sum(plan.is_dry(shard) for shard in plan.shards),
             skipped=plan.skipped,
-            evaluations=evaluations,
+            evaluations=sum(plan.evaluations(shard) for shard in plan.shards),
             cell_evaluations=cells,
             bytes=BYTES_PER_CELL * members * nt * ny * nx,
             device_hours=cells / device_rate / 3600,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.downscaler import Downscaler
+    from stsr_core.factors import Factor
 
 Progress = Callable[[int, float], None]  # network evaluations just done, and the seconds they took
 WET_MM = 0.1  # amount per fine step above which a cell counts as wet
@@ -61,11 +64,29 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """What the device makes of a shard: amounts that are conserved, but not stored yet.
+
+    Attributes:
+        fine: amount [mm per fine step], (M, t, y, x), float32.
+        evaluations: network evaluations on windows, those of the mean included.
+    """
+
+    fine: NDArray[np.float32]
+    evaluations: int
+
+
+@dataclass(frozen=True)
 class _Window:
     """A wet window: its place in the block's fine fields, and its blending weights."""
 
     place: tuple[slice, slice, slice]
     taper: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Fine steps, rows and columns."""
+        return tuple(self.taper.shape)
 
 
 class _Block:
@@ -102,49 +123,69 @@ class _Block:
         taper = torch.from_numpy(lattice.taper(box, self.parts)).to(self.downscaler.device)
         return _Window((t, y, x), taper)
 
-    def blend(self, evaluate: Callable[[_Window], Tensor], progress: Progress) -> Tensor:
-        """Evaluate every wet window, (1, T, 1, H, W) each, and blend them; 0 where all windows are dry."""
-        total = torch.zeros(self.shape, device=self.downscaler.device)
-        for window in self.windows:
+    def groups(self, members: int) -> Iterator[Sequence[_Window]]:
+        """Neighbouring windows of one size, as many as the device takes at once."""
+        for shape, alike in groupby(self.windows, key=lambda w: w.shape):
+            windows, count = list(alike), max(1, self.downscaler.batch_cells // (members * math.prod(shape)))
+            yield from (windows[i : i + count] for i in range(0, len(windows), count))
+
+    def blend(self, evaluate: Callable[[Sequence[_Window]], Tensor], members: int, progress: Progress) -> Tensor:
+        """Evaluate every wet window and blend them.
+
+        Args:
+            evaluate: maps W windows of one size to (W * members, T, 1, H, W), members fastest.
+            members: members side by side.
+            progress: see `make_shard`.
+
+        Returns:
+            (members, T, H, W) of the block; 0 where all windows are dry.
+        """
+        total = torch.zeros((members, *self.shape), device=self.downscaler.device)
+        for windows in self.groups(members):
             started = time.perf_counter()
-            found = evaluate(window)
+            found = evaluate(windows)
             if found.is_cuda:
                 torch.cuda.synchronize()
-            progress(1, time.perf_counter() - started)
-            total[window.place] += window.taper * found[0, :, 0]
-            self.evaluations += 1
+            progress(len(found), time.perf_counter() - started)
+            self.evaluations += len(found)
+            for window, part in zip(windows, found[:, :, 0].split(members), strict=True):
+                total[:, *window.place] += window.taper * part
         return total / self.weight
 
-    def window_conditions(self, window: _Window) -> Tensor:
-        t, y, x = window.place
-        return self.conditions[:, t, :, y, x]
+    def window_conditions(self, windows: Sequence[_Window], members: int) -> Tensor:
+        parts = [self.conditions[:, t, :, y, x] for t, y, x in (w.place for w in windows)]
+        return _stacked([part.expand(members, *part.shape[1:]) for part in parts])
 
     def mean(self, progress: Progress) -> Tensor:
-        return self.blend(lambda w: self.downscaler.mean(self.window_conditions(w)), progress)
+        """Transformed conditional mean of the whole block, (1, T, H, W)."""
+        return self.blend(lambda windows: self.downscaler.mean(self.window_conditions(windows, 1)), 1, progress)
 
-    def member(self, member: int, mean: Tensor, progress: Progress) -> Tensor:
-        """Amounts [mm per fine step] of one member in the whole block, before conservation."""
+    def members(self, members: range, mean: Tensor, progress: Progress) -> Tensor:
+        """Amounts [mm per fine step] of members in the whole block, (M, T, H, W), before conservation."""
         start = tuple((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
-        noise = lattice_noise(self.task.recipe.seed, member, start, self.shape)  # type: ignore[arg-type]
+        seed, count = self.task.recipe.seed, len(members)
+        noise = np.stack([lattice_noise(seed, m, start, self.shape) for m in members])  # type: ignore[arg-type]
+        means = mean.expand(count, *self.shape)
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
-            def expected(window: _Window) -> Tensor:
-                return self.downscaler.expected_residual(
-                    noisy[window.place][None, :, None],
-                    angle,
-                    mean[window.place][None, :, None],
-                    self.window_conditions(window),
-                )
+            def expected(windows: Sequence[_Window]) -> Tensor:
+                cut = [_stacked([field[:, *w.place] for w in windows])[:, :, None] for field in (noisy, means)]
+                return self.downscaler.expected_residual(cut[0], angle, cut[1], self.window_conditions(windows, count))
 
-            return self.blend(expected, progress)
+            return self.blend(expected, count, progress)
 
         residual = sample(denoise, torch.from_numpy(noise).to(mean.device), self.downscaler.angles())
         return self.downscaler.amounts(mean, residual)
 
     def cut(self, fine: Tensor, box: Box) -> Tensor:
-        """Cut a box (coarse indices of the cube) out of a fine field of the block."""
+        """Cut a box (coarse indices of the cube) out of fine fields of the block."""
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
-        return fine[t, y, x]
+        return fine[..., t, y, x]
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis; one alone is not copied."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -160,8 +201,13 @@ def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return filled
 
 
-def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> ShardResult:
-    """Make one shard.
+def make_shard(task: ShardTask, downscaler: Downscaler) -> ShardResult:
+    """Make one shard, see `compute_fields` and `quantised`."""
+    return quantised(task, compute_fields(task, downscaler))
+
+
+def compute_fields(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> Fields:
+    """Make the amounts of one shard: all that needs the device.
 
     Deterministic: the same task gives the same bytes on one kind of device, whatever ran before.
 
@@ -169,25 +215,34 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
         task: what to make.
         downscaler: networks for the task's checkpoint and factor.
         progress: called with the number of network evaluations just done and the seconds they took.
+    """
+    first, last = task.shard.members
+    shape = [(b - a) * n for (a, b), n in zip(task.shard.box, _parts(downscaler.factor), strict=True)]
+    fine = np.zeros((last - first, *shape), np.float32)
+    if task.recipe.conserve and not bool((_core(task) > 0).any()):
+        return Fields(fine, 0)
+    block = _Block(task, downscaler)
+    mean = block.mean(progress)
+    at_once = last - first if downscaler.batch_cells else 1
+    for member in range(first, last, at_once):
+        group = range(member, min(member + at_once, last))
+        fine[member - first :][: len(group)] = _finished(block, block.members(group, mean, progress))
+    return Fields(fine, block.evaluations)
+
+
+def quantised(task: ShardTask, fields: Fields) -> ShardResult:
+    """Round the amounts of a shard to what is stored; needs no device.
 
     Raises:
         StoreError: an amount beyond what 16 bits hold at the storage quantum.
     """
-    first, last = task.shard.members
-    core = task.coarse[_inside(task.shard.box, task.read)]
-    block = None
-    if not task.recipe.conserve or bool((core > 0).any()):
-        block = _Block(task, downscaler)
-        mean = block.mean(progress)
-    members = []
-    for member in range(first, last):
-        if block is None:
-            fine = np.zeros([n * p for n, p in zip(core.shape, _parts(downscaler), strict=True)], np.float32)
-        else:
-            fine = _finished(block, block.member(member, mean, progress))
-        members.append(_stored(fine, core, task, downscaler))
-    quanta = np.stack(members)
-    return ShardResult(quanta, _closure(quanta, core, downscaler), block.evaluations if block else 0)
+    quanta = np.stack([_stored(member, task) for member in fields.fine])
+    return ShardResult(quanta, _closure(quanta, task), fields.evaluations)
+
+
+def _core(task: ShardTask) -> NDArray[np.float32]:
+    """Coarse amounts of the shard itself."""
+    return task.coarse[_inside(task.shard.box, task.read)]
 
 
 def _inside(box: Box, read: Box) -> tuple[slice, ...]:
@@ -195,13 +250,12 @@ def _inside(box: Box, read: Box) -> tuple[slice, ...]:
     return tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, read, strict=True))
 
 
-def _parts(downscaler: Downscaler) -> tuple[int, int, int]:
-    factor = downscaler.factor
+def _parts(factor: Factor) -> tuple[int, int, int]:
     return factor.time, factor.space, factor.space
 
 
 def _finished(block: _Block, fine: Tensor) -> NDArray[np.float32]:
-    """Conserve a member and cut the shard out of it.
+    """Conserve members and cut the shard out of them.
 
     Conservation sees the blend around the shard, so that its gain passes smoothly into the neighbour's.
     """
@@ -215,17 +269,16 @@ def _finished(block: _Block, fine: Tensor) -> NDArray[np.float32]:
     around = (t, y, x)
     coarse = torch.from_numpy(task.coarse[_inside(around, task.read)]).to(fine.device)
     closed = downscaler.conserve(block.cut(fine, around), coarse)
-    inner = tuple(
+    steps, rows, columns = (
         slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in zip(box, around, block.parts, strict=True)
     )
-    return closed[inner].cpu().numpy()
+    return closed[..., steps, rows, columns].cpu().numpy()
 
 
-def _stored(
-    fine: NDArray[np.float32], coarse: NDArray[np.float32], task: ShardTask, downscaler: Downscaler
-) -> NDArray[np.uint16]:
+def _stored(fine: NDArray[np.float32], task: ShardTask) -> NDArray[np.uint16]:
     """Quantise one member, and mark what is missing in the input."""
-    quanta = quantise(fine, coarse if task.recipe.conserve else None, downscaler.factor, QUANTUM_MM)
+    coarse, factor = _core(task), task.recipe.served.configuration.factor
+    quanta = quantise(fine, coarse if task.recipe.conserve else None, factor, QUANTUM_MM)
     most = int(quanta.max(initial=0))
     if most >= MISSING:
         raise StoreError(
@@ -233,13 +286,13 @@ def _stored(
             f"to {(MISSING - 1) * QUANTUM_MM:.2f} mm. Check the unit of the input."
         )
     hole = np.isnan(coarse)
-    for axis, parts in enumerate(_parts(downscaler)):
+    for axis, parts in enumerate(_parts(factor)):
         hole = hole.repeat(parts, axis=axis)
     return np.where(hole | (quanta < 0), MISSING, quanta).astype(np.uint16)
 
 
-def _closure(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], downscaler: Downscaler) -> int:
-    factor = downscaler.factor
+def _closure(quanta: NDArray[np.uint16], task: ShardTask) -> int:
+    coarse, factor = _core(task), task.recipe.served.configuration.factor
     amount = np.where(quanta == MISSING, 0, quanta).astype(np.float64)
     s, t = factor.space, factor.time
     m, nt, ny, nx = amount.shape

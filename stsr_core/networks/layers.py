@@ -157,7 +157,11 @@ class VideoUNet(nn.Module):
         """
         b, t, c, h, w = frames.shape
         x = _mirrored(frames.reshape(b * t, c, h, w), self.stride)
-        embedding = self.embed(context).repeat_interleave(t, dim=0)
+        return self.body(x, self.embed(context), t)[..., :h, :w].reshape(b, t, self.outputs, h, w)
+
+    def body(self, x: Tensor, embedding: Tensor, t: int) -> Tensor:
+        """Transform (B * T, C, H, W) of whole strides with embeddings (B, E), T = `t`; what torch.compile sees."""
+        embedding = embedding.repeat_interleave(t, dim=0)
         x = self.stem(F.pixel_unshuffle(x, PATCH).contiguous(memory_format=torch.channels_last))
         skips = []
         for i, level in enumerate(self.down):
@@ -165,7 +169,6 @@ class VideoUNet(nn.Module):
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
-                x = skips[i] + F.interpolate(self.expand[i](x), scale_factor=2.0, mode="nearest")
+                x = skips[i] + F.interpolate(self.expand[i](x), size=skips[i].shape[-2:], mode="nearest")
             x = self.up[i](x, embedding, t)
-        x = self.last(F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH)))
-        return x[..., :h, :w].reshape(b, t, self.outputs, h, w)
+        return self.last(F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH)))

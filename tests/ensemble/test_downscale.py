@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.ensemble.shard import _Block, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
@@ -54,6 +56,37 @@ def test_members_do_not_depend_on_how_many_there_are_nor_on_threads(library, rai
     assert (b[0] != b[5]).any()
 
 
+@pytest.mark.parametrize("windows", [1, 2, 100])
+def test_members_and_windows_side_by_side_give_the_same_members(library, rain, windows):
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 1, 16))), members=3)
+    together = replace(downscaler, batch_cells=windows * 3 * 8 * 36 * 192)
+    one, many = (make_shard(plan.task(plan.shards[0]), d) for d in (downscaler, together))
+    assert one.evaluations == many.evaluations == plan.evaluations(plan.shards[0])
+    assert (one.quanta == many.quanta).mean() > 0.999  # stored in steps of 0.01 mm: the same within 1e-3 mm
+
+
+def test_the_windows_of_a_batch_are_alike_and_within_the_memory_of_the_device(library, rain):
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 1, 16))), members=3)
+    block = _Block(plan.task(plan.shards[0]), replace(downscaler, batch_cells=10**6))
+    groups = list(block.groups(members=3))
+    assert [w for group in groups for w in group] == block.windows
+    assert max(map(len, groups)) > 1
+    for group in groups:
+        assert len({w.shape for w in group}) == 1
+        assert len(group) * 3 * group[0].taper.numel() <= 10**6 or len(group) == 1
+
+
+@pytest.mark.slow
+def test_networks_compiled_and_in_half_precision_make_the_same_members_but_for_rounding(library, rain):
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 2, 2))), members=1)
+    plain = ensemble_quanta(plan, downscaler)
+    half = ensemble_quanta(plan, downscaler.on(CPU, precision="bfloat16"))
+    assert half.mean() == pytest.approx(plain.mean(), rel=1e-4)
+    assert np.corrcoef(half.ravel(), plain.ravel())[0, 1] > 0.999
+    compiled = ensemble_quanta(plan, plan_of(library, plan.cube)[1].on(CPU, compiled=True))
+    assert (compiled == plain).mean() > 0.999
+
+
 def test_a_later_start_gives_the_same_numbers_where_windows_agree(library, rain):
     # Noise and windows lie on absolute lattices: cropping the domain changes only what is near the cut.
     plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 8, 8))), members=1)
@@ -64,6 +97,22 @@ def test_a_later_start_gives_the_same_numbers_where_windows_agree(library, rain)
     far = slice(4 * 60, None)
     same = whole[:, :, :, 32:][..., far] == part[..., far]
     assert same.mean() > 0.999
+
+
+def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_seams(library, rain, monkeypatch):
+    cube = cube_of(np.tile(rain[:, :, :6], (1, 1, 14)))
+    plan, downscaler = plan_of(library, cube, members=2)
+    whole = ensemble_quanta(plan, downscaler).astype(float)
+    monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_CELLS", 64)
+    monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_STEPS", 4)
+    smaller, _ = plan_of(library, cube, members=2)
+    assert len(smaller.shards) >= 6 * len(plan.shards)
+    parts = ensemble_quanta(smaller, downscaler).astype(float)
+    assert (np.abs(parts - whole) <= 1).mean() > 0.99
+    seams = np.arange(64, whole.shape[-1], 64)
+    across = [np.abs(q[..., seams] - q[..., seams - 1]).mean() for q in (parts, whole)]
+    assert across[0] == pytest.approx(across[1], rel=0.05)
+    np.testing.assert_array_equal(block_sums(parts, 4, 1), block_sums(whole, 4, 1))
 
 
 def test_a_dry_cube_needs_no_network(library, rain):

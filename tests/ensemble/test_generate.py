@@ -6,14 +6,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_worker
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble import generate as engine
-from stsr_core.ensemble.cluster import ONE
-from stsr_core.ensemble.generate import IN_FLIGHT, ShardError, Target, generate
+from stsr_core.ensemble.cluster import MANY, ONE
+from stsr_core.ensemble.generate import ShardError, Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.ensemble.shard import ShardResult
+from stsr_core.ensemble.shard import Fields, ShardResult
+from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
 
@@ -22,7 +23,7 @@ SLOW_S = 0.2
 
 
 class Load:
-    """How many shards are computed, held in memory and written, now and at most."""
+    """How many shards are computed and written, now and at most."""
 
     def __init__(self) -> None:
         self.lock, self.now, self.most, self.both = threading.Lock(), {"computed": 0, "written": 0}, {}, 0
@@ -48,10 +49,17 @@ def plan(library) -> Plan:
     return Plan(as_cube(np.ones((8, 9, 11), np.float32), FACTOR), recipe)
 
 
+@contextmanager
+def dask(workers: int, resources):
+    """A cluster of threads, and its client."""
+    options = {"processes": False, "resources": resources, "dashboard_address": None}
+    with LocalCluster(n_workers=workers, threads_per_worker=1, **options) as cluster, Client(cluster) as client:
+        yield client
+
+
 @pytest.fixture
 def client():
-    options = {"processes": False, "resources": ONE, "dashboard_address": None}
-    with LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster, Client(cluster) as client:
+    with dask(1, ONE) as client:
         yield client
 
 
@@ -60,34 +68,90 @@ def run(plan, library, client, progress=lambda *_: None):
     generate(plan, plan.shards, downscaler, Target("memory://out", "rain", {}), client, progress=progress)
 
 
-def made(task, *_):
-    return ShardResult(np.zeros((1, 1, 1, 1), np.uint16), 0, 0)
+def made(*_):
+    return Fields(np.zeros((1, 1, 1, 1), np.float32), 0)
 
 
-def test_a_worker_computes_the_next_shard_while_it_writes_one_and_holds_no_more(plan, library, client, monkeypatch):
-    load, submitted, seen = Load(), client.submit, []
+@pytest.fixture(autouse=True)
+def _no_work(monkeypatch):
+    """Shards of nothing, packed and written in no time."""
+    monkeypatch.setattr(engine, "compute_fields", made)
+    monkeypatch.setattr(engine, "quantised", lambda *_: ShardResult(np.zeros((1, 1, 1, 1), np.uint16), 0, 0))
+    monkeypatch.setattr(engine, "write_shard", lambda *_: "digest")
 
-    def compute(task, *_):
+
+@pytest.mark.parametrize(("resources", "written"), [(ONE, 2), (MANY, 8)])
+def test_a_worker_computes_the_next_shard_while_it_writes_some_and_holds_no_more(
+    plan, library, monkeypatch, resources, written
+):
+    load, seen = Load(), []
+
+    def compute(*_):
         with load.counted("computed"):
-            return made(task)
+            return made()
 
     def write(*_):
         with load.counted("written"):
+            time.sleep((written - 2) * SLOW_S)  # the more slots, the slower the store that they make up for
             return "digest"
 
-    def submit(*args, **options):
-        seen.append(sum(f.status == "pending" for f in client.futures.values()))
-        return submitted(*args, **options)
-
-    monkeypatch.setattr(engine, "make_shard", compute)
+    monkeypatch.setattr(engine, "compute_fields", compute)
     monkeypatch.setattr(engine, "write_shard", write)
-    monkeypatch.setattr(client, "submit", submit)
-    run(plan, library, client)
-    assert len(seen) == len(plan.shards) > 2 * IN_FLIGHT
+    with dask(1, resources) as client:
+        submitted = client.submit
+
+        def submit(*args, **options):
+            seen.append(sum(f.status == "pending" for f in client.futures.values()))
+            return submitted(*args, **options)
+
+        monkeypatch.setattr(client, "submit", submit)
+        run(plan, library, client)
+    assert len(seen) == len(plan.shards) == 12
     assert load.most["computed"] == 1  # a device does one shard at a time
-    assert load.most["written"] <= 2  # a store slower than the device holds it up: memory does not grow
+    assert load.most["written"] <= written  # a store slower than the device holds it up: memory does not grow
     assert load.both >= len(plan.shards) // 2
-    assert max(seen) < IN_FLIGHT
+    assert max(seen) == written  # and one more that waits
+
+
+def test_a_shard_that_fails_on_one_worker_is_tried_on_another(plan, library, monkeypatch):
+    tried = {}
+
+    def compute(task, *_):
+        worker = get_worker().name
+        tried.setdefault(task.shard.key, []).append(worker)
+        if worker == 0:
+            raise OSError("a broken card")
+        return made()
+
+    monkeypatch.setattr(engine, "compute_fields", compute)
+    with dask(2, ONE) as client:
+        run(plan, library, client)
+    assert len(tried) == len(plan.shards)
+    assert [0, 1] in tried.values()
+    assert all(workers in ([1], [0, 1]) for workers in tried.values())
+
+
+def test_workers_that_come_later_get_their_share(plan, library, client, monkeypatch):
+    names = set()
+
+    def compute(*_):
+        names.add(get_worker().name)
+        time.sleep(SLOW_S)
+        if len(names) == 1:
+            client.cluster.scale(3)
+        return made()
+
+    monkeypatch.setattr(engine, "compute_fields", compute)
+    run(plan, library, client)
+    assert len(names) == 3
+
+
+def test_a_cluster_whose_workers_offer_nothing_is_refused_and_does_not_hang(plan, library):
+    with (
+        dask(2, {}) as client,
+        pytest.raises(ConfigurationError, match="None of the 2 Dask workers.*--resources GPU=1"),
+    ):
+        run(plan, library, client)
 
 
 def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library, client, monkeypatch):
@@ -105,10 +169,9 @@ def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library
                 raise
             if task.shard.key == plan.shards[0].key:
                 break
-        return made(task)
+        return made()
 
-    monkeypatch.setattr(engine, "make_shard", compute)
-    monkeypatch.setattr(engine, "write_shard", lambda *_: "digest")
+    monkeypatch.setattr(engine, "compute_fields", compute)
     with pytest.raises(ShardError, match=rf"{failing} failed: ValueError: out of luck"):
         run(plan, library, client)
     assert stopped.wait(10)
