@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stsr_core.checkpoint import Library
+from stsr_core.checkpoint import Checkpoint, Library
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
@@ -109,8 +109,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
     """
     checkpoint = Library.open(checkpoints).serving(options.factor)
     served = checkpoint.card.serving(options.factor)
-    recipe = Recipe.of(checkpoint, served, seed=1, members=options.members, conserve=True)
-    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    plan = _plan(checkpoint, options, options.members)
     device = choose_device(options.device)
     downscaler = Downscaler.load(checkpoint, options.factor, choose_device("cpu"))
     runs = []
@@ -191,6 +190,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
+    """Plan an ensemble of the sample; static fields, if the networks see any, are at their mean."""
+    recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=members, conserve=True)
+    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    statics = checkpoint.card.statics
+    return replace(plan, statics=np.zeros((len(statics), *plan.fine_shape[-2:]), np.float32)) if statics else plan
+
+
 def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
     if not has_rainfarm():
         return None
@@ -203,7 +210,9 @@ def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
     """Floating-point operations of the denoiser per fine cell-step, how many a second the networks did, and the share
     of what the device can do, taken from products of large matrices in the networks' precision."""
     coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
-    conditions = downscaler.condition(coarse[None])
+    size = [n * plan.space for n in coarse.shape[-2:]]
+    statics = None if plan.statics is None else torch.zeros(1, len(plan.statics), *(n - 2 * plan.space for n in size))
+    conditions = downscaler.condition(coarse[None], statics)
     frame = torch.zeros_like(conditions[:, :, :1])
     with FlopCounterMode(display=False) as counter:
         downscaler.expected_residual(frame, 0.5, frame, conditions)
@@ -245,8 +254,7 @@ def _line(run: Mapping[str, float]) -> str:
 def profile_shard(options: Options, *, checkpoints: str | None = None, lines: int = 25) -> str:
     """Where the time of one shard goes, as text; one member, in this process."""
     checkpoint = Library.open(checkpoints).serving(options.factor)
-    recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=1, conserve=True)
-    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    plan = _plan(checkpoint, options, members=1)
     torch.set_num_threads(1)  # as on a worker
     downscaler = Downscaler.load(checkpoint, options.factor, choose_device(options.device), precision=options.precision)
     profile = cProfile.Profile()

@@ -226,15 +226,17 @@ def downscale_to_store(
     """
     options = storage_options or {}
     require_answer(output, options)
-    if overwrite:
-        remove_store(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)
-    shards = remaining(plan, target, extend=extend)
-    if is_whole(output, options):
+    shards = plan.shards if overwrite else remaining(plan, target, extend=extend)
+    whole = not overwrite and is_whole(output, options)
+    if whole:
         _check_whole(output, shape_of(output, ARRAY, options), layout.shape, damage=bool(shards), extend=extend)
-        reopen(output, options)
-    create_ensemble(output, layout, array=ARRAY, options=options)
-    with cluster.client() as client:
+    with cluster.client() as client:  # first, for nothing may change where there is no cluster
+        if overwrite:
+            remove_store(output, options)
+        elif whole:
+            reopen(output, options)
+        create_ensemble(output, layout, array=ARRAY, options=options)
         generate(
             plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
             progress=progress,
