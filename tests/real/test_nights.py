@@ -188,6 +188,54 @@ def versions(site: Site) -> list[str]:
     return ls(str(site.catalogue)).get(PRODUCT, [])
 
 
+DRIVER = f"""
+import os, signal
+import flows.nightly as nights
+
+whole = nights.stage
+
+def stage(task, product):
+    if task.name == os.environ.get("DIES_BEFORE"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(task, product)
+
+nights.stage = stage
+nights.nightly(product={PRODUCT!r}, force=True)
+"""
+
+
+def drive(site: Site, **environment: str) -> int:
+    """Run the nightly flow in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER], cwd=site.folder, env={**site.environment, **environment}, check=False
+    ).returncode
+
+
+def shards(site: Site) -> dict[str, bytes]:
+    """Stored bytes of the newest version's ensemble."""
+    root = Path(find(PRODUCT, "latest", str(site.catalogue)).asset_url("ensemble")) / "precipitation" / "c"
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site) -> dict[str, bytes]:
+    assert drive(site) == 0
+    return shards(site)
+
+
+@pytest.mark.parametrize("stage", ["read", "match", "regrid", "plan", "generate", "verify", "publish"])
+def test_a_driver_killed_between_two_stages_publishes_nothing_and_a_rerun_makes_the_same_bytes(
+    site: Site, undisturbed: dict[str, bytes], stage: str
+) -> None:
+    before = versions(site)
+    assert drive(site, DIES_BEFORE=stage) == -signal.SIGKILL
+    assert versions(site) == before
+    assert drive(site) == 0
+    assert len(versions(site)) == len(before) + 1
+    sound(site)
+    assert shards(site) == undisturbed
+
+
 def test_two_runs_at_once_publish_one_version(site: Site) -> None:
     before = versions(site)
     rewrite(site, lambda data: data.assign(precipitation=data["precipitation"] * 2))
