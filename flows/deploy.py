@@ -322,7 +322,7 @@ async def _alert_block(client: PrefectClient, settings: Settings, changes: Chang
         found = await Webhook.aload(ALERT_BLOCK)
     if settings.alert_url is None:
         if found is not None and changes.add(f"removed block webhook/{ALERT_BLOCK}"):
-            await Webhook.adelete(f"webhook/{ALERT_BLOCK}")
+            await Webhook.adelete(ALERT_BLOCK)
         return None
     wanted = SecretStr(settings.alert_url.get_secret_value())
     same = found is not None and found.url.get_secret_value() == wanted.get_secret_value()
