@@ -56,7 +56,8 @@ class Served(_Frozen):
 
     Attributes:
         configuration: factor, beta, L and f.
-        residual_scale: standard deviation of the transformed residual on training patches.
+        residual_scale: standard deviation of the transformed residual on training patches; raised where members
+            spread too little on validation data, as the card's training history then says.
         evaluations: network evaluations per member by default.
         scores: validation scores, by name.
     """
