@@ -6,7 +6,6 @@ import cProfile
 import io
 import platform
 import pstats
-import resource
 import tempfile
 import time
 import uuid
@@ -19,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stsr_core.bench_regrid import peak_memory
 from stsr_core.checkpoint import Checkpoint, Library
-from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.downscaler import Downscaler, build_networks, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate
@@ -29,8 +29,6 @@ from stsr_core.ensemble.shard import make_shard
 from stsr_core.evaluation.baselines import has_rainfarm, rainfarm
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import recipe
-from stsr_core.networks.denoiser import Denoiser
-from stsr_core.networks.mean import MeanNetwork
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
@@ -185,11 +183,6 @@ def _run(plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Op
     }
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process [bytes]."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
     """Plan an ensemble of the sample; static fields, if the networks see any, are at their mean."""
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=members, conserve=True)
@@ -210,8 +203,7 @@ def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
     """Floating-point operations of the denoiser per fine cell-step, how many a second the networks did, and the share
     of what the device can do, taken from products of large matrices in the networks' precision."""
     coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
-    size = [n * plan.space for n in coarse.shape[-2:]]
-    statics = None if plan.statics is None else torch.zeros(1, len(plan.statics), *(n - 2 * plan.space for n in size))
+    statics = None if plan.statics is None else torch.from_numpy(plan.statics)[None]
     conditions = downscaler.condition(coarse[None], statics)
     frame = torch.zeros_like(conditions[:, :, :1])
     with FlopCounterMode(display=False) as counter:
@@ -268,9 +260,7 @@ def bench_training(factor: Factor, *, preset: str, device: str, steps: int = 3) 
     """Patches per second of training steps of either network, on synthetic rain."""
     rain = np.random.default_rng(0).gamma(0.3, 2.0, (72, 400, 400)).astype(np.float32)
     region, chosen, run = region_of("synthetic", rain), PRESETS[preset], Run.join(choose_device(device))
-    a = chosen.architecture
-    mean = MeanNetwork(a.mean_channels, attention=a.attention).to(run.device)
-    denoiser = Denoiser(a.denoiser_channels, attention=a.attention).to(run.device)
+    mean, denoiser = (network.to(run.device) for network in build_networks(chosen.architecture))
     losses = {"mean": (mean, mean_loss), "denoiser": (denoiser, denoiser_loss(mean, {str(factor): 1.0}))}
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -95,9 +95,13 @@ def _alone(action: Callable[[str, int, int], None], store: str, steps: int, cell
 def _measured(action: Callable[[str, int, int], None], store: str, steps: int, cells: int) -> tuple[float, float]:
     started = time.perf_counter()
     action(store, steps, cells)
-    seconds = time.perf_counter() - started
+    return time.perf_counter() - started, peak_memory()
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process [bytes]."""
     status = Path("/proc/self/status").read_text()  # getrusage would know of the parent's memory too
-    return seconds, 1024.0 * int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _read_raw(store: str, steps: int, cells: int) -> None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from stsr_core.checkpoint import Checkpoint, Served
+from stsr_core.checkpoint import Architecture, Checkpoint, Served
 from stsr_core.conservation import conserve
 from stsr_core.diffusion import sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
@@ -41,6 +41,15 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def build_networks(architecture: Architecture, statics: int = 0) -> tuple[MeanNetwork, Denoiser]:
+    """Build the two networks with random weights; `statics` is the number of static fields they see."""
+    a = architecture
+    return (
+        MeanNetwork(a.mean_channels, attention=a.attention, statics=statics),
+        Denoiser(a.denoiser_channels, attention=a.attention, statics=statics),
+    )
+
+
 def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
     """Build the two networks of a checkpoint, on the CPU.
 
@@ -48,11 +57,7 @@ def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
         CheckpointError: weights damaged, or of other shapes than the card says.
     """
     card, weights = checkpoint.card, checkpoint.weights()
-    a = card.architecture
-    networks = (
-        MeanNetwork(a.mean_channels, attention=a.attention, statics=len(card.statics)),
-        Denoiser(a.denoiser_channels, attention=a.attention, statics=len(card.statics)),
-    )
+    networks = build_networks(card.architecture, len(card.statics))
     for name, network in zip(("mean", "denoiser"), networks, strict=True):
         part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
         try:

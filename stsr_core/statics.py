@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.configuration import Configuration
+from stsr_core.configuration import Configuration, Static
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.grids import Grid, TimeAxis
 from stsr_core.regrid import regrid
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.checkpoint import StaticField
-    from stsr_core.configuration import Static
 
 ONCE = TimeAxis(datetime(2000, 1, 1), timedelta(hours=1), 1)  # a field without time is regridded as one step
 
@@ -149,8 +148,9 @@ def named_sources(
     Raises:
         ConfigurationError: a name that catalog.yaml does not know.
     """
-    configured = configured_sources(Configuration.load(catalog_file).statics, catalog_file.parent, options_of)
-    found = {}
+    configured, found = {}, {}
+    if any("=" not in text for text in lines):
+        configured = configured_sources(Configuration.load(catalog_file).statics, catalog_file.parent, options_of)
     for text in lines:
         name, given, url = text.partition("=")
         if not given and name not in configured:

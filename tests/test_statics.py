@@ -175,6 +175,13 @@ def test_fields_are_named_by_file_or_by_catalog(tmp_path):
         named_sources(["slope"], path)
 
 
+def test_files_that_are_named_need_no_catalog(tmp_path):
+    broken = tmp_path / "catalog.yaml"
+    broken.write_text("sources: [", encoding="utf-8")
+    assert named_sources([], broken) == {}
+    assert list(named_sources(["slope=s.nc"], broken)) == ["slope"]
+
+
 def test_a_start_with_other_fields_is_refused(folder, checkpoints):
     start = Library.open(checkpoints).checkpoints[0].weights_path.with_suffix(".json")
     data = command.Data([str(folder / "rain")], [str(folder / "rain")], declared=Declared(crs=CRS))

@@ -15,7 +15,6 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.regrid import coarse_grid, read_onto, regrid_time
 from stsr_core.statics import static_fields
 from stsr_core.store.receipts import read_receipts
-from stsr_core.version import code_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +70,7 @@ def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:
     bounds = plan.cube.times.bounds
     identity = [
         fingerprint, after, str(bounds[0, 0]), str(bounds[-1, 1]), plan.origin, plan.fine_shape,
-        plan.recipe.identity(), plan.task(plan.shards[0]).digest, code_version(),
+        plan.recipe.identity(), plan.task(plan.shards[0]).digest,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, default=str).encode())
     name.update(np.ascontiguousarray(plan.cube.amount, dtype="<f4").tobytes())

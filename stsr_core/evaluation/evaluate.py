@@ -131,8 +131,7 @@ class _Runner:
         downscaler = replace(self.downscaler, served=used)
         o, factor = self.options, downscaler.factor
         recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
-        statics = self.truth.statics if self.truth.statics is not None else [None] * len(coarse)
-        plans = [Plan(as_cube(c, factor), recipe, s) for c, s in zip(coarse, statics, strict=True)]
+        plans = [Plan(as_cube(c, factor), recipe, s) for c, s in zip(coarse, self.truth.statics, strict=True)]
         stored = np.stack([ensemble_quanta(plan, downscaler, workers=o.workers) for plan in plans], axis=1)
         closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
         amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))
@@ -261,10 +260,9 @@ def _reference(
     downscaler: Downscaler, truth: Truth, options: Options, report: Callable[[str], None]
 ) -> NDArray[np.float32]:
     """The authors' setting on all places."""
-    statics = truth.statics if truth.statics is not None else [None] * len(truth.coarse)
     places = [
         reference_ensemble(downscaler, place, options.members, options.seed, statics=fields, progress=report)
-        for place, fields in zip(truth.coarse, statics, strict=True)
+        for place, fields in zip(truth.coarse, truth.statics, strict=True)
     ]
     found = np.stack(places, axis=1)
     found[:, np.isnan(truth.fine)] = np.nan

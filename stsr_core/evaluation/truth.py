@@ -31,13 +31,13 @@ class Truth:
         fine: amount [mm per fine step], (P, T*t, Y*s, X*s), float32; whole coarse cells are NaN where any
             part of them is missing.
         coarse: amount [mm per coarse step], (P, T, Y, X), float32, NaN where missing.
-        statics: static fields as the networks see them, (P, S, Y*s, X*s), float32; None without any.
+        statics: static fields as the networks see them, (S, Y*s, X*s), float32, for each place; None without any.
     """
 
     names: tuple[str, ...]
     fine: NDArray[np.float32]
     coarse: NDArray[np.float32]
-    statics: NDArray[np.float32] | None = None
+    statics: tuple[NDArray[np.float32] | None, ...]
 
 
 def read_truth(
@@ -68,12 +68,11 @@ def read_truth(
     coarse = np.stack([coarsen(c, factor) for c in cut])
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
-    seen = []
-    for (run, _), place in zip(runs, places, strict=True):
-        found = statics(run.grid)
-        if found is not None:
-            seen.append(_middle(_middle(found, cells, factor, place), min(ny, nx, cells), factor, place))
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse, np.stack(seen) if seen else None)
+    seen = tuple(
+        None if field is None else _middle(_middle(field, cells, factor, place), min(ny, nx, cells), factor, place)
+        for field, place in zip((statics(run.grid) for run, _ in runs), places, strict=True)
+    )
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen)
 
 
 def _wettest(url: str, variable: str, hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, StaticField, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
-from stsr_core.downscaler import load_networks
+from stsr_core.downscaler import build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
-from stsr_core.networks.denoiser import Denoiser
-from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import condition, to_transformed
 from stsr_core.training.patches import Patch, Region, draw_patch
 
@@ -265,10 +263,14 @@ class Training:
         device, scale = self.run.device, self.transform.scale_mm
         fine = torch.from_numpy(np.stack([p.fine for p in patches])).to(device)[:, :, None]
         coarse = torch.from_numpy(np.stack([p.coarse for p in patches])).to(device)
+        statics = self._statics(patches) if self.statics else None
+        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale, statics)
+
+    def _statics(self, patches: Sequence[Patch]) -> Tensor:
+        """Static fields as the networks see them, (B, S, Y*s, X*s)."""
         offsets, widths = (np.array([getattr(s, n) for s in self.statics], np.float32) for n in ("offset", "scale"))
         seen = (np.stack([p.statics for p in patches]) - offsets[:, None, None]) / widths[:, None, None]
-        statics = torch.from_numpy(seen).to(device)
-        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale, statics)
+        return torch.from_numpy(seen).to(self.run.device)
 
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
         """Loss of the averaged weights on fixed validation patches, averaged over the factors."""
@@ -379,11 +381,7 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
     a = training.preset.architecture
     if training.start is None:
         torch.manual_seed(training.seed)
-        n = len(training.statics)
-        return (
-            MeanNetwork(a.mean_channels, attention=a.attention, statics=n),
-            Denoiser(a.denoiser_channels, attention=a.attention, statics=n),
-        )
+        return build_networks(a, len(training.statics))
     card = training.start.card
     if (card.architecture, card.statics) != (a, training.statics):
         raise ConfigurationError(
