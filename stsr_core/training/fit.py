@@ -249,9 +249,9 @@ class Training:
     def batch(self, stage: int, step: int) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
         """Draw the batch of one step on this rank: fine, conditions, configuration and noise generator."""
         shared = np.random.default_rng([self.seed, stage, step])
-        # Factors with more missing detail have more to learn.
-        bits = np.array([max(1.0, c.factor.underdetermination) for c in self.configurations])
-        configuration = self.configurations[int(shared.choice(len(bits), p=bits / bits.sum()))]
+        # Factors with more missing detail have more to learn; the root leaves enough for those that refine time alone.
+        shares = np.array([math.sqrt(max(1.0, c.factor.underdetermination)) for c in self.configurations])
+        configuration = self.configurations[int(shared.choice(len(shares), p=shares / shares.sum()))]
         rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
         first = draw_patch(self.train, configuration, rng)
         count = max(1, round(self.preset.cells_per_step / first.fine.size))
