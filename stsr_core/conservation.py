@@ -84,11 +84,11 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
     return log_gain.exp()
 
 
-def _largest(wanted: Tensor, factor: Factor, limit: float | None) -> Tensor:
+def _largest(wanted: Tensor, excess: float | None) -> Tensor:
     """Most that a cell of a block may hold [mm per fine step], (N, T, 1, Y, 1, X, 1), see `ConservationFunction`."""
-    around = F.max_pool3d(wanted[:, None], 3, stride=1, padding=1)[:, 0] / factor.time
-    most = torch.full_like(around, CEILING_MM) if limit is None else (limit * around).clamp(max=CEILING_MM)
-    return most[:, :, None, :, None, :, None]
+    around = F.max_pool3d(wanted[:, None], 3, stride=1, padding=1)[:, 0]
+    most = torch.full_like(around, CEILING_MM) if excess is None else around + excess * around.sqrt()
+    return most.clamp(max=CEILING_MM)[:, :, None, :, None, :, None]
 
 
 def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
@@ -97,7 +97,7 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet keeps its
     amounts; one that was dry before too is filled evenly. A gain that is smooth across the borders of coarse
     cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells
-    do not show as squares. What a cell would hold above the limit of f, or above CEILING_MM with any f, goes to
+    do not show as squares. What a cell would hold above the taper of f, or above CEILING_MM with any f, goes to
     the other cells of its block in proportion, and evenly where they are full too.
 
     Args:
@@ -124,7 +124,7 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     whole = fine.reshape(-1, *fine.shape[-3:])
     amount = coarse.expand(*fine.shape[:-3], *coarse.shape[-3:]).reshape(-1, *coarse.shape[-3:])
     wanted = amount[:, :, None, :, None, :, None]
-    most = _largest(amount.nan_to_num(), factor, function.limit)
+    most = _largest(amount.nan_to_num(), function.excess)
     raw = torch.minimum(_blocks(whole, factor), torch.where(most > 0, most, math.inf))
 
     def total(blocks: Tensor) -> Tensor:

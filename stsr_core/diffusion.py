@@ -101,8 +101,8 @@ def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: li
         if before is not None and following > 0:
             last, width = before
             middle = expected + (expected - last) * (step / (2 * width))
-        velocity = (math.cos(angle) * x - middle) / math.sin(angle)
-        x = math.cos(step) * x - math.sin(step) * velocity
+        # Noise and expected residual turned by the step; in place, for a shard's fields are large.
+        x = (x * (math.sin(following) / math.sin(angle))).add_(middle, alpha=math.sin(step) / math.sin(angle))
         before = (expected, step)
     return x
 

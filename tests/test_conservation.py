@@ -11,7 +11,7 @@ from stsr_core.factors import ConservationFunction, Factor
 from stsr_core.grids import coarsen
 
 EXACT = ConservationFunction(threshold_mm=0.05)
-TAPERED = ConservationFunction(threshold_mm=0.05, limit=4.0)
+TAPERED = ConservationFunction(threshold_mm=0.05, excess=1.0)
 
 
 @st.composite
@@ -69,12 +69,11 @@ def test_coarse_cells_do_not_show_as_squares():
 
 @settings(max_examples=100, deadline=None)
 @given(fields())
-def test_tapered_f_holds_no_cell_beyond_its_limit_plus_the_even_share(case):
+def test_tapered_f_holds_no_cell_beyond_its_bound_plus_the_even_share(case):
     factor, fine, coarse = case
     out = conserve(fine, coarse, factor, TAPERED)
-    rate = coarse / factor.time
-    around = torch.nn.functional.max_pool3d(rate[None], 3, stride=1, padding=1)[0]
-    most = TAPERED.limit * around + rate
+    around = torch.nn.functional.max_pool3d(coarse[None], 3, stride=1, padding=1)[0]
+    most = around + TAPERED.excess * around.sqrt() + coarse / factor.time
     for axis, parts in enumerate((factor.time, factor.space, factor.space)):
         most = most.repeat_interleave(parts, axis)
     assert (out <= most * (1 + 1e-4) + 1e-6).all()
@@ -83,7 +82,7 @@ def test_tapered_f_holds_no_cell_beyond_its_limit_plus_the_even_share(case):
 def test_what_a_cell_may_not_hold_goes_to_the_others_in_proportion():
     fine = torch.full((1, 4, 4), 0.1)
     fine[0, 0, 0], fine[0, 3, 3] = 100.0, 0.2
-    function = ConservationFunction(threshold_mm=0.0, limit=4.0)
+    function = ConservationFunction(threshold_mm=0.0, excess=3.0)
     out = conserve(fine, torch.ones(1, 1, 1), Factor(space=4, time=1), function)[0]
     assert out[0, 0] == pytest.approx(4.0, rel=1e-4)
     assert out[3, 3] == pytest.approx(2 * float(out[1, 1]), rel=1e-4)

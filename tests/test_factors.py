@@ -44,9 +44,7 @@ def test_distance_is_a_metric_on_factors(a, b):
 def test_recipe_holds_for_the_whole_family(factor):
     configuration = recipe(factor)
     assert configuration.context_length * factor.time >= 10 or configuration.context_length == 3
-    limit = configuration.conservation.limit
-    assert limit is not None
-    assert factor.time <= limit <= factor.time * factor.space**2
+    assert configuration.conservation.excess == factor.space
 
 
 def test_noise_amplitude_grows_with_the_underdetermination_as_in_the_paper():

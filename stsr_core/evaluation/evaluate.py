@@ -142,7 +142,7 @@ def variants(served: Served) -> dict[str, Served]:
     """Variants of what a checkpoint serves, by name; none is trained again."""
     c = served.configuration
     exact = ConservationFunction(threshold_mm=c.conservation.threshold_mm)
-    uncut = ConservationFunction(threshold_mm=0.0, limit=c.conservation.limit)
+    uncut = ConservationFunction(threshold_mm=0.0, excess=c.conservation.excess)
 
     def with_f(f: ConservationFunction) -> Served:
         return served.model_copy(update={"configuration": c.model_copy(update={"conservation": f})})

@@ -91,9 +91,19 @@ def test_linear_interpolation_is_exact_on_a_plane_and_local():
 
 
 def test_frames_grow_by_mirroring_even_where_they_are_small():
-    x = torch.arange(3.0)[None, None, None, :].expand(1, 1, 2, 3)
+    x = torch.arange(3.0)[None, None, None, :].expand(1, 1, 18, 3)
     grown = _mirrored(x, 8)
-    assert grown.shape == (1, 1, 8, 8)
-    assert grown[0, 0, 5].tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
-    whole = torch.rand(1, 1, 8, 8)
+    assert grown.shape == (1, 1, 24, 16)  # two strides at least, for convolutions at the lowest level mirror too
+    assert grown[0, 0, 5].tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1, 2, 2]
+    whole = torch.rand(1, 1, 16, 24)
     assert _mirrored(whole, 8) is whole
+
+
+def test_borders_see_what_the_middle_sees():
+    torch.manual_seed(0)
+    network = MeanNetwork((8, 8), attention=False).eval()
+    torch.nn.init.normal_(network.unet.last.weight)
+    even = torch.ones(1, 2, 5, 32, 32)
+    with torch.no_grad():
+        found = network(even, Factor(space=1, time=2))
+    torch.testing.assert_close(found, found[..., 14:16, 14:16].repeat(1, 1, 1, 16, 16), rtol=1e-4, atol=1e-4)
