@@ -85,25 +85,21 @@ def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: li
     One evaluation per step; the first step is of first order. Deterministic given `noise`.
 
     Args:
-        denoise: maps (noised residual, angle) to the expected residual, shaped like `noise`.
-        noise: standard normal.
+        denoise: maps (noised residual, angle) to the expected residual, a new tensor shaped like `noise`.
+        noise: standard normal; becomes the residual, for the fields of a shard are too large for copies.
         angles: decreasing, the last is 0; see `sampling_angles`.
 
     Returns:
         Residual, shaped like `noise`.
     """
-    x = noise
-    before: tuple[Tensor, float] | None = None
+    x, last, width = noise, None, 0.0
     for angle, following in itertools.pairwise(angles):
         step = angle - following
         expected = denoise(x, angle)
-        middle = expected
-        if before is not None and following > 0:
-            last, width = before
-            middle = expected + (expected - last) * (step / (2 * width))
-        # Noise and expected residual turned by the step; in place, for a shard's fields are large.
-        x = (x * (math.sin(following) / math.sin(angle))).add_(middle, alpha=math.sin(step) / math.sin(angle))
-        before = (expected, step)
+        ahead = step / (2 * width) if last is not None and following > 0 else 0.0  # the ends are of first order
+        middle = expected if last is None else last.lerp_(expected, 1 + ahead)
+        x.mul_(math.sin(following) / math.sin(angle)).add_(middle, alpha=math.sin(step) / math.sin(angle))
+        last, width = expected, step
     return x
 
 

@@ -78,9 +78,10 @@ class Fields:
 
 @dataclass(frozen=True)
 class _Window:
-    """A wet window: its place in the block's fine fields, and its blending weights."""
+    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, its blending weights."""
 
     place: tuple[slice, slice, slice]
+    read: tuple[slice, slice, slice]
     taper: Tensor
 
     @property
@@ -108,8 +109,7 @@ class _Block:
         for window in self.windows:
             self.weight[window.place] += window.taper
         self.weight.clamp_(min=torch.finfo(torch.float32).tiny)
-        statics = None if task.statics is None else torch.from_numpy(task.statics)[None]
-        self.conditions = downscaler.condition(self.coarse[None], statics)
+        self.statics = None if task.statics is None else torch.from_numpy(task.statics).to(downscaler.device)
         self.evaluations = 0
 
     def _is_wet(self, box: Box) -> bool:
@@ -120,8 +120,9 @@ class _Block:
 
     def _window(self, box: Box, lattice: WindowLattice) -> _Window:
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
+        read = tuple(slice(a - s, b - s + 2 * HALO) for (a, b), s in zip(box, self.start, strict=True))
         taper = torch.from_numpy(lattice.taper(box, self.parts)).to(self.downscaler.device)
-        return _Window((t, y, x), taper)
+        return _Window((t, y, x), read, taper)  # type: ignore[arg-type]
 
     def groups(self, members: int) -> Iterator[Sequence[_Window]]:
         """Neighbouring windows of one size, as many as the device takes at once."""
@@ -150,11 +151,17 @@ class _Block:
             self.evaluations += len(found)
             for window, part in zip(windows, found[:, :, 0].split(members), strict=True):
                 total[:, *window.place] += window.taper * part
-        return total / self.weight
+        return total.div_(self.weight)
 
     def window_conditions(self, windows: Sequence[_Window], members: int) -> Tensor:
-        parts = [self.conditions[:, t, :, y, x] for t, y, x in (w.place for w in windows)]
+        """Conditioning frames, made anew each time: held for the whole block they would be most of its memory."""
+        parts = [self._conditions(window) for window in windows]
         return _stacked([part.expand(members, *part.shape[1:]) for part in parts])
+
+    def _conditions(self, window: _Window) -> Tensor:
+        _, y, x = window.place
+        statics = None if self.statics is None else self.statics[None, :, y, x]
+        return self.downscaler.condition(self.coarse[window.read][None], statics)
 
     def mean(self, progress: Progress) -> Tensor:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""
