@@ -270,6 +270,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         product.conserve,
         options,
         plan.recipe.served.scores,
+        plan.recipe.served.statistics,
     )
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
