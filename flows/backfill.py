@@ -104,9 +104,9 @@ def backfill(
     settings = Settings()
     job = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)[0]
     named = _named(job, publish_as, period)
-    new = stage(resolve, named.name)(named, force=True)
-    assert new is not None
     library = Library.open(settings.checkpoints)
+    new = stage(resolve, named.name)(named, library, settings, force=True)
+    assert new is not None
     days = (period.first, period.last)
     found = stage(match, named.name)(stage(read, named.name)(job, days), job.target, library, settings.match_limit)
     lattice, fingerprint = stage(to_lattice, named.name)(job, found, days)

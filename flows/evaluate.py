@@ -54,7 +54,7 @@ def evaluate(
         ablations: also score variants of sampler, windows and f.
         reference: also score the authors' setting; slow.
         warming: also score the response to a wetter input.
-        record: write the scores to the checkpoint's card.
+        record: write scores and statistics to the checkpoint's card.
         report: write a page with tables and pictures here.
         statics: static fields that the checkpoint needs, by their names in catalog.yaml, or as NAME=FILE.
 

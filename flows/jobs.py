@@ -42,5 +42,9 @@ def jobs(
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
         options = options_of(where, settings)
         sources = settings.source_s3_options
-        found.append(Job(name, wanted, source, target, path.parent, where, options, sources, statics))
+        found.append(
+            Job(
+                name, wanted, source, target, path.parent, where, options, sources, statics, configuration.statics
+            )
+        )  # fmt: skip
     return found

@@ -50,13 +50,13 @@ def nightly(
     catalog_file: CatalogFile = None,
     destination: Destination = None,
 ) -> list[NightlyResult]:
-    """Publish the next version of each product whose source has changed.
+    """Publish the next version of each product whose source, configuration or checkpoint has changed.
 
     A product that fails does not keep the others from being published; the run fails in the end and names it.
 
     Args:
         product: name of a product in catalog.yaml, or "all".
-        force: publish though the source is the same as that of the last version.
+        force: publish though nothing has changed since the last version.
         members: number of members; without it that of the product.
         catalog_file: catalog.yaml to use; without it the one of the settings.
         destination: folder or bucket of the catalogue; without it the one of the settings.
@@ -87,7 +87,7 @@ def nightly(
 
 def _publish_next(job: Job, settings: Settings, *, force: bool) -> NightlyResult | None:
     name, library = job.name, Library.open(settings.checkpoints)
-    new = stage(resolve, name)(job, force=force)
+    new = stage(resolve, name)(job, library, settings, force=force)
     if new is None:
         return None
     found = stage(match, name)(stage(read, name)(job), job.target, library, settings.match_limit)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from prefect import task
@@ -15,14 +16,15 @@ from prefect.cache_policies import NO_CACHE
 from flows import artifacts
 from flows.attempts import owner
 from flows.log import event, shards_to_stderr
+from stsr_core.catalog.changes import changes
 from stsr_core.catalog.checkpoints import publish_checkpoint
 from stsr_core.catalog.claims import release, require_claim
-from stsr_core.catalog.items import Description, Provenance, SideFile
+from stsr_core.catalog.items import Description, Entries, Provenance, SideFile
 from stsr_core.catalog.publish import GROUPS, Attempt, Publication, Published, RedundantError, publish, quality_json
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.search import newest
 from stsr_core.checkpoint import Library
-from stsr_core.configuration import Product, Source, TargetGrid
+from stsr_core.configuration import Product, Source, Static, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble import product
 from stsr_core.ensemble.cluster import Cluster
@@ -37,6 +39,7 @@ from stsr_core.settings import Settings
 from stsr_core.sources.cube import Cube
 from stsr_core.sources.harmonise import Reading, find, negatives_of
 from stsr_core.sources.open import fingerprint, located, open_dataset
+from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
 from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store, shard_path
@@ -62,6 +65,25 @@ class Job:
     options: Mapping[str, object]
     source_options: Mapping[str, object] = field(default_factory=dict)
     statics: Mapping[str, StaticSource] = field(default_factory=dict)
+    static_entries: Mapping[str, Static] = field(default_factory=dict)
+
+    def entries(self, statics: Iterable[str]) -> Entries:
+        """Entries of catalog.yaml that it is made by, with those of the static fields named; no credentials."""
+        fields = {name: self.static_entries[name] for name in statics if name in self.static_entries}
+        return Entries(
+            product=self.product,
+            source=_public(self.source),
+            grid=self.target,
+            statics={name: _public(entry) for name, entry in fields.items()},
+        )
+
+
+Entry = TypeVar("Entry", Source, Static)
+
+
+def _public(entry: Entry) -> Entry:
+    """The entry without the credentials that its URL may hold."""
+    return entry.model_copy(update={"url": shown(entry.url)})
 
 
 @dataclass(frozen=True)
@@ -78,19 +100,31 @@ class New:
 
 
 @task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def resolve(job: Job, *, force: bool) -> New | None:
-    """Look whether there is something to do; None if there is not.
+def resolve(job: Job, library: Library, settings: Settings, *, force: bool) -> New | None:
+    """Look whether there is something to do: a new source, or another way to make it; None if there is not.
 
     A withdrawn version counts: the same source would make the same again.
     """
     found = fingerprint(job.source.url, base=job.base, storage_options=_source_options(job))
     last = newest(job.name, job.destination, storage_options=job.options)
-    before = last.version if last is not None else None
-    if last is not None and last.item["properties"].get("stsr:source_fingerprint") == found and not force:
-        event("nothing_new", source=job.source.url, version=before)
+    url, before = shown(job.source.url), last.version if last is not None else None
+    if last is None or last.item["properties"].get("stsr:source_fingerprint") != found:
+        event("new_source", source=url, fingerprint=found[:12], after=before)
+    elif changed := _changes(job, last.item["properties"], library, settings.match_limit):
+        event("made_otherwise", changed=",".join(changed), after=before)
+    elif force:
+        event("forced", source=url, after=before)
+    else:
+        event("nothing_new", source=url, version=before)
         return None
-    event("new_source", source=job.source.url, fingerprint=found[:12], after=before)
     return New(found, before or "")
+
+
+def _changes(job: Job, properties: Mapping[str, Any], library: Library, limit: float) -> list[str]:
+    """What catalog.yaml or the checkpoints would make otherwise than the version whose item says `properties`."""
+    statics = properties.get("stsr:statics", {})
+    prints = {name: job.statics[name].fingerprint for name in statics if name in job.statics}
+    return changes(properties, job.entries(statics), prints, library, limit)
 
 
 Days = tuple[date, date] | None  # the first and the last day of a source that are wanted, None for all
@@ -236,6 +270,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         product.conserve,
         options,
         plan.recipe.served.scores,
+        plan.recipe.served.statistics,
     )
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
@@ -323,7 +358,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
     configuration = plan.recipe.served.configuration
     checkpoint = library.serving(configuration.factor)
     return Provenance(
-        source_url=job.source.url,
+        source_url=shown(job.source.url),
         source_fingerprint=digest,
         source_attribution=job.source.attribution,
         source_license=job.source.license,
@@ -342,6 +377,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         members=plan.recipe.members,
         scores=plan.recipe.served.scores,
         statics={static.name: job.statics[static.name].fingerprint for static in checkpoint.card.statics},
+        configuration=job.entries(static.name for static in checkpoint.card.statics),
     )
 
 

@@ -60,12 +60,14 @@ class Served(_Frozen):
             spread too little on validation data, as the card's training history then says.
         evaluations: network evaluations per member by default.
         scores: validation scores, by name.
+        statistics: of the validation ensembles, see `store.statistics`; products must be like them.
     """
 
     configuration: FactorConfiguration
     residual_scale: float
     evaluations: int = 8
     scores: dict[str, float] = {}
+    statistics: dict[str, float] = {}
 
 
 class Card(_Frozen):
@@ -172,11 +174,13 @@ def _card_bytes(card: Card) -> bytes:
     return (json.dumps(card.model_dump(mode="json"), indent=1) + "\n").encode()
 
 
-def with_scores(checkpoint: Checkpoint, factor: Factor, scores: Mapping[str, float]) -> Checkpoint:
-    """Rewrite the card with the scores measured for one factor."""
+def with_scores(
+    checkpoint: Checkpoint, factor: Factor, scores: Mapping[str, float], statistics: Mapping[str, float]
+) -> Checkpoint:
+    """Rewrite the card with what was measured for one factor: scores, and statistics of the ensembles."""
+    measured = {"scores": dict(scores), "statistics": dict(statistics)}
     served = tuple(
-        s.model_copy(update={"scores": dict(scores)}) if s.configuration.factor == factor else s
-        for s in checkpoint.card.served
+        s.model_copy(update=measured) if s.configuration.factor == factor else s for s in checkpoint.card.served
     )
     card = checkpoint.card.model_copy(update={"served": served})
     path = checkpoint.weights_path.with_suffix(".json")

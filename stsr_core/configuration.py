@@ -141,6 +141,30 @@ class TargetGrid(_Frozen):
         return self
 
 
+class LikeCard(_Frozen):
+    """Bounds of the statistics of an ensemble over those on the checkpoint's card, see `store.statistics`.
+
+    Between ensembles of one checkpoint in dissimilar weather (fronts and storms over five regions of the United States,
+    ARPEGE over France) detail lies within 0.8 to 1.7, the others within 0.8 to 1.25.
+    """
+
+    detail: tuple[float, float] = Field(
+        default=(0.5, 2.0), strict=False, description="Amplitude of what is finer than coarse cells."
+    )
+    members: tuple[float, float] = Field(
+        default=(0.75, 1.35), strict=False, description="Difference between members; 0 where they are the same."
+    )
+    hours: tuple[float, float] = Field(
+        default=(0.7, 1.4), strict=False, description="Change from step to step; small where it stands still."
+    )
+    neighbours: tuple[float, float] = Field(
+        default=(0.65, 1.5), strict=False, description="Difference between neighbours; large for noise."
+    )
+    wet: tuple[float, float] = Field(
+        default=(0.7, 1.4), strict=False, description="Wet cells, given how uneven the amounts are."
+    )
+
+
 class Gates(_Frozen):
     """What an ensemble must meet before it is published."""
 
@@ -157,6 +181,9 @@ class Gates(_Frozen):
     )
     wet_fraction_ratio: tuple[float, float] = Field(
         default=(0.5, 2.0), strict=False, description="Bounds of wet fraction over that of truth on the card."
+    )
+    like_card: LikeCard = Field(
+        default=LikeCard(), description="Bounds of the ensemble's statistics over those on the card."
     )
 
 

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         default=1.5, gt=1.0, description="Largest ratio on an axis between the factor asked for and the one used."
     )
     s3_endpoint: str | None = Field(default=None, description="Endpoint of the object store, if not AWS.")
+    s3_region: str | None = Field(
+        default=None, description="Region of the object store; without it that of the environment or ~/.aws."
+    )
     s3_access_key_id: SecretStr | None = Field(default=None, description="Access key of the object store.")
     s3_secret_access_key: SecretStr | None = Field(default=None, description="Secret key of the object store.")
     s3_anonymous: bool = Field(default=False, description="Read the object store without credentials.")
@@ -75,8 +78,10 @@ class Settings(BaseSettings):
 
     @property
     def s3_options(self) -> dict[str, object]:
-        """Storage options for s3fs (`endpoint_url`, `key`, `secret`, `anon`); empty where nothing is set."""
+        """Storage options for s3fs (`endpoint_url`, `client_kwargs`, `key`, `secret`, `anon`), as far as set."""
         options: dict[str, object] = {}
+        if self.s3_region:
+            options["client_kwargs"] = {"region_name": self.s3_region}
         if self.s3_endpoint:
             options["endpoint_url"] = self.s3_endpoint
         if self.s3_access_key_id and self.s3_secret_access_key:

@@ -71,7 +71,7 @@ def test_a_factor_served_twice_is_refused(folder):
 
 def test_scores_go_to_the_card_of_their_factor(folder):
     before = Checkpoint.read(folder / "tiny.json")
-    after = with_scores(before, FACTOR, {"crps": 0.1})
+    after = with_scores(before, FACTOR, {"crps": 0.1}, {"members": 0.6})
     assert after.card.serving(FACTOR).scores == {"crps": 0.1}
     assert after.card.serving(Factor(space=10, time=1)).scores == {}
     assert after.weights().keys() == before.weights().keys()

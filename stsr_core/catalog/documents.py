@@ -54,6 +54,40 @@ def tries() -> Iterator[None]:
         time.sleep(random.uniform(0, PAUSE_SECONDS))
 
 
+def _identity(options: Options) -> dict[str, Any]:
+    """Region and credentials of an S3 store, found as s3fs finds them: options, environment, ~/.aws.
+
+    Raises:
+        PublicationError: a profile that is not there, or a file of ~/.aws that cannot be read.
+    """
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    kwargs: Any = options.get("client_kwargs") or {}
+    try:
+        session = Session(profile=options.get("profile"))
+        region = kwargs.get("region_name") or session.get_config_variable("region")
+        asked = not options.get("anon") and "key" not in options
+        credentials = session.get_credentials() if asked else None
+    except BotoCoreError as e:
+        raise PublicationError(f"S3 cannot be used ({e}). Check address, credentials and rights.") from e
+    return {
+        "skip_signature": bool(options.get("anon")),
+        **({"region": region} if region else {}),
+        **({"credential_provider": lambda: _frozen(credentials)} if credentials is not None else {}),
+    }
+
+
+def _frozen(credentials: Any) -> dict[str, Any]:
+    """Credentials as obstore takes them; those that a server renews are asked for again after a minute."""
+    now = credentials.get_frozen_credentials()
+    renewed = datetime.now(UTC) + timedelta(minutes=1) if now.token else None
+    return {
+        "access_key_id": now.access_key, "secret_access_key": now.secret_key, "token": now.token,
+        "expires_at": renewed,
+    }  # fmt: skip
+
+
 def encode(document: Document) -> bytes:
     """Encode a document as it is stored; on one line and fast, because collections grow to ten thousand links."""
     return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
@@ -84,8 +118,7 @@ class Documents:
         return S3Store.from_url(
             self.destination,
             **{name: o[key] for key, name in S3_NAMES.items() if key in o},
-            skip_signature=bool(o.get("anon", False)),
-            region="us-east-1",
+            **_identity(o),
             client_options=client,
             retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=60)},
         )

@@ -10,6 +10,8 @@ import cftime
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from stsr_core.configuration import Product, Source, Static, TargetGrid
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -32,6 +34,28 @@ COLLECTION_EXTENSIONS = [EXTENSIONS[0], EXTENSIONS[4]]  # version, file
 ROOT = "../../../catalog.json"  # from an item
 COLLECTION = "../../collection.json"
 EDGE_POINTS = 21  # points along an edge of the footprint
+
+
+class Entries(BaseModel):
+    """Entries of catalog.yaml that a version was made by; URLs without credentials."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    product: Product
+    source: Source
+    grid: TargetGrid
+    statics: dict[str, Static] = {}
+
+    @property
+    def making(self) -> dict[str, Any]:
+        """The part of them that determines the bytes of a version, together with the content of its source."""
+        told = {"url", "description", "license", "attribution"}
+        return {
+            "product": self.product.model_dump(include={"members", "seed", "conserve"}),
+            "source": self.source.model_dump(exclude=told),
+            "grid": self.grid.model_dump(),
+            "static": {name: static.model_dump(exclude=told) for name, static in self.statics.items()},
+        }
 
 
 class Provenance(BaseModel):
@@ -58,6 +82,7 @@ class Provenance(BaseModel):
     members: int
     scores: dict[str, float]
     statics: dict[str, str] = {}  # fingerprints of the static fields
+    configuration: Entries
 
 
 @dataclass(frozen=True)

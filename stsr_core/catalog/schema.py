@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stsr_core.catalog.items import EXTENSIONS
+from stsr_core.catalog.items import EXTENSIONS, Entries
 from stsr_core.errors import PublicationError
 
 
@@ -178,6 +178,7 @@ class Properties(_Strict):
     members: int = Field(alias="stsr:members", ge=1)
     scores: dict[str, float] = Field(alias="stsr:scores")
     statics: dict[str, str] = Field(default={}, alias="stsr:statics")
+    configuration: Entries = Field(alias="stsr:configuration")
     gates: list[GateResult] = Field(alias="stsr:gates", min_length=1)
 
     @model_validator(mode="after")
@@ -187,6 +188,8 @@ class Properties(_Strict):
         values = self.dimensions["member"].values or []
         if len(values) != self.members:
             raise ValueError(f"{len(values)} members in the cube, {self.members} in the provenance")
+        if self.configuration.source.url != self.source_url:
+            raise ValueError(f"the source is {self.source_url}, by the configuration {self.configuration.source.url}")
         return self
 
 

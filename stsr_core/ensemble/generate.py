@@ -124,7 +124,8 @@ def _written(task: ShardTask, result: ShardResult, target: Target) -> Receipt:
         bytes_digest=digest,
         closure_quanta=result.closure_quanta,
         network_evaluations=result.evaluations,
-        **result.statistics(),
+        **result.counts(),
+        sums=result.sums(factor),
     )
     write_receipt(target.url, target.array, receipt, target.options)
     return receipt

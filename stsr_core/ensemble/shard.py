@@ -21,6 +21,7 @@ from stsr_core.ensemble.plan import HALO, Box, ShardTask, shard_windows, shifted
 from stsr_core.ensemble.windows import WindowLattice
 from stsr_core.errors import StoreError
 from stsr_core.store.layout import MISSING, QUANTUM_MM
+from stsr_core.store.statistics import sums
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,21 +47,26 @@ class ShardResult:
     closure_quanta: int
     evaluations: int
 
-    def statistics(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         """Counts and moments for the receipt, see `store.receipts.Receipt`."""
         missing = self.quanta == MISSING
-        amount = np.where(missing, 0, self.quanta) * QUANTUM_MM
+        amount = np.where(missing, np.uint16(0), self.quanta) * np.float32(QUANTUM_MM)
         wet = amount > WET_MM
         rainy = amount[:, wet.any(axis=0)]
         spread = rainy.std(axis=0, ddof=1).mean() if len(amount) > 1 and rainy.size else 0.0
         return {
             "wet": int(wet.sum()),
             "missing": int(missing.sum()),
-            "sum_mm": float(amount.sum()),
+            "sum_mm": float(amount.sum(dtype=np.float64)),
             "max_mm": float(amount.max(initial=0.0)),
-            "rain_mm": float(rainy.mean()) if rainy.size else 0.0,
+            "rain_mm": float(rainy.mean(dtype=np.float64)) if rainy.size else 0.0,
             "spread_mm": float(spread),
         }
+
+    def sums(self, factor: Factor) -> dict[str, float]:
+        """Sums for the receipt, see `store.statistics.sums`."""
+        amount = np.where(self.quanta == MISSING, np.float32(np.nan), self.quanta * np.float32(QUANTUM_MM))
+        return sums(amount, factor)
 
 
 @dataclass(frozen=True)

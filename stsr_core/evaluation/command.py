@@ -34,7 +34,8 @@ def evaluate_checkpoint(
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report)
     if record:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
-        checkpoint = with_scores(checkpoint, factor, scores)
+        statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
+        checkpoint = with_scores(checkpoint, factor, scores, statistics)
     if json_file is not None:
         json_file.write_text(json.dumps(evaluation.as_json(), indent=1))
     if html_file is not None:

@@ -25,6 +25,7 @@ from stsr_core.networks.layers import Level
 from stsr_core.sources.cube import Cube
 from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
+from stsr_core.store.statistics import added, statistics, sums
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Evaluation:
         ranks: rank histogram of `stsr`, (M + 1,).
         spectra: radially averaged power by method, truth included.
         fields: ensembles by method, (M, P, T, Y, X), for pictures.
+        statistics: of the ensembles of `stsr`, see `store.statistics`.
         signal: response of means, wet frequency and quantiles by warming factor.
     """
 
@@ -92,6 +94,7 @@ class Evaluation:
     ranks: NDArray[np.float64]
     spectra: dict[str, NDArray[np.float64]]
     fields: dict[str, NDArray[np.float32]]
+    statistics: dict[str, float]
     signal: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
@@ -102,6 +105,7 @@ class Evaluation:
             "shape": list(self.truth.fine.shape),
             "members": len(self.fields[OURS]),
             "scores": self.table,
+            "statistics": self.statistics,
             "crps_ratio_intervals_95": self.intervals,
             "rank_histogram": self.ranks.tolist(),
             "warming": self.signal,
@@ -221,6 +225,7 @@ def evaluate(
         ranks=rank_histogram(fields[OURS], truth.fine),
         spectra={"truth": power_spectrum(truth.fine), **{name: power_spectrum(f) for name, f in fields.items()}},
         fields=fields,
+        statistics=statistics(added(sums(place, factor) for place in np.moveaxis(fields[OURS], 1, 0))),
         signal=_warming(runner, truth, fields[OURS], report) if options.warming else {},
     )
 

@@ -28,6 +28,7 @@ class Receipt(BaseModel):
         max_mm: largest amount [mm].
         rain_mm: mean amount over cells that are wet in any member [mm].
         spread_mm: mean standard deviation over members in the same cells [mm].
+        sums: what statistics of the ensemble are made of, see `store.statistics`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class Receipt(BaseModel):
     max_mm: float
     rain_mm: float
     spread_mm: float
+    sums: dict[str, float]
 
 
 def _folder(array: str) -> str:

@@ -14,18 +14,19 @@ from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
 from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_store, read_object, shard_path
+from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.configuration import Gates
+    from stsr_core.configuration import Gates, LikeCard
     from stsr_core.factors import Factor
     from stsr_core.store.layout import Options
     from stsr_core.store.receipts import Receipt
 
 SAMPLE = 64  # shards that are read back
 READERS = 8  # objects read at a time
-WET_MM = 0.1  # amount per fine step, as in the receipts
+JUDGED = 50  # wet coarse cells and steps below which statistics are those of single showers
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Stored:
         conserved: whether closure was enforced.
         options: options of the filesystem.
         scores: what the checkpoint's card says of its validation, by name.
+        statistics: what it says of the ensembles made for that, see `store.statistics`.
     """
 
     url: str
@@ -122,6 +124,7 @@ class Stored:
     conserved: bool
     options: Options | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> GateReport:
@@ -144,6 +147,7 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
         _wet_fraction(stored, valid, receipts, gates),
         _card("spread_skill", "spread over skill", stored, gates.spread_skill),
         _card("wet_fraction_ratio", "wet fraction over truth", stored, gates.wet_fraction_ratio),
+        *_like_card(stored, valid, receipts, gates),
     ]
     return GateReport(gates=tuple(results))
 
@@ -254,4 +258,28 @@ def _card(score: str, name: str, stored: Stored, bounds: tuple[float, float]) ->
     return Gate(
         name=f"card: {name}", passed=found is None or bounds[0] <= found <= bounds[1],
         found="not on the card" if found is None else f"{found:.2f}", needed=f"{bounds[0]:g} to {bounds[1]:g}",
+    )  # fmt: skip
+
+
+def _like_card(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
+    """Gates over the statistics of the ensemble against those on the checkpoint's card."""
+    total = added(receipts[e.key].sums for e in valid)
+    cells = stored.factor.space**2 * stored.factor.time * max((e.region[0].stop for e in valid), default=1)
+    enough = total.get("under", 0.0) >= JUDGED * cells
+    found = statistics(total) if enough else {}
+    return [_like(name, found.get(name), stored.statistics.get(name), gates.like_card) for name in STATISTICS]
+
+
+def _like(name: str, found: float | None, expected: float | None, gates: LikeCard) -> Gate:
+    """Gate over one statistic; one that the card or the ensemble lacks is not judged, and the report says why."""
+    low, high = getattr(gates, name)
+    needed = f"{low:g} to {high:g} times the card's"
+    if expected is None:
+        return Gate(name=f"like card: {name}", passed=True, found="not judged: not on the card", needed=needed)
+    if found is None:
+        why = f"not judged: fewer than {JUDGED} wet coarse cells and steps, or a single member or step"
+        return Gate(name=f"like card: {name}", passed=True, found=why, needed=needed)
+    return Gate(
+        name=f"like card: {name}", passed=low * expected <= found <= high * expected,
+        found=f"{found:.3f}, on the card {expected:.3f}", needed=needed,
     )  # fmt: skip

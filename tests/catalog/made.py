@@ -5,8 +5,9 @@ from datetime import datetime, timedelta
 import numpy as np
 from pyproj import CRS
 
-from stsr_core.catalog.items import Description, Provenance
+from stsr_core.catalog.items import Description, Entries, Provenance
 from stsr_core.catalog.publish import Attempt, Publication, publish, quality_json
+from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.store.coarse import write_coarse
 from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
@@ -27,12 +28,22 @@ LAYOUT = StoreLayout(
 )
 COARSE_GRID = Grid(Axis(6_445_000.0, -2000.0, 2), Axis(851_000.0, 2000.0, 2), WKT)
 DESCRIPTION = Description("rain", "Rain", "Rain at 1 km.", "etalab-2.0", "METEO FRANCE", ("rain",))
+ENTRIES = Entries(
+    product=Product(title="Rain", description="Rain at 1 km.", source="model", grid="box", members=2, seed=1),
+    source=Source(
+        url="s3://bucket/in.nc", variable="pr", units="mm/h", select={"number": 0}, description="Rain",
+        license="etalab-2.0", attribution="METEO FRANCE",
+    ),
+    grid=TargetGrid(
+        crs="EPSG:2154", spacing_m=1000.0, x_min=850_000.0, x_max=854_000.0, y_min=6_442_000.0, y_max=6_446_000.0
+    ),
+)  # fmt: skip
 PROVENANCE = Provenance(
     source_url="s3://bucket/in.nc", source_fingerprint="f" * 64, source_attribution="METEO FRANCE",
     source_license="etalab-2.0", requested_factor=(9.4, 1.0), factor=(2, 1), match_distance=0.06, beta=0.02,
     context_length=12, conservation={"threshold_mm": 0.05, "limit": None}, conserved=True, checkpoint="small",
     checkpoint_digest="c" * 64, network_evaluations=8, code_version="0.1.0", seed=1, members=2,
-    scores={"crps": 0.5},
+    scores={"crps": 0.5}, configuration=ENTRIES,
 )  # fmt: skip
 GOOD = GateReport(gates=(Gate(name="closure", passed=True, found="0 quanta", needed="0 quanta"),))
 SIDE_FILES = {

@@ -76,7 +76,7 @@ def made(*_):
 def _no_work(monkeypatch):
     """Shards of nothing, packed and written in no time."""
     monkeypatch.setattr(engine, "compute_fields", made)
-    monkeypatch.setattr(engine, "quantised", lambda *_: ShardResult(np.zeros((1, 1, 1, 1), np.uint16), 0, 0))
+    monkeypatch.setattr(engine, "quantised", lambda *_: ShardResult(np.zeros((1, 1, 4, 4), np.uint16), 0, 0))
     monkeypatch.setattr(engine, "write_shard", lambda *_: "digest")
 
 

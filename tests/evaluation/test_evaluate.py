@@ -13,6 +13,7 @@ from stsr_core.evaluation.evaluate import Options
 from stsr_core.evaluation.report import bars
 from stsr_core.evaluation.truth import read_truth
 from stsr_core.factors import Factor
+from stsr_core.store.statistics import STATISTICS
 
 FACTOR = Factor(space=4, time=3)
 
@@ -110,3 +111,5 @@ def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
     )  # fmt: skip
     card = Library.open(folder).serving(FACTOR).card.serving(FACTOR)
     assert card.scores["crps_over_linear"] == pytest.approx(found.table["stsr"]["crps_over_linear"], abs=1e-4)
+    assert set(card.statistics) == set(STATISTICS)  # what the gates hold a product's ensemble against
+    assert card.statistics == pytest.approx(found.statistics, abs=1e-4)

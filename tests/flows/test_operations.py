@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from flows.jobs import jobs
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
+from stsr_core.catalog.search import Version
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError, GateError, SourceError
 from stsr_core.factors import Factor, Match
@@ -161,3 +163,33 @@ def test_a_reference_that_is_not_there_is_refused(tmp_path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "repository")], check=True)
     with pytest.raises(RedeployError, match="rev-parse failed.*Check the reference"):
         fetch.fn("nosuch", str(tmp_path / "repository"), tmp_path / "releases")
+
+
+def test_a_product_is_made_again_where_its_source_configuration_or_checkpoint_changed(library, monkeypatch, tmp_path):
+    """Nothing else is: neither text nor code; and the URL is told without what it may hold of credentials."""
+    settings = Settings(destination=str(tmp_path))
+    [job] = jobs("arpege-provence-1km", settings)
+    last: dict[str, object] = {}
+    monkeypatch.setattr(tasks, "newest", lambda *_, **__: Version("p", "v1", {"properties": last}, "p/v1.json"))
+    monkeypatch.setattr(tasks, "event", lambda *_, **__: None)
+
+    def new(job=job, **flags):
+        return tasks.resolve.fn(job, library, settings, force=False, **flags)
+
+    first = new()
+    last |= {
+        "stsr:source_fingerprint": first.fingerprint,
+        "stsr:configuration": json.loads(job.entries(()).model_dump_json()),
+        "stsr:requested_factor": (9.4, 1.0),
+        "stsr:factor": [10, 1],
+        "stsr:checkpoint_digest": library.serving(Factor(space=10, time=1)).digest,
+        "stsr:statics": {},
+    }
+    assert new() is None
+    assert new(replace(job, product=job.product.model_copy(update={"title": "Other"}))) is None
+    assert new(replace(job, product=job.product.model_copy(update={"members": 3}))) == first
+    assert new(replace(job, source=job.source.model_copy(update={"units": "mm/h"}))) == first
+    last["stsr:checkpoint_digest"] = "c" * 64
+    assert new() == first
+    private = job.source.model_copy(update={"url": "https://user:word@host/a.nc?sig=abc"})
+    assert replace(job, source=private).entries(()).source.url == "https://host/a.nc"

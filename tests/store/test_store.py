@@ -10,7 +10,7 @@ import xarray as xr
 
 import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
-from stsr_core.configuration import Gates
+from stsr_core.configuration import Gates, LikeCard
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
@@ -25,6 +25,7 @@ from stsr_core.store.layout import (
 )
 from stsr_core.store.overview import write_overview
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+from stsr_core.store.statistics import STATISTICS, statistics, sums
 from stsr_core.store.verify import Expected, Stored, verify
 
 FACTOR = Factor(space=2, time=1)
@@ -73,11 +74,12 @@ def store(tmp_path, quanta):
     url = str(tmp_path / "e.zarr")
     create_ensemble(url, LAYOUT, array="precipitation")
     for region in REGIONS:
-        digest = write_shard(url, "precipitation", region, quanta[region])
+        part = quanta[region]
+        digest = write_shard(url, "precipitation", region, part)
         receipt = Receipt(
             shard=key_of(region), plan_digest="p" + key_of(region), bytes_digest=digest, closure_quanta=0,
-            network_evaluations=1, wet=10, missing=int((quanta[region] == MISSING).sum()), sum_mm=1.0, max_mm=5.0,
-            rain_mm=1.0, spread_mm=0.5,
+            network_evaluations=1, wet=10, missing=int((part == MISSING).sum()), sum_mm=1.0, max_mm=5.0,
+            rain_mm=1.0, spread_mm=0.5, sums=sums(np.where(part == MISSING, np.nan, part * np.float32(0.01)), FACTOR),
         )  # fmt: skip
         write_receipt(url, "precipitation", receipt)
     return url
@@ -133,7 +135,7 @@ def test_a_sound_store_passes_every_gate(store, coarse):
     assert report.passed, report
     assert {g.name for g in report.gates} == {
         "receipts", "stored bytes", "closure", "missing cells", "plausible range", "spread", "wet fraction",
-        "card: spread over skill", "card: wet fraction over truth",
+        "card: spread over skill", "card: wet fraction over truth", *(f"like card: {name}" for name in STATISTICS),
     }  # fmt: skip
     report.raise_if_failed()
 
@@ -212,6 +214,33 @@ def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
     assert {name: (g.found, g.needed) for name, g in failed(report).items()} == {
         "card: spread over skill": ("0.40", "0.5 to 1.5")
     }
+
+
+def like_card(store, coarse, card, gates=None):
+    """Results of the gates against the statistics of a card, by statistic."""
+    expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in REGIONS]
+    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True, statistics=card)
+    gates = verify(stored, expected, read_receipts(store, "precipitation"), gates or Gates()).gates
+    return {g.name.removeprefix("like card: "): g for g in gates if g.name.startswith("like card: ")}
+
+
+def test_statistics_must_be_like_those_of_the_card(store, coarse, quanta, monkeypatch):
+    whole = statistics(sums(np.where(quanta == MISSING, np.nan, quanta * np.float32(0.01)), FACTOR))
+    monkeypatch.setattr(verify_module, "JUDGED", 40)  # there are 47 wet coarse cells and steps
+    assert all(gate.passed for gate in like_card(store, coarse, whole).values())
+    other = {**whole, "members": whole["members"] / 1.4}
+    results = like_card(store, coarse, other)
+    assert [name for name, gate in results.items() if not gate.passed] == ["members"]
+    assert results["members"].found.endswith(f", on the card {other['members']:.3f}")
+    assert results["members"].needed == "0.75 to 1.35 times the card's"
+    wider = Gates(like_card=LikeCard(members=(0.5, 1.5)))
+    assert like_card(store, coarse, other, wider)["members"].passed
+
+
+def test_a_card_without_statistics_and_an_ensemble_with_little_rain_are_not_judged_and_say_so(store, coarse):
+    assert {g.found for g in like_card(store, coarse, {}).values()} == {"not judged: not on the card"}
+    little = like_card(store, coarse, dict.fromkeys(STATISTICS, 99.0))
+    assert all(g.passed and g.found.startswith("not judged: fewer than 50 wet coarse cells") for g in little.values())
 
 
 def test_a_receipt_cut_short_counts_as_absent(store):

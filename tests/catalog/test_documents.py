@@ -1,0 +1,81 @@
+"""How documents in buckets are asked for: in which region, as whom."""
+
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from stsr_core.catalog.documents import Documents
+from stsr_core.errors import PublicationError
+from stsr_core.settings import Settings
+
+SIGNED = re.compile(r"Credential=(?P<key>[^/]+)/\d+/(?P<region>[^/]+)/s3/")
+
+
+@pytest.fixture
+def signatures():
+    """Address of a server that knows no object, and the Authorization headers that it got."""
+    got = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        def do_GET(self):
+            got.append(self.headers["Authorization"])
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", got
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def asked(signatures, monkeypatch, tmp_path):
+    """Ask for a document with the settings and the environment given; returns key and region of the signature."""
+    endpoint, got = signatures
+    (tmp_path / "config").write_text("[profile night]\nregion = eu-north-1\n")
+    (tmp_path / "credentials").write_text("[night]\naws_access_key_id = owl\naws_secret_access_key = s\n")
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+
+    def ask(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert Documents("s3://bucket", Settings(s3_endpoint=endpoint).s3_options).fetch("a.json") is None
+        found = SIGNED.search(got[-1] or "")
+        return found and (found["key"], found["region"])
+
+    return ask
+
+
+KEYS = {"STSR_S3_ACCESS_KEY_ID": "day", "STSR_S3_SECRET_ACCESS_KEY": "s"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "signed"),
+    [
+        (KEYS, ("day", "us-east-1")),
+        ({**KEYS, "AWS_DEFAULT_REGION": "eu-west-3"}, ("day", "eu-west-3")),
+        ({**KEYS, "AWS_REGION": "eu-west-2"}, ("day", "eu-west-2")),
+        ({**KEYS, "AWS_DEFAULT_REGION": "eu-west-3", "STSR_S3_REGION": "eu-west-1"}, ("day", "eu-west-1")),
+        ({**KEYS, "AWS_PROFILE": "night"}, ("day", "eu-north-1")),
+        ({"AWS_PROFILE": "night"}, ("owl", "eu-north-1")),
+        ({"STSR_S3_ANONYMOUS": "true"}, None),
+    ],
+)
+def test_region_and_keys_come_from_settings_else_from_the_environment_or_a_profile(asked, environment, signed):
+    assert asked(**environment) == signed
+
+
+def test_a_profile_that_is_not_there_is_an_error_that_says_so(asked):
+    with pytest.raises(PublicationError, match=r"profile \(day\) could not be found.*Check address, credentials"):
+        asked(AWS_PROFILE="day")
