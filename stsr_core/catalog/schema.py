@@ -176,6 +176,7 @@ class Properties(_Strict):
     code_version: str = Field(alias="stsr:code_version")
     seed: int = Field(alias="stsr:seed")
     members: int = Field(alias="stsr:members", ge=1)
+    driving_members: list[str] = Field(default=[], alias="stsr:driving_members")
     scores: dict[str, float] = Field(alias="stsr:scores")
     statics: dict[str, str] = Field(default={}, alias="stsr:statics")
     gates: list[GateResult] = Field(alias="stsr:gates", min_length=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
+MEMBER = "member"  # dimension along which files of the same times are joined
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
@@ -257,25 +259,43 @@ def _joined(place: Location) -> xr.Dataset:
         return found[0]
     times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
-    dim = "member" if same else "time"
+    dim = MEMBER if same else "time"
     if not same:
         found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
     try:
         joined = xr.concat(
-            found, dim, data_vars="minimal" if not same else "all", coords="minimal", compat="equals", join="exact",
-            combine_attrs="override",
+            found, dim, data_vars="minimal" if not same else _amounts(found[0]), coords="minimal", compat="equals",
+            join="exact", combine_attrs="override",
         )  # fmt: skip
     except (ValueError, KeyError) as e:
         raise SourceError(
             f"The {len(paths)} files of {shown(place.url)} do not fit together along {dim}: "
             f"{str(e).splitlines()[0][:200]}. Name files of one grid and one set of variables."
         ) from e
+    if same and not any(MEMBER in d.variables or MEMBER in d.dims for d in found):
+        joined = joined.assign_coords({MEMBER: _distinct(paths)})
     stamps = joined["time"].to_index()
     if not same and stamps.has_duplicates:
         raise SourceError(
             f"Files of {shown(place.url)} hold the same time twice: {stamps[stamps.duplicated()][0]}. Name each once."
         )
     return joined
+
+
+def _amounts(dataset: xr.Dataset) -> list[str]:
+    """Variables that differ between members: those along time that are bounds of none."""
+    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in dataset.variables.values()}
+    return [n for n in map(str, dataset.data_vars) if "time" in dataset[n].dims and n not in bounds]
+
+
+def _distinct(paths: list[str]) -> list[str]:
+    """What tells paths apart: the words that are not the same in all of them, such as r1i1p1f1; else all of each."""
+    words = [re.split(r"[/._-]", path) for path in paths]
+    if len({len(w) for w in words}) > 1:
+        return paths
+    differ = [i for i, at in enumerate(zip(*words, strict=True)) if len(set(at)) > 1]
+    found = ["_".join(w[i] for i in differ) for w in words]
+    return found if len(set(found)) == len(found) else paths
 
 
 def _times(dataset: xr.Dataset, path: str) -> Any:
