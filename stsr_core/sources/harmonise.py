@@ -421,6 +421,7 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     array = layout.array.isel({layout.time_dim: slice(low, high)})
     records = patiently(lambda: part.take(array), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
+    _mask_invalid(records, layout.array, declared)
     for mark in declared.missing_values:  # as written, or as a float32 file holds it
         records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
     if np.isinf(records).any():
@@ -438,6 +439,33 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     largest = float(np.nanmax(np.abs(records), initial=0.0))
     rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
     return values, rounding
+
+
+def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: Declared) -> None:
+    """Mask what lies above the valid range that a file states, as CF asks for; negatives are judged by `_check`.
+
+    Raises:
+        SourceError: cells are missing because 0 marks them, which is also what dry cells hold.
+    """
+    scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
+    high = _valid_max(array) * scale + offset
+    with np.errstate(invalid="ignore"):
+        records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
+    marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
+    if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
+        raise SourceError(
+            "The fill value of the file is 0, so dry cells would be missing. If 0 does mark missing cells, declare "
+            "`missing_values: [0.0]` of the source in catalog.yaml, or by --declare; else remove the fill value."
+        )
+
+
+def _valid_max(array: xr.DataArray) -> float:
+    """Largest valid value as the file states it, packed where its values are; infinite where it does not."""
+    stated = np.ravel(array.attrs.get("valid_range", array.attrs.get("valid_max", np.inf)))[-1]
+    try:
+        return float(stated)
+    except ValueError as e:
+        raise SourceError(f"The valid range ends at {stated!r}, which is no number. Mend or remove it.") from e
 
 
 def _largest(step: timedelta) -> float:

@@ -29,6 +29,7 @@ PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
+MEANING = ("units", "standard_name", "cell_methods")  # attributes that files must share
 MEMBER = "member"  # dimension along which files of the same times are joined
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
@@ -257,6 +258,7 @@ def _joined(place: Location) -> xr.Dataset:
     found = [_lazily(place.at(p)) for p in paths]
     if len(found) == 1:
         return found[0]
+    _check_alike(found, paths)
     times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
     dim = MEMBER if same else "time"
@@ -282,8 +284,26 @@ def _joined(place: Location) -> xr.Dataset:
     return joined
 
 
+def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
+    """Refuse files whose variables differ, or mean different things: joined, all would mean what the first does."""
+    names = _amounts(found[0])
+    for dataset, path in zip(found[1:], paths[1:], strict=True):
+        if set(_amounts(dataset)) != set(names):
+            differ = ", ".join(sorted(set(_amounts(dataset)) ^ set(names)))
+            raise SourceError(
+                f"The files do not fit together: {differ} is not in all of them. Name files of one set of variables."
+            )
+        for name in names:
+            one, other = ([str(d[name].attrs.get(key, "")) for key in MEANING] for d in (found[0], dataset))
+            if one != other:
+                raise SourceError(
+                    f"The files do not fit together: {name!r} is {', '.join(filter(None, one)) or 'not described'} in "
+                    f"some, {', '.join(filter(None, other)) or 'not described'} in {path}. Name files of one kind."
+                )
+
+
 def _amounts(dataset: xr.Dataset) -> list[str]:
-    """Variables that differ between members: those along time that are bounds of none."""
+    """Variables that hold data, and may differ between members: those along time that are bounds of none."""
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in dataset.variables.values()}
     return [n for n in map(str, dataset.data_vars) if "time" in dataset[n].dims and n not in bounds]
 

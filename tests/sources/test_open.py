@@ -133,6 +133,17 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     days(3, 3).assign_coords(lat=np.arange(3.0)).to_netcdf(tmp_path / "b.nc")
     with pytest.raises(SourceError, match="do not fit together along time"):
         open_dataset(str(tmp_path / "*.nc"))
+    for change, message in (
+        ({"units": "m"}, "'pr' is mm in some, m in .*b.nc"),
+        ({"units": "mm", "cell_methods": "time: mean"}, "mm, time: mean in .*b.nc"),
+    ):
+        for first in (0, 3):  # of the same times, and of later ones
+            days(first, 3).assign(pr=days(first, 3)["pr"].assign_attrs(change)).to_netcdf(tmp_path / "b.nc")
+            with pytest.raises(SourceError, match=message):
+                open_dataset(str(tmp_path / "*.nc"))
+    days(0, 3).rename(pr="lsp").to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match="lsp, pr is not in all of them"):
+        open_dataset(str(tmp_path / "*.nc"))
     with pytest.raises(SourceError, match="Nothing matches"):
         open_dataset(str(tmp_path / "*.grib"))
 
