@@ -30,6 +30,13 @@ CHUNK_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
 MEANING = ("units", "standard_name", "cell_methods")  # attributes that files must share
+REALIZATION = (
+    "source_id",
+    "variant_label",
+    "model_id",
+    "driving_source_id",
+    "driving_variant_label",
+)  # of CMIP, CORDEX
 MEMBER = "member"  # dimension along which files of the same times are joined
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
@@ -263,6 +270,8 @@ def _joined(place: Location) -> xr.Dataset:
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
     dim = MEMBER if same else "time"
     if not same:
+        _check_one_realization(found, paths)
+    if not same:
         found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
     try:
         joined = xr.concat(
@@ -300,6 +309,18 @@ def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
                     f"The files do not fit together: {name!r} is {', '.join(filter(None, one)) or 'not described'} in "
                     f"some, {', '.join(filter(None, other)) or 'not described'} in {path}. Name files of one kind."
                 )
+
+
+def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:
+    """Refuse files of different models or realizations whose times follow each other, by what CMIP files say."""
+    for key in REALIZATION:
+        said = {str(d.attrs[key]): path for d, path in zip(found, paths, strict=True) if key in d.attrs}
+        if len(said) > 1:
+            (one, a), (other, b) = list(said.items())[:2]
+            raise SourceError(
+                f"The files are of several realizations, so their times make no series: {key} is {one} in {a}, {other} "
+                f"in {b}. Name files of one; or of the same times, which are driving members."
+            )
 
 
 def _amounts(dataset: xr.Dataset) -> list[str]:

@@ -144,6 +144,10 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     days(0, 3).rename(pr="lsp").to_netcdf(tmp_path / "b.nc")
     with pytest.raises(SourceError, match="lsp, pr is not in all of them"):
         open_dataset(str(tmp_path / "*.nc"))
+    for first, name in ((0, "a"), (3, "b")):
+        days(first, 3).assign_attrs(variant_label=f"r{name}i1p1f1").to_netcdf(tmp_path / f"{name}.nc")
+    with pytest.raises(SourceError, match="several realizations.*variant_label is rai1p1f1 in .*a.nc, rbi1p1f1 in"):
+        open_dataset(str(tmp_path / "*.nc"))
     with pytest.raises(SourceError, match="Nothing matches"):
         open_dataset(str(tmp_path / "*.grib"))
 
