@@ -93,7 +93,7 @@ def backfill(
         product: name of a product in catalog.yaml.
         period: days to make.
         pieces: how the period is cut, in which order, and how fast it goes.
-        members: number of members; without it that of the product.
+        members: number of members, of each driving member; without it that of the product.
         publish_as: name to publish under; without it the product's name and the period.
         catalog_file: catalog.yaml to use; without it the one of the settings.
         destination: folder or bucket of the catalogue; without it the one of the settings.

@@ -57,7 +57,7 @@ def nightly(
     Args:
         product: name of a product in catalog.yaml, or "all".
         force: publish though nothing has changed since the last version.
-        members: number of members; without it that of the product.
+        members: number of members, of each driving member; without it that of the product.
         catalog_file: catalog.yaml to use; without it the one of the settings.
         destination: folder or bucket of the catalogue; without it the one of the settings.
 

@@ -155,11 +155,11 @@ def match(source: Reading, target: TargetGrid, library: Library, limit: float) -
 
 
 @task(name="regrid", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
-def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[Cube, str]:
+def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[tuple[Cube, ...], str]:
     """Read the source and regrid it conservatively onto the coarse lattice of the matched factor, block by block.
 
     Returns:
-        The cube, and the fingerprint of the source that it was read from.
+        A cube for each driving member, and the fingerprint of the source that they were read from.
 
     Raises:
         SourceError: the source cannot be read, or was rewritten meanwhile.
@@ -167,21 +167,22 @@ def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[Cube, str]:
     url, options = job.source.url, _source_options(job)
     before = fingerprint(url, base=job.base, storage_options=options)
     with _found(job, days) as reading:
-        lattice = product.to_lattice(reading, job.target, found.factor)
+        cubes = product.to_lattice(reading, job.target, found.factor)
     if fingerprint(url, base=job.base, storage_options=options) != before:
         raise SourceError(f"{url} changed while it was read. Run again when its producer has finished.")
+    lattice = cubes[0]
     rows, columns = lattice.grid.shape
     event(
         "regridded", rows=rows, columns=columns, km=lattice.grid.x.step / 1000, step=lattice.times.step,
-        negatives_set_to_zero=negatives_of(lattice),
+        driving_members=len(cubes), negatives_set_to_zero=sum(map(negatives_of, cubes)),
     )  # fmt: skip
-    return lattice, before
+    return cubes, before
 
 
 @task(name="plan", cache_policy=NO_CACHE)
-def make_plan(cube: Cube, found: Match, library: Library, job: Job, settings: Settings) -> Plan:
+def make_plan(cubes: tuple[Cube, ...], found: Match, library: Library, job: Job, settings: Settings) -> Plan:
     """Plan the shards; a plan above the limit of device hours is refused."""
-    plan = product.plan_product(cube, found, library, job.product, job.statics)
+    plan = product.plan_product(cubes, found, library, job.product, job.statics)
     cost = product.Cost.of(plan, settings.device_rate)
     members, steps, rows, columns = plan.fine_shape
     event(
@@ -252,20 +253,27 @@ def complete(plan: Plan, attempt: Attempt) -> None:
     if overview in missing:
         write_overview(ensemble, ARRAY, overview, layout, options)
     if coarse in missing:
-        cube = plan.cube
-        write_coarse(coarse, cube.amount, cube.times, cube.grid, layout.attributes, options)
+        amounts, labels = [c.amount for c in plan.cubes], _labels(plan)
+        write_coarse(coarse, amounts, plan.cube.times, plan.cube.grid, layout.attributes, options, labels)
+
+
+def _labels(plan: Plan) -> tuple[str, ...]:
+    """Labels of the driving members; () where the source is no ensemble."""
+    return tuple(cube.driving for cube in plan.cubes if cube.driving)
 
 
 @task(name="verify", cache_policy=NO_CACHE)
 def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     """Pass the gates over the receipts and the stored bytes; raises if one fails."""
     options = attempt.documents.options
-    expected = [Expected(t.shard.key, t.shard.region(plan.space, plan.time), t.digest) for t in plan.tasks()]
+    expected = [
+        Expected(t.shard.key, t.shard.region(plan.space, plan.time), t.digest, t.shard.driving) for t in plan.tasks()
+    ]
     stored = Stored(
         attempt.ensemble_url,
         ARRAY,
         plan.recipe.served.configuration.factor,
-        plan.cube.amount,
+        [cube.amount for cube in plan.cubes],
         product.members,
         product.conserve,
         options,
@@ -374,7 +382,8 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         network_evaluations=plan.recipe.served.evaluations,
         code_version=code_version(),
         seed=plan.recipe.seed,
-        members=plan.recipe.members,
+        members=plan.fine_shape[0],
+        driving_members=_labels(plan),
         scores=plan.recipe.served.scores,
         statics={static.name: job.statics[static.name].fingerprint for static in checkpoint.card.statics},
         configuration=job.entries(static.name for static in checkpoint.card.statics),
@@ -386,14 +395,15 @@ def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
 
     from stsr_core.store.layout import open_store
 
-    step = wettest_step(plan.cube.amount)
+    coarse = np.mean([cube.amount for cube in plan.cubes], axis=0) if len(plan.cubes) > 1 else plan.cube.amount
+    step = wettest_step(coarse)
     fine = step * plan.time
     array = zarr.open_array(open_store(f"{attempt.ensemble_url}/{ARRAY}", attempt.documents.options), mode="r")
     quanta = np.asarray(array[:, fine])
     ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM))
     stamp = np.datetime_as_string(plan.fine_times.labels[fine], "m") if plan.fine_times.labels.dtype != object else ""
     return quicklook(
-        plan.cube.amount[step] / plan.time,
+        coarse[step] / plan.time,
         ensemble,
         title=f"{job.product.title}: {stamp or plan.fine_times.labels[fine]}",
         km_per_cell=abs(plan.fine_grid.x.step) / 1000,

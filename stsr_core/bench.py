@@ -186,7 +186,7 @@ def _run(plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Op
 def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
     """Plan an ensemble of the sample; static fields, if the networks see any, are at their mean."""
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(options.factor), seed=1, members=members, conserve=True)
-    plan = Plan(as_cube(sample_rain(options), options.factor), recipe)
+    plan = Plan((as_cube(sample_rain(options), options.factor),), recipe)
     statics = checkpoint.card.statics
     return replace(plan, statics=np.zeros((len(statics), *plan.fine_shape[-2:]), np.float32)) if statics else plan
 

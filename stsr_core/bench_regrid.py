@@ -121,7 +121,7 @@ def _read(store: str, steps: int, cells: int) -> None:
 def _regrid(store: str, steps: int, cells: int) -> None:
     grid, total = _inside(cells), 0.0
     with open_dataset(store) as dataset:
-        for block in find(dataset, "pr", first_steps=steps).blocks():
+        for (block,) in find(dataset, "pr", first_steps=steps).blocks():
             total += float(regrid(block, grid).amount.sum(dtype=np.float64))
     assert total > 0
 

@@ -156,6 +156,8 @@ def plan(
         planned, f"{place}/{product}/data/{attempt}/data.zarr/ensemble", "precipitation", _options(place, settings)
     )
     rows = [*cost.rows(settings.price_per_device_hour), ("shards done before", str(done))]
+    if len(planned.cubes) > 1:
+        rows.insert(0, ("driving members", ", ".join(cube.driving for cube in planned.cubes)))
     for name, value in [("fine shape", str(planned.fine_shape)), *rows]:
         say(f"{name:>24}  {value}")
     cost.check(settings.max_device_hours)
@@ -173,7 +175,7 @@ def downscale(
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(help="Fine cells per input cell along x and y.")],
     time: Annotated[int, typer.Option(help="Fine steps per input step.")],
-    members: Annotated[int, typer.Option(help="Members of the ensemble.")] = 8,
+    members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
@@ -196,14 +198,14 @@ def downscale(
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
-    from stsr_core.sources.harmonise import read_cube
+    from stsr_core.sources.harmonise import read_cubes
     from stsr_core.sources.open import open_dataset
 
     settings = Settings()
     with open_dataset(source, storage_options=settings.source_options(source)) as dataset:
-        cube = read_cube(dataset, variable, Declarations.of(declare or []).declared)
+        cubes = read_cubes(dataset, variable, Declarations.of(declare or []).declared)
     plan, downscaler = prepared(
-        cube,
+        cubes,
         space=space,
         time=time,
         members=members,
@@ -227,8 +229,10 @@ def downscale(
             storage_options=_options(output, settings),
             progress=advance,
         )
-    _, nt, ny, nx = plan.fine_shape
-    say(f"{output}: precipitation of {members} members, {nt} steps, {ny} x {nx} cells. Open it with xarray.open_zarr.")
+    made, nt, ny, nx = plan.fine_shape
+    each = f" ({members} of each of {len(cubes)} driving members)" if len(cubes) > 1 else ""
+    say(f"{output}: precipitation of {made} members{each}, {nt} steps, {ny} x {nx} cells. Open it with "
+        "xarray.open_zarr.")  # fmt: skip
 
 
 @app.command()

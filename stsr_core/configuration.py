@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.grids import TimeLabel
-from stsr_core.sources.declared import Accumulation, Declared
+from stsr_core.sources.declared import Accumulation, Declared, Label
 
 
 class _Frozen(BaseModel):
@@ -42,8 +42,10 @@ class Declarations(_Frozen):
     max_negative_mm: float | None = Field(
         default=None, ge=0, description="Negative amounts per step down to this become 0."
     )
-    select: dict[str, int | float | str] = Field(
-        default={}, description="Label (or number) along every dimension that is neither time nor space."
+    select: dict[str, Label | list[Label]] = Field(
+        default={},
+        description="Label (or number) along every dimension that is neither time nor space; several, or `all`, along "
+        "that of the driving members.",
     )
     period: tuple[str, str] | None = Field(
         default=None, strict=False, description="First and last ISO date; only whole steps between them are read."
@@ -52,7 +54,8 @@ class Declarations(_Frozen):
     @property
     def declared(self) -> Declared:
         """What the files do not say themselves."""
-        return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)})
+        select = {dim: tuple(wanted) if isinstance(wanted, list) else wanted for dim, wanted in self.select.items()}
+        return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)} | {"select": select})
 
     @classmethod
     def of(cls, lines: Sequence[str]) -> Self:
@@ -194,7 +197,7 @@ class Product(_Frozen):
     description: str
     source: str
     grid: str
-    members: int = Field(ge=1)
+    members: int = Field(ge=1, description="Members; of each driving member, where the source has several.")
     seed: int = Field(ge=0)
     conserve: bool = True
     keywords: tuple[str, ...] = Field(default=(), strict=False)

@@ -14,7 +14,7 @@ from stsr_core.grids import Cells, Grid
 from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import layout_of, read_coarse
+from stsr_core.sources.harmonise import find, layout_of, negatives_of
 from stsr_core.sources.units import measured
 
 if TYPE_CHECKING:
@@ -107,9 +107,10 @@ def inspect(
     name = variable or _precipitation(dataset)
     found = Inspection()
     found.facts.append(("variable", _variable_text(dataset, name)))
-    coarse, used = _read(dataset, name, declared, found)
-    if coarse is None:
+    driving, used = _read(dataset, name, declared, found)
+    if not driving:
         return found
+    coarse = driving[0]
     first = name if name in dataset.data_vars else name.split("+")[0].strip()
     layout = layout_of(dataset, first, used)
     total = layout.steps.axis
@@ -117,11 +118,14 @@ def inspect(
         ("steps", f"{total.size} of {total.step}, {total.start} to {total.start + total.step * total.size}")
     )
     found.facts.append(("calendar", f"{getattr(total.start, 'calendar', 'standard')}, stamps name the {total.label}"))
+    if coarse.driving:
+        labels = ", ".join(one.driving for one in driving[:8])
+        found.facts.append(("driving", f"{len(driving)} members: {labels}{', ...' if len(driving) > 8 else ''}"))
     found.facts += _place_facts(place_of(coarse))
     if place_of(coarse).crs_wkt is None:
         line = f"crs: {PROVISIONAL['crs']}   # {MEANING['crs']}"
         found.doubts.append(Doubt("The file states no CRS, so its cells cannot be placed on a target grid.", line))
-    found.facts += _value_facts(coarse, total.size)
+    found.facts += _value_facts(driving, total.size)
     found.facts.append(("read as", _reading(layout.units, layout.steps.differenced, name)))
     products = [product] if product else list(configuration.products)
     for one in products:
@@ -160,21 +164,21 @@ def _variable_text(dataset: xr.Dataset, name: str) -> str:
     return " + ".join(p.rstrip(", ") for p in parts)
 
 
-def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection) -> tuple[Coarse | None, Declared]:
+def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection) -> tuple[tuple[Coarse, ...], Declared]:
     """Read a sample; what is not stated is noted as a doubt and set for the time being, so that all doubts show."""
     for _ in fields(Declared):
         try:
-            return read_coarse(dataset, name, declared, first_steps=_sample(dataset, name)), declared
+            return find(dataset, name, declared, first_steps=_sample(dataset, name)).read_all(), declared
         except (SourceError, GridError) as e:
             settled = _settle(dataset, name, declared, str(e))
             if settled is None:
                 found.doubts.append(Doubt(f"It would be refused: {e}", ""))
-                return None, declared
+                return (), declared
             key, value = settled
             shown = list(value) if isinstance(value, tuple) else value
             found.doubts.append(Doubt(str(e), f"{key}: {str(shown).replace(chr(39), '')}   # {MEANING[key]}"))
             declared = replace(declared, **{key: value})  # type: ignore[arg-type]
-    return None, declared
+    return (), declared
 
 
 def _sample(dataset: xr.Dataset, name: str) -> int:
@@ -232,10 +236,10 @@ def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
     ]
 
 
-def _value_facts(coarse: Coarse, steps: int) -> list[tuple[str, str]]:
-    amount = coarse.amount
-    seen = "" if len(amount) == steps else f" (first {len(amount)} steps)"
-    zeros = coarse.attributes.get("negatives_set_to_zero")
+def _value_facts(driving: tuple[Coarse, ...], steps: int) -> list[tuple[str, str]]:
+    amount = np.stack([one.amount for one in driving])
+    seen = "" if amount.shape[1] == steps else f" (first {amount.shape[1]} steps)"
+    zeros = sum(map(negatives_of, driving))
     rounded = f"; {zeros} small negatives set to 0" if zeros else ""
     return [
         ("missing", f"{np.isnan(amount).mean():.1%}{seen}"),

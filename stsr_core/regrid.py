@@ -153,21 +153,26 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
     for first in range(0, len(flat), block):
         some = flat[first : first + block, part].T.astype(np.float64)
         out[first : first + block] = _weighted(weights, some, covered).T.reshape(-1, *grid.shape)
-    return Cube(out, coarse.times, grid, coarse.attributes)
+    return Cube(out, coarse.times, grid, coarse.attributes, coarse.driving)
 
 
-def read_onto(reading: Reading, grid: Grid) -> Cube:
-    """Read and regrid conservatively onto a regular grid, see `regrid`, block by block.
+def read_onto(reading: Reading, grid: Grid) -> tuple[Cube, ...]:
+    """Read and regrid every driving member conservatively onto a regular grid, see `regrid`, block by block.
 
     Memory holds what is returned and one block, never the whole source.
     """
-    out = np.empty((reading.times.size, *grid.shape), np.float32)
-    first, negatives = 0, 0
+    out = np.empty((len(reading.labels), reading.times.size, *grid.shape), np.float32)
+    first, negatives = 0, [0] * len(out)
     for block in reading.blocks():
-        stop = first + block.times.size
-        out[first:stop] = regrid(block, grid).amount
-        first, negatives = stop, negatives + negatives_of(block)
-    return Cube(out, reading.times, grid, with_negatives(reading.attributes, negatives))
+        stop = first + block[0].times.size
+        for i, one in enumerate(block):
+            out[i, first:stop] = regrid(one, grid).amount
+            negatives[i] += negatives_of(one)
+        first = stop
+    return tuple(
+        Cube(amount, reading.times, grid, with_negatives(reading.attributes, zeros), label)
+        for amount, zeros, label in zip(out, negatives, reading.labels, strict=True)
+    )
 
 
 @dataclass(frozen=True)

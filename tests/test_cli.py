@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import eccodes
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,6 +43,80 @@ def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(coarse):
     refused = stsr("downscale", coarse, "out.zarr", *REQUEST[:-2])
     assert refused.returncode == 1
     assert "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare" in refused.stderr
+
+
+MEMBERS = [1, 2, 5]
+
+
+def ensemble_netcdf(path, rain):
+    """Three driving members of a NetCDF file: the rain, moved in time."""
+    time = pd.date_range("2001-01-01 01:00", periods=len(rain), freq="1h")
+    coords = {
+        "time": time,
+        "y": 36_000.0 - 4000.0 * np.arange(9),
+        "x": 4000.0 * np.arange(1, 12),
+        "realization": MEMBERS,
+    }
+    values = np.stack([np.roll(rain, i, axis=0) for i in range(3)], axis=1)
+    data = xr.Dataset({"rain": (("time", "realization", "y", "x"), values, {"units": "mm"})}, coords)
+    data.assign_coords(realization=MEMBERS).to_netcdf(path)
+    return values.swapaxes(0, 1)
+
+
+def ensemble_grib(path, rain):
+    """Three perturbed forecasts of a GRIB file; amounts come back as it packs them."""
+    values = np.stack([np.roll(rain, i, axis=0) for i in range(3)])
+    with path.open("wb") as file:
+        for step in range(len(rain)):
+            for member, number in enumerate(MEMBERS):
+                handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
+                settings = {
+                    "productDefinitionTemplateNumber": 11, "Ni": 11, "Nj": 9, "iDirectionIncrementInDegrees": 0.5,
+                    "jDirectionIncrementInDegrees": 0.5, "latitudeOfFirstGridPointInDegrees": 36,
+                    "latitudeOfLastGridPointInDegrees": 32, "longitudeOfFirstGridPointInDegrees": 141,
+                    "longitudeOfLastGridPointInDegrees": 146, "dataDate": 20200101, "dataTime": 0, "shortName": "tp",
+                    "perturbationNumber": number, "stepRange": f"{step}-{step + 1}", "bitsPerValue": 24,
+                }  # fmt: skip
+                for key, value in settings.items():
+                    eccodes.codes_set(handle, key, value)
+                eccodes.codes_set_values(handle, values[member, step].ravel() / 1000)
+                eccodes.codes_write(handle, file)
+                eccodes.codes_release(handle)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("write", "variable", "declared"),
+    [(ensemble_netcdf, "rain", ("--declare", "time_label: end")), (ensemble_grib, "tp", ())],
+)
+def test_every_driving_member_of_a_file_is_downscaled_and_conserved(
+    checkpoints, tmp_path, rain, write, variable, declared
+):
+    truth = write(tmp_path / "in", rain)
+    seen = stsr("inspect", tmp_path / "in", "--variable", variable, *declared, cwd=tmp_path)
+    assert "driving   3 members: 1, 2, 5" in seen.stdout
+    request = (
+        "--variable",
+        variable,
+        "--space",
+        4,
+        "--time",
+        1,
+        "--members",
+        2,
+        "--seed",
+        1,
+        "--workers",
+        1,
+        *declared,
+    )
+    done = stsr("downscale", tmp_path / "in", tmp_path / "out.zarr", *request, checkpoints=checkpoints)
+    assert done.returncode == 0, done.stderr
+    assert "6 members (2 of each of 3 driving members)" in done.stdout
+    out = xr.open_zarr(tmp_path / "out.zarr")["precipitation"].load()
+    assert out["driving_member"].values.tolist() == ["1", "1", "2", "2", "5", "5"]
+    total = out.coarsen(y=4, x=4).mean().values.reshape(3, 2, *rain.shape)
+    np.testing.assert_allclose(total, np.repeat(truth[:, None], 2, axis=1), atol=0.01 / 16 + 1e-4)
 
 
 def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, tmp_path, rain):

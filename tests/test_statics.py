@@ -83,7 +83,7 @@ def coarse() -> xr.DataArray:
 def plan_with(folder: Path, checkpoints: Path, name: str):
     cube = cube_of(coarse(), Declared(time_label="end", crs=CRS))
     return prepared(
-        cube, space=4, time=1, members=1, seed=1, nearest=False, conserve=True, device="cpu",
+        (cube,), space=4, time=1, members=1, seed=1, nearest=False, conserve=True, device="cpu",
         checkpoints=str(checkpoints), statics={"orography": source(folder, name)},
     )[0]  # fmt: skip
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
-from stsr_core.store.coarse import ARRAY, factor_between, read_coarse
+from stsr_core.store.coarse import ARRAY, factor_between, read_coarse, totals_of_members
 from stsr_core.store.layout import open_store
 from stsr_core.store.verify import closure_of
 
@@ -98,8 +98,10 @@ def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) ->
     coarse = read_coarse(f"{url}/data.zarr/coarse", options)
     array: zarr.Array[Any] = zarr.open_array(open_store(f"{url}/data.zarr/ensemble/{ARRAY}", options), mode="r")
     factor = factor_between(array.shape, coarse.shape)
+    stores = f"{url}/data.zarr"
+    driving = totals_of_members(f"{stores}/ensemble", f"{stores}/coarse", array.shape[0], options)
     worst, flaws = 0, []
-    for quanta, totals, where in _parts(array, coarse, factor):
+    for quanta, totals, where in _parts(array, coarse, factor, driving):
         closure, wrong = closure_of(quanta, totals, factor)
         worst = max(worst, closure)
         if wrong:
@@ -110,16 +112,18 @@ def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) ->
 
 
 def _parts(
-    array: zarr.Array[Any], coarse: NDArray[np.float32], factor: Factor
+    array: zarr.Array[Any], coarse: NDArray[np.float32], factor: Factor, driving: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.float32], str]]:
-    """Shards of an ensemble with the coarse totals that belong to them."""
+    """Members of the shards of an ensemble with the coarse totals that belong to them."""
     shard = array.shards or array.chunks
     sizes = (factor.time, factor.space, factor.space)
     starts = [range(0, size, n) for size, n in zip(array.shape, shard, strict=True)]
     for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
         region = tuple(slice(int(a), min(int(a) + n, s)) for a, n, s in zip(corner, shard, array.shape, strict=True))
-        part = coarse[tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], sizes, strict=True))]
-        yield np.asarray(array[region]), part, "-".join(str(int(a)) for a in corner)
+        inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], sizes, strict=True))
+        of = driving[region[0]]
+        quanta, where = np.asarray(array[region]), "-".join(str(int(a)) for a in corner)
+        yield from ((quanta[of == r], coarse[r][inside], where) for r in np.unique(of))
 
 
 def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:

@@ -80,6 +80,7 @@ class Provenance(BaseModel):
     code_version: str
     seed: int
     members: int
+    driving_members: tuple[str, ...] = ()
     scores: dict[str, float]
     statics: dict[str, str] = {}  # fingerprints of the static fields
     configuration: Entries

@@ -176,6 +176,7 @@ class Properties(_Strict):
     code_version: str = Field(alias="stsr:code_version")
     seed: int = Field(alias="stsr:seed")
     members: int = Field(alias="stsr:members", ge=1)
+    driving_members: list[str] = Field(default=[], alias="stsr:driving_members")
     scores: dict[str, float] = Field(alias="stsr:scores")
     statics: dict[str, str] = Field(default={}, alias="stsr:statics")
     configuration: Entries = Field(alias="stsr:configuration")

@@ -64,22 +64,24 @@ def ensemble_quanta(plan: Plan, downscaler: Downscaler, *, workers: int = 1) -> 
     return out
 
 
-def matched(cube: Cube, space: int, time: int, library: Library, *, nearest: bool) -> tuple[Cube, Factor]:
-    """Return the cube and the factor that serve a request.
+def matched(
+    cubes: tuple[Cube, ...], space: int, time: int, library: Library, *, nearest: bool
+) -> tuple[tuple[Cube, ...], Factor]:
+    """Return the cubes and the factor that serve a request.
 
-    With `nearest`, the cube is regridded so that the fine grid asked for is reached by the nearest factor.
+    With `nearest`, the cubes are regridded so that the fine grid asked for is reached by the nearest factor.
 
     Raises:
         FactorError: (space, time) is not served and `nearest` is off, or nothing near enough is.
     """
     if not nearest:
-        return cube, library.family.exact(space, time)
+        return cubes, library.family.exact(space, time)
     factor = library.family.nearest(space, time).factor
-    return regrid_to_factor(cube, Factor(space=space, time=time), factor), factor
+    return tuple(regrid_to_factor(cube, Factor(space=space, time=time), factor) for cube in cubes), factor
 
 
 def prepared(
-    cube: Cube,
+    cubes: tuple[Cube, ...],
     *,
     space: int,
     time: int,
@@ -91,13 +93,13 @@ def prepared(
     checkpoints: str | None,
     statics: Mapping[str, StaticSource] = MappingProxyType({}),
 ) -> tuple[Plan, Downscaler]:
-    """Plan an ensemble and load the networks it needs."""
+    """Plan an ensemble over the cubes of its driving members and load the networks it needs."""
     library = Library.open(checkpoints)
-    cube, factor = matched(cube, space, time, library, nearest=nearest)
+    cubes, factor = matched(cubes, space, time, library, nearest=nearest)
     checkpoint: Checkpoint = library.serving(factor)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
-    fields = static_fields(checkpoint.card.statics, statics, cube.grid.refine(factor.space))
-    return Plan(cube, recipe, fields), Downscaler.load(checkpoint, factor, choose_device(device))
+    fields = static_fields(checkpoint.card.statics, statics, cubes[0].grid.refine(factor.space))
+    return Plan(cubes, recipe, fields), Downscaler.load(checkpoint, factor, choose_device(device))
 
 
 def downscale(
@@ -118,10 +120,11 @@ def downscale(
     """Downscale an array of precipitation amounts to an ensemble, in memory.
 
     Args:
-        da: amount per step with units, dims (time, y, x) or (time, lat, lon), on regular axes; NaN is missing.
+        da: amount per step with units, dims (time, y, x) or (time, lat, lon), on regular axes; NaN is missing. An
+            axis of realizations, such as `member`, holds driving members.
         space: fine cells per cell along each axis.
         time: fine steps per step.
-        members: number of members.
+        members: number of members, of each driving member where there are several.
         seed: same seed, same numbers; member k does not depend on how many there are.
         nearest: serve a factor that no checkpoint was trained for by regridding to the nearest one.
         conserve: enforce that every input cell keeps its amount.
@@ -134,7 +137,8 @@ def downscale(
 
     Returns:
         `precipitation`, (member, time, y, x), float32, mm per fine step: the amount of an input cell is the
-        sum over its `time` steps of the area mean of its `space` x `space` cells.
+        sum over its `time` steps of the area mean of its `space` x `space` cells. `driving_member` along `member`
+        says which input it is of, where the input has driving members.
 
     Raises:
         SourceError: the array cannot be read without guessing.
@@ -143,13 +147,13 @@ def downscale(
     import xarray as xr
 
     from stsr_core.sources.declared import Declared
-    from stsr_core.sources.harmonise import cube_of
+    from stsr_core.sources.harmonise import cubes_of
 
-    cube = cube_of(da, Declared(time_label=time_label or "end"))
+    cubes = cubes_of(da, Declared(time_label=time_label or "end"))
     if time_label is None:
-        cube = replace(cube, attributes={**cube.attributes, "time_label_assumed": "end"})
+        cubes = tuple(replace(c, attributes={**c.attributes, "time_label_assumed": "end"}) for c in cubes)
     plan, downscaler = prepared(
-        cube,
+        cubes,
         space=space,
         time=time,
         members=members,
@@ -175,8 +179,6 @@ def downscale(
 
 def layout_of(plan: Plan, attributes: Mapping[str, str] | None = None) -> StoreLayout:
     """Layout of the store that holds a plan's ensemble."""
-    from stsr_core.ensemble.plan import MEMBER_BLOCK
-
     steps, rows, columns = plan.block
     configuration = plan.recipe.served.configuration
     stated = {
@@ -186,13 +188,14 @@ def layout_of(plan: Plan, attributes: Mapping[str, str] | None = None) -> StoreL
         "conservation": "enforced" if plan.recipe.conserve else "not enforced",
     }
     return StoreLayout(
-        members=plan.recipe.members,
+        members=plan.fine_shape[0],
         times=plan.fine_times,
         grid=plan.fine_grid,
-        member_block=MEMBER_BLOCK,
+        member_block=plan.member_block,
         time_block=steps * plan.time,
         tile=(rows * plan.space, columns * plan.space),
         attributes={**plan.cube.attributes, **stated, **(attributes or {})},
+        driving=plan.driving,
     )
 
 

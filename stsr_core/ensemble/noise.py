@@ -1,7 +1,8 @@
-"""Noise that depends on (product seed, member, absolute time, absolute place) and on nothing else."""
+"""Noise that depends on (product seed, driving member, member, absolute time, absolute place) and on nothing else."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +12,16 @@ if TYPE_CHECKING:
 
 NOISE_TILE = 64  # fine cells along one tile of the noise lattice; part of what a seed means
 MASK = (1 << 64) - 1
+MEMBER_BITS = 16  # of the key that count members; the others tell driving members apart
+
+
+def stream_of(driving: str) -> int:
+    """Number of the stream of noise of a driving member, 48 bits of a digest of its label; 0 for the label ""."""
+    return int.from_bytes(hashlib.sha256(driving.encode()).digest()[:6]) if driving else 0
 
 
 def lattice_noise(
-    seed: int, member: int, start: tuple[int, int, int], shape: tuple[int, int, int]
+    seed: int, member: int, start: tuple[int, int, int], shape: tuple[int, int, int], stream: int = 0
 ) -> NDArray[np.float32]:
     """Standard normal noise on a box of the absolute fine lattice.
 
@@ -22,9 +29,10 @@ def lattice_noise(
 
     Args:
         seed: product seed.
-        member: number of the member, from 0.
+        member: number of the member, from 0, below 2^16.
         start: absolute fine index of the first step, row and column; may be negative.
         shape: (T, Y, X) of the box.
+        stream: number of the driving member's stream, see `stream_of`.
 
     Returns:
         (T, Y, X), float32.
@@ -33,7 +41,7 @@ def lattice_noise(
     nt, ny, nx = shape
     noise = np.empty(shape, np.float32)
     n = NOISE_TILE
-    key = np.array([seed & MASK, member & MASK], dtype=np.uint64)
+    key = np.array([seed & MASK, stream << MEMBER_BITS | member], dtype=np.uint64)
     for ty in range(y0 // n, (y0 + ny - 1) // n + 1):
         for tx in range(x0 // n, (x0 + nx - 1) // n + 1):
             ya, yb = max(y0, ty * n), min(y0 + ny, (ty + 1) * n)

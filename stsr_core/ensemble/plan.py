@@ -41,7 +41,7 @@ class Recipe:
         served: factor configuration, residual scale and network evaluations of the checkpoint.
         checkpoint_digest: identifies card and weights.
         seed: product seed.
-        members: number of members.
+        members: number of members; of each driving member, where there are several.
         conserve: whether coarse totals are enforced.
     """
 
@@ -83,11 +83,15 @@ class Shard:
 
     Attributes:
         index: (member block, time block, tile row, tile column).
-        members: first member, and the one behind the last.
+        driving: index of its driving member.
+        numbers: first member of that driving member, and the one behind the last.
+        members: where they lie along the member axis of the ensemble, likewise.
         box: coarse steps, rows and columns, as (start, stop) in the cube.
     """
 
     index: tuple[int, int, int, int]
+    driving: int
+    numbers: tuple[int, int]
     members: tuple[int, int]
     box: Box
 
@@ -95,6 +99,11 @@ class Shard:
     def key(self) -> str:
         """Name of the shard, the same in logs, receipts and errors."""
         return "m{}-t{}-y{}-x{}".format(*self.index)
+
+    @property
+    def place(self) -> tuple[int, Box]:
+        """What it shares with other members: the driving member, and the box."""
+        return self.driving, self.box
 
     def region(self, space: int, time: int) -> tuple[slice, slice, slice, slice]:
         """Slices (member, time, y, x) of the fine array that the shard fills."""
@@ -119,6 +128,7 @@ class ShardTask:
         read: coarse steps, rows and columns that `coarse` holds; may reach one cell out of the cube, where
             edge values are repeated.
         coarse: amount [mm per coarse step] in `read`, float32, NaN where missing.
+        driving: label of the driving member that `coarse` is of.
         statics: static fields as the networks see them in `read` without its halo, (S, y, x); None without any.
         digest: over everything above.
     """
@@ -129,24 +139,50 @@ class ShardTask:
     shape: tuple[int, int, int]
     read: Box
     coarse: NDArray[np.float32]
+    driving: str
     statics: NDArray[np.float32] | None
     digest: str
 
 
+_Span: TypeAlias = tuple[int, tuple[int, int]]
+"""A block along an axis: its number, its start and the index behind its end."""
 _Place: TypeAlias = "tuple[Box, NDArray[np.float32], NDArray[np.float32] | None, hashlib._Hash]"
 """What a place reads: its box, the amounts and static fields there, and the digest so far."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of one ensemble over one coarse cube.
+    """All shards of one ensemble over the coarse cubes of its driving members, which have the same axes.
 
-    `statics` holds the static fields that the checkpoint needs, (S, Y*s, X*s), see `stsr_core.statics`.
+    Along the member axis lie blocks of members: the first block of every driving member, then the second of every one,
+    so that more members come behind those that are there. `statics` holds the static fields that the checkpoint needs,
+    (S, Y*s, X*s), see `stsr_core.statics`.
     """
 
-    cube: Cube
+    cubes: tuple[Cube, ...]
     recipe: Recipe
     statics: NDArray[np.float32] | None = None
+
+    @property
+    def cube(self) -> Cube:
+        """The first driving member's cube, for the axes that all share."""
+        return self.cubes[0]
+
+    @property
+    def member_block(self) -> int:
+        """Members of a shard. Blocks of several driving members must all be full for shards to follow each other."""
+        if len(self.cubes) == 1:
+            return MEMBER_BLOCK
+        return next(n for n in range(MEMBER_BLOCK, 0, -1) if self.recipe.members % n == 0)
+
+    @property
+    def driving(self) -> tuple[str, ...]:
+        """Label of the driving member of every member of the ensemble; () where the source is no ensemble."""
+        if not self.cube.driving:
+            return ()
+        blocks = range(0, self.recipe.members, self.member_block)
+        sizes = [min(self.member_block, self.recipe.members - first) for first in blocks]
+        return tuple(cube.driving for size in sizes for cube in self.cubes for _ in range(size))
 
     @property
     def space(self) -> int:
@@ -172,7 +208,7 @@ class Plan:
     def fine_shape(self) -> tuple[int, int, int, int]:
         """(member, time, y, x)."""
         nt, ny, nx = self.cube.amount.shape
-        return self.recipe.members, nt * self.time, ny * self.space, nx * self.space
+        return len(self.cubes) * self.recipe.members, nt * self.time, ny * self.space, nx * self.space
 
     @property
     def block(self) -> tuple[int, int, int]:
@@ -195,44 +231,55 @@ class Plan:
     def shards(self) -> tuple[Shard, ...]:
         """All shards, members fastest so that neighbours in time and place finish together."""
         sizes = (self.recipe.members, *self.cube.amount.shape)
-        blocks = (MEMBER_BLOCK, *self.block)
+        blocks = (self.member_block, *self.block)
         axes = [
             [(i, (a, min(n, a + b))) for i, a in enumerate(range(0, n, b))] for n, b in zip(sizes, blocks, strict=True)
         ]
         return tuple(
-            Shard((m[0], t[0], y[0], x[0]), m[1], (t[1], y[1], x[1])) for t, y, x, m in product(*axes[1:], axes[0])
-        )
+            self._shard(r, m, (t, y, x))
+            for t, y, x in product(*axes[1:]) for r in range(len(self.cubes)) for m in axes[0]
+        )  # fmt: skip
+
+    def _shard(self, driving: int, block: _Span, place: tuple[_Span, _Span, _Span]) -> Shard:
+        (number, numbers), (t, y, x) = block, place
+        index = number * len(self.cubes) + driving
+        first = index * self.member_block
+        members = (first, first + numbers[1] - numbers[0])
+        return Shard((index, t[0], y[0], x[0]), driving, numbers, members, (t[1], y[1], x[1]))
 
     def windows(self, shard: Shard) -> tuple[Box, ...]:
         """Windows of a shard in absolute coarse indices."""
         return shard_windows(self.lattice, shard.box, self.origin, self.cube.amount.shape)
 
+    def _amount(self, shard: Shard) -> NDArray[np.float32]:
+        return self.cubes[shard.driving].amount
+
     def is_dry(self, shard: Shard) -> bool:
         """Whether no coarse cell of the shard holds any rain, so that it needs no network."""
-        return self.recipe.conserve and not bool((self.cube.amount[_slices(shard.box)] > 0).any())
+        return self.recipe.conserve and not bool((self._amount(shard)[_slices(shard.box)] > 0).any())
 
     def wet_windows(self, shard: Shard) -> list[Box]:
         """Windows of a shard that need the networks, in absolute coarse indices."""
         if self.is_dry(shard):
             return []
-        amount, always = self.cube.amount, not self.recipe.conserve
+        amount, always = self._amount(shard), not self.recipe.conserve
         return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
 
     @cached_property
-    def _counts(self) -> dict[Box, tuple[int, int, int]]:
-        """Wet windows, all windows, and fine cell-steps of wet ones by box; all member blocks share them."""
+    def _counts(self) -> dict[tuple[int, Box], tuple[int, int, int]]:
+        """Wet windows, all windows, and fine cell-steps of wet ones, by place; all member blocks share them."""
         return {}
 
     def _count(self, shard: Shard) -> tuple[int, int, int]:
-        if shard.box not in self._counts:
+        if shard.place not in self._counts:
             wet = self.wet_windows(shard)
             cells = sum((t[1] - t[0]) * (y[1] - y[0]) * (x[1] - x[0]) for t, y, x in wet)
-            self._counts[shard.box] = len(wet), len(self.windows(shard)), cells * self.time * self.space**2
-        return self._counts[shard.box]
+            self._counts[shard.place] = len(wet), len(self.windows(shard)), cells * self.time * self.space**2
+        return self._counts[shard.place]
 
     def _passes(self, shard: Shard) -> int:
         """Network evaluations that each wet window takes: one of the mean, those of the members."""
-        return 1 + (shard.members[1] - shard.members[0]) * self.recipe.served.evaluations
+        return 1 + (shard.numbers[1] - shard.numbers[0]) * self.recipe.served.evaluations
 
     def evaluations(self, shard: Shard) -> int:
         """Network evaluations on wet windows that the shard takes, those of the mean included."""
@@ -250,18 +297,19 @@ class Plan:
 
     def task(self, shard: Shard) -> ShardTask:
         """Cut out what a worker needs to make a shard."""
-        if shard.box not in self._last_place:  # members come fastest and share their place
+        if shard.place not in self._last_place:  # members come fastest and share their place
             self._last_place.clear()
-            self._last_place[shard.box] = self._place(shard)
-        read, coarse, statics, place = self._last_place[shard.box]
+            self._last_place[shard.place] = self._place(shard)
+        read, coarse, statics, place = self._last_place[shard.place]
         digest = place.copy()
-        digest.update(json.dumps(shard.members).encode())
-        shape = self.cube.amount.shape
-        return ShardTask(shard, self.recipe, self.origin, shape, read, coarse, statics, digest.hexdigest())
+        digest.update(json.dumps(shard.numbers).encode())
+        shape, driving = self.cube.amount.shape, self.cubes[shard.driving].driving
+        digest.update(driving.encode())
+        return ShardTask(shard, self.recipe, self.origin, shape, read, coarse, driving, statics, digest.hexdigest())
 
     @cached_property
-    def _last_place(self) -> dict[Box, _Place]:
-        """What members share of the box that was asked for last."""
+    def _last_place(self) -> dict[tuple[int, Box], _Place]:
+        """What members share of the place that was asked for last."""
         return {}
 
     @cached_property
@@ -271,7 +319,7 @@ class Plan:
     def _place(self, shard: Shard) -> _Place:
         windows = self.windows(shard)
         read = _grown(shifted(_hull(windows), self.origin), HALO)
-        coarse = _padded(self.cube.amount, read)
+        coarse = _padded(self._amount(shard), read)
         # Absolute places only: a longer period or a larger box changes no shard whose windows stay as they are.
         t, y, x = self.origin
         digest = hashlib.sha256(self._identity)

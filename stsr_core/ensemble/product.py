@@ -29,21 +29,24 @@ if TYPE_CHECKING:
 BYTES_PER_CELL = 2  # uncompressed
 
 
-def to_lattice(reading: Reading, target: TargetGrid, factor: Factor) -> Cube:
+def to_lattice(reading: Reading, target: TargetGrid, factor: Factor) -> tuple[Cube, ...]:
     """Read a source and regrid it conservatively onto the coarse lattice of a target grid and factor.
+
+    Returns:
+        A cube for each driving member.
 
     Raises:
         SourceError: values that cannot be read safely.
         GridError: the source does not cover the target, or its steps do not fit.
     """
     step = timedelta(hours=target.fine_step_h) * factor.time
-    return regrid_time(read_onto(reading, coarse_grid(target, factor)), step)
+    return tuple(regrid_time(cube, step) for cube in read_onto(reading, coarse_grid(target, factor)))
 
 
 def plan_product(
-    cube: Cube, found: Match, library: Library, product: Product, statics: Mapping[str, StaticSource]
+    cubes: tuple[Cube, ...], found: Match, library: Library, product: Product, statics: Mapping[str, StaticSource]
 ) -> Plan:
-    """Plan the ensemble of a product over a cube on the lattice of the matched factor.
+    """Plan the ensemble of a product over the cubes of its driving members on the lattice of the matched factor.
 
     `statics` says where the static fields are that the checkpoint may need.
     """
@@ -55,8 +58,8 @@ def plan_product(
         members=product.members,
         conserve=product.conserve,
     )
-    fields = static_fields(checkpoint.card.statics, statics, cube.grid.refine(found.factor.space))
-    return Plan(cube, recipe, fields)
+    fields = static_fields(checkpoint.card.statics, statics, cubes[0].grid.refine(found.factor.space))
+    return Plan(cubes, recipe, fields)
 
 
 def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:
@@ -73,7 +76,9 @@ def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:
         plan.recipe.identity(), plan.task(plan.shards[0]).digest,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, default=str).encode())
-    name.update(np.ascontiguousarray(plan.cube.amount, dtype="<f4").tobytes())
+    for cube in plan.cubes:
+        name.update(cube.driving.encode())
+        name.update(np.ascontiguousarray(cube.amount, dtype="<f4").tobytes())
     return name.hexdigest()[:12]
 
 

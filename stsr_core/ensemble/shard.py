@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stsr_core.conservation import quantise
 from stsr_core.diffusion import sample
-from stsr_core.ensemble.noise import lattice_noise
+from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, Box, ShardTask, shard_windows, shifted
 from stsr_core.ensemble.windows import WindowLattice
 from stsr_core.errors import StoreError
@@ -176,8 +176,8 @@ class _Block:
     def members(self, members: range, mean: Tensor, progress: Progress) -> Tensor:
         """Amounts [mm per fine step] of members in the whole block, (M, T, H, W), before conservation."""
         start = tuple((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
-        seed, count = self.task.recipe.seed, len(members)
-        noise = np.stack([lattice_noise(seed, m, start, self.shape) for m in members])  # type: ignore[arg-type]
+        seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
+        noise = np.stack([lattice_noise(seed, m, start, self.shape, stream) for m in members])  # type: ignore[arg-type]
         means = mean.expand(count, *self.shape)
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
@@ -229,7 +229,7 @@ def compute_fields(task: ShardTask, downscaler: Downscaler, progress: Progress =
         downscaler: networks for the task's checkpoint and factor.
         progress: called with the number of network evaluations just done and the seconds they took.
     """
-    first, last = task.shard.members
+    first, last = task.shard.numbers
     shape = [(b - a) * n for (a, b), n in zip(task.shard.box, _parts(downscaler.factor), strict=True)]
     fine = np.zeros((last - first, *shape), np.float32)
     if task.recipe.conserve and not bool((_core(task) > 0).any()):

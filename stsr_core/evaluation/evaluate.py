@@ -135,7 +135,7 @@ class _Runner:
         downscaler = replace(self.downscaler, served=used)
         o, factor = self.options, downscaler.factor
         recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
-        plans = [Plan(as_cube(c, factor), recipe, s) for c, s in zip(coarse, self.truth.statics, strict=True)]
+        plans = [Plan((as_cube(c, factor),), recipe, s) for c, s in zip(coarse, self.truth.statics, strict=True)]
         stored = np.stack([ensemble_quanta(plan, downscaler, workers=o.workers) for plan in plans], axis=1)
         closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
         amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))

@@ -16,19 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cube:
-    """Coarse precipitation.
+    """Coarse precipitation of one driving member.
 
     Attributes:
         amount: mm per coarse step, (T, Y, X), float32, >= 0; NaN is missing.
         times: time axis, in the calendar of the source.
         grid: horizontal grid, oriented as the source has it.
         attributes: provenance that travels into what is published (title, source, license, attribution, ...).
+        driving: label of the driving member; "" where the source is no ensemble.
     """
 
     amount: NDArray[np.float32]
     times: TimeAxis
     grid: Grid
     attributes: Mapping[str, str]
+    driving: str = ""
 
     def __post_init__(self) -> None:
         expected = (self.times.size, *self.grid.shape)
@@ -45,12 +47,14 @@ class CellCube:
         times: time axis, in the calendar of the source.
         cells: the cells.
         attributes: provenance, as in `Cube`.
+        driving: label of the driving member, as in `Cube`.
     """
 
     amount: NDArray[np.float32]
     times: TimeAxis
     cells: Cells
     attributes: Mapping[str, str]
+    driving: str = ""
 
     def __post_init__(self) -> None:
         expected = (self.times.size, self.cells.size)

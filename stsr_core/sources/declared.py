@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from stsr_core.grids import TimeLabel
 
 Accumulation = Literal["none", "run", "day"]
+Label: TypeAlias = int | float | str
+ALL = "all"  # every entry along a dimension
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Declared:
         accumulated: amounts since the start of the run ("run"), since 00 h of the day ("day"), or per step ("none").
         missing_values: values that mark missing cells, beside those that the file names.
         max_negative_mm: negative amounts per step down to this become 0.
-        select: index or label along every dimension that is neither time nor space.
+        select: index or label along every dimension that is neither time nor space; several of them, or `ALL`, along
+            the axis of the driving members.
         period: ISO dates; only steps that lie wholly between them are read.
     """
 
@@ -34,5 +37,5 @@ class Declared:
     accumulated: Accumulation | None = None
     missing_values: tuple[float, ...] = ()
     max_negative_mm: float | None = None
-    select: Mapping[str, int | float | str] = field(default_factory=dict)
+    select: Mapping[str, Label | tuple[Label, ...]] = field(default_factory=dict)
     period: tuple[str, str] | None = None

@@ -13,7 +13,8 @@ from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
-from stsr_core.sources.declared import Declared
+from stsr_core.sources.declared import ALL, Declared
+from stsr_core.sources.driving import Driving, selected
 from stsr_core.sources.period import period_of, within
 from stsr_core.sources.places import Place, place_of
 from stsr_core.sources.remote import patiently
@@ -47,10 +48,18 @@ def read_cube(
     """Read a variable of a dataset as a coarse cube on a regular grid, see `read_coarse`.
 
     Raises:
-        SourceError: what cannot be read without guessing.
+        SourceError: what cannot be read without guessing, or several driving members.
         GridError: places that make no regular grid.
     """
-    coarse = read_coarse(dataset, variable, declared, near=near)
+    return _regular(read_coarse(dataset, variable, declared, near=near), variable)
+
+
+def read_cubes(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING) -> tuple[Cube, ...]:
+    """Read a variable as coarse cubes on a regular grid, one for each driving member; raises like `read_cube`."""
+    return tuple(_regular(one, variable) for one in find(dataset, variable, declared).read_all())
+
+
+def _regular(coarse: Coarse, variable: str) -> Cube:
     if isinstance(coarse, CellCube):
         raise GridError(
             f"The {coarse.cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: "
@@ -105,8 +114,11 @@ def find(
         steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
         steps = steps if days is None else within(steps, *days)
         steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
-        found.append(_Variable(layout, steps, part_of(layout.place.grid, tuple(layout.array.shape[1:]), near)))
+        horizontal = tuple(layout.array.shape[-len(layout.place.dims) :])
+        found.append(_Variable(layout, steps, part_of(layout.place.grid, horizontal, near)))
     for name, one in zip(names[1:], found[1:], strict=True):
+        if one.layout.labels != found[0].layout.labels:
+            raise SourceError(f"{name!r} and {names[0]!r} have different driving members; only like ones add up.")
         if one.steps.axis != found[0].steps.axis or _key(one.part.grid) != _key(found[0].part.grid):
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
@@ -118,10 +130,18 @@ def _key(grid: Grid | Cells) -> object:
 
 
 def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
-    """Make a coarse cube of an array in memory, see `read_cube`.
+    """Make a coarse cube of an array in memory, see `read_cube` and `cubes_of`."""
+    (cube,) = cubes_of(array, declared, bounds=bounds)
+    return cube
+
+
+def cubes_of(
+    array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None
+) -> tuple[Cube, ...]:
+    """Make coarse cubes of an array in memory, one for each driving member, see `read_cubes`.
 
     Args:
-        array: precipitation with units, a time dimension and two horizontal ones.
+        array: precipitation with units, a time dimension, two horizontal ones, and perhaps one of driving members.
         declared: what the array does not say itself.
         bounds: time bounds (time, 2).
     """
@@ -129,27 +149,38 @@ def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.Dat
     if bounds is not None:
         dataset = dataset.assign(time_bnds=bounds)
         dataset["time"].attrs["bounds"] = "time_bnds"
-    return read_cube(dataset, "precipitation", declared)
+    return read_cubes(dataset, "precipitation", declared)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A variable before its values are read: where and when its records are."""
+    """A variable before its values are read: where and when its records are.
+
+    `array` has the dimensions of the driving members, if any, of time, and of the place, in this order.
+    """
 
     array: xr.DataArray
+    driving: Driving | None
     time_dim: str
     place: Place
     steps: Steps
     units: str
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the driving members, one "" where the source is no ensemble."""
+        return ("",) if self.driving is None else self.driving.labels
+
 
 def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> Layout:
     """Find out all about a variable that needs none of its values; raises like `read_coarse`."""
-    array, dataset = _selected(dataset, name, declared)
+    dataset, driving = selected(dataset, name, declared)
+    array = dataset[name]
     time = _time_name(dataset, array)
     array, dataset = _with_time(array, dataset, time)
     time_dim = str(array[time].dims[0])
-    horizontal = tuple(str(d) for d in array.dims if d != time_dim)
+    leading = (time_dim,) if driving is None else (driving.dim, time_dim)
+    horizontal = tuple(str(d) for d in array.dims if d not in leading)
     array, horizontal = _without_singles(dataset, array, horizontal)
     if 0 in array.shape:
         raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
@@ -157,30 +188,8 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> L
         raise SourceError(_too_many(array, horizontal))
     steps = steps_of(as_times(array[time].values), _bounds(dataset, time, time_dim), declared)
     place = place_of(dataset, array, horizontal, declared.crs)
-    return Layout(array.transpose(time_dim, *place.dims), time_dim, place, steps, _units(array, declared))
-
-
-def _selected(dataset: xr.Dataset, name: str, declared: Declared) -> tuple[xr.DataArray, xr.Dataset]:
-    for dim, wanted in declared.select.items():
-        if dim not in dataset.dims:
-            raise SourceError(f"`select` names {dim!r}, which is no dimension; {name} has {tuple(dataset[name].dims)}.")
-        if dim not in dataset[name].dims:
-            continue
-        dataset = _select(dataset, dim, wanted)
-    return dataset[name], dataset
-
-
-def _select(dataset: xr.Dataset, dim: str, wanted: int | float | str) -> xr.Dataset:
-    """One entry along a dimension: by its label where there are labels, else by its number."""
-    if dim not in dataset.coords:
-        if not isinstance(wanted, int) or not 0 <= wanted < dataset.sizes[dim]:
-            raise SourceError(f"`select: {{{dim}: {wanted}}}` is none of 0 to {dataset.sizes[dim] - 1}.")
-        return dataset.isel({dim: wanted})
-    labels = [v.decode() if isinstance(v, bytes) else v for v in dataset[dim].values.tolist()]
-    found = [i for i, label in enumerate(labels) if label == wanted or str(label) == str(wanted)]
-    if len(found) != 1:
-        raise SourceError(f"`select: {{{dim}: {wanted}}}` is none of {', '.join(map(str, labels[:20]))}.")
-    return dataset.isel({dim: found[0]})
+    array = array.transpose(*leading, *place.dims)
+    return Layout(array, driving, time_dim, place, steps, _units(array, declared))
 
 
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
@@ -229,7 +238,8 @@ def _too_many(array: xr.DataArray, dims: tuple[str, ...]) -> str:
         )
     return (
         f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
-        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {'; '.join(lines)}."
+        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {'; '.join(lines)}. "
+        f"`select: {{NAME: {ALL}}}` takes the entries of one for driving members."
     )
 
 
@@ -295,8 +305,29 @@ class Reading:
         """Cells that are read."""
         return self.variables[0].part.grid
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the driving members, one "" where the source is no ensemble."""
+        return self.variables[0].layout.labels
+
     def read(self) -> Coarse:
-        """Read all steps.
+        """Read all steps of a source with one driving member, see `read_all`.
+
+        Raises:
+            SourceError: values that cannot be read safely, or several driving members.
+        """
+        if len(self.labels) > 1:
+            driving = self.variables[0].layout.driving
+            assert driving is not None
+            raise SourceError(
+                f"There are {len(self.labels)} driving members: {driving.dim} ({', '.join(self.labels[:6])}"
+                f"{', ...' if len(self.labels) > 6 else ''}). One is needed here: choose it with `select: "
+                f"{{{driving.dim}: VALUE}}` in catalog.yaml, or by --declare."
+            )
+        return self.read_all()[0]
+
+    def read_all(self) -> tuple[Coarse, ...]:
+        """Read all steps of every driving member.
 
         Returns:
             `Cube` on regular grids, else `CellCube`. The attribute `negatives_set_to_zero` counts what was rounded.
@@ -304,50 +335,68 @@ class Reading:
         Raises:
             SourceError: values that cannot be read safely.
         """
-        out = np.empty((self.times.size, self.variables[0].part.size), np.float32)
-        first, negatives = 0, 0
+        out = np.empty((len(self.labels), self.times.size, self.variables[0].part.size), np.float32)
+        first, negatives = 0, [0] * len(out)
         for block in self.blocks():
-            out[first : first + len(block.amount)] = block.amount.reshape(len(block.amount), -1)
-            first, negatives = first + len(block.amount), negatives + negatives_of(block)
+            stop = first + block[0].times.size
+            for i, one in enumerate(block):
+                out[i, first:stop] = one.amount.reshape(stop - first, -1)
+                negatives[i] += negatives_of(one)
+            first = stop
         return self._coarse(out, self.times, negatives)
 
-    def blocks(self) -> Iterator[Coarse]:
-        """Read the steps block by block, so that memory does not grow with the period; raises like `read`."""
-        size, known, samples = self._block_steps(), False, []
+    def blocks(self) -> Iterator[tuple[Coarse, ...]]:
+        """Read the steps of all driving members block by block, so that memory does not grow with the period.
+
+        Raises like `read_all`.
+        """
+        size, known, samples = self._block_steps(), np.zeros(len(self.labels), bool), []
         for first in range(0, self.times.size, size):
             stop = min(first + size, self.times.size)
             out, negatives = self._amount(first, stop)
-            known = known or not np.isnan(out).all()
-            if stop == self.times.size and not known:
-                raise SourceError("All values are missing. Check the fill value and the period.")
+            known |= ~np.isnan(out).all(axis=(1, 2))
+            if stop == self.times.size and not known.all():
+                member = self._of(int(known.argmin()))
+                raise SourceError(f"All values are missing{member}. Check the fill value and the period.")
             if first < SAMPLE_STEPS:
-                samples.append(out[: SAMPLE_STEPS - first, :: max(1, out.shape[1] // SAMPLE_CELLS)])
+                some = out[:, : SAMPLE_STEPS - first, :: max(1, len(out) * out.shape[-1] // SAMPLE_CELLS)]
+                samples.append(np.concatenate(list(some), axis=1))
                 if stop >= min(SAMPLE_STEPS, self.times.size):
                     self._check_not_accumulated(np.concatenate(samples))
             yield self._coarse(out, self.times.isel(first, stop), negatives)
 
+    def _of(self, member: int) -> str:
+        """Name a driving member at the end of what is wrong with it."""
+        return f" in driving member {self.labels[member]}" if self.labels[member] else ""
+
     def _block_steps(self) -> int:
         """Steps of a block: about BLOCK_VALUES, in whole chunks of the file where it has any, to read each but once."""
         array = self.variables[0].layout.array
-        steps = max(1, BLOCK_VALUES // self.variables[0].part.size)
+        steps = max(1, BLOCK_VALUES // (len(self.labels) * self.variables[0].part.size))
         chunk = int(array.encoding.get("preferred_chunks", {}).get(self.variables[0].layout.time_dim, 1))
         return max(chunk, steps // chunk * chunk)
 
-    def _amount(self, first: int, stop: int) -> tuple[NDArray[np.float32], int]:
-        """Amounts of some steps, (T, cells), float32; and how many negatives became 0."""
-        total, negatives = None, 0
+    def _amount(self, first: int, stop: int) -> tuple[NDArray[np.float32], list[int]]:
+        """Amounts of some steps, (R, T, cells), float32; and how many negatives became 0 in each driving member."""
+        total, negatives = None, [0] * len(self.labels)
         for one in self.variables:
             values, tolerance = _stretch(one.layout, one.steps.within(first, stop), one.part, self.declared)
-            negatives += _check(values, tolerance, _largest(self.times.step), first, self.declared)
+            for i, member in enumerate(values):
+                where = _Where(first, self._of(i))
+                negatives[i] += _check(member, tolerance, _largest(self.times.step), where, self.declared)
             total = values if total is None else total + values
         assert total is not None
         return total.astype(np.float32), negatives
 
-    def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: int) -> Coarse:
-        attributes = with_negatives(self.attributes, negatives)
-        if isinstance(self.place, Grid):
-            return Cube(amount.reshape(-1, *self.place.shape), times, self.place, attributes)
-        return CellCube(amount, times, self.place, attributes)
+    def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: list[int]) -> tuple[Coarse, ...]:
+        found: list[Coarse] = []
+        for member, zeros, label in zip(amount, negatives, self.labels, strict=True):
+            attributes = with_negatives(self.attributes, zeros)
+            if isinstance(self.place, Grid):
+                found.append(Cube(member.reshape(-1, *self.place.shape), times, self.place, attributes, label))
+            else:
+                found.append(CellCube(member, times, self.place, attributes, label))
+        return tuple(found)
 
     def _check_not_accumulated(self, sample: NDArray[np.float32]) -> None:
         differenced = any(one.steps.differenced for one in self.variables)
@@ -366,11 +415,13 @@ def negatives_of(coarse: Coarse) -> int:
 
 
 def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float64], float]:
-    """Amounts of some steps (T, cells) in mm, and how far below 0 packing may have put them."""
+    """Amounts of some steps (R, T, cells) in mm, and how far below 0 packing may have put them."""
     used = np.concatenate((steps.record, steps.base[steps.base >= 0]))
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
     records = patiently(lambda: part.take(array), "the values")
+    records = records.reshape(len(layout.labels), *records.shape[-2:])
+    _mask_invalid(records, layout.array, declared)
     for mark in declared.missing_values:  # as written, or as a float32 file holds it
         records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
     if np.isinf(records).any():
@@ -378,9 +429,9 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     kind, scale = measured(layout.units)
     scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
     records *= scales[:, None]
-    values = records[steps.record - low]
+    values = records[:, steps.record - low]
     later = steps.base >= 0
-    values[later] -= records[steps.base[later] - low]
+    values[:, later] -= records[:, steps.base[later] - low]
     packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
     packing *= float(np.nanmax(scales, initial=0.0))
     if not later.any():
@@ -390,29 +441,64 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     return values, rounding
 
 
+def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: Declared) -> None:
+    """Mask what lies above the valid range that a file states, as CF asks for; negatives are judged by `_check`.
+
+    Raises:
+        SourceError: cells are missing because 0 marks them, which is also what dry cells hold.
+    """
+    scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
+    high = _valid_max(array) * scale + offset
+    with np.errstate(invalid="ignore"):
+        records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
+    marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
+    if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
+        raise SourceError(
+            "The fill value of the file is 0, so dry cells would be missing. If 0 does mark missing cells, declare "
+            "`missing_values: [0.0]` of the source in catalog.yaml, or by --declare; else remove the fill value."
+        )
+
+
+def _valid_max(array: xr.DataArray) -> float:
+    """Largest valid value as the file states it, packed where its values are; infinite where it does not."""
+    stated = np.ravel(array.attrs.get("valid_range", array.attrs.get("valid_max", np.inf)))[-1]
+    try:
+        return float(stated)
+    except ValueError as e:
+        raise SourceError(f"The valid range ends at {stated!r}, which is no number. Mend or remove it.") from e
+
+
 def _largest(step: timedelta) -> float:
     """Amount that no step has reached: twice the envelope of the world's records, 422 mm (h)^0.475 (Jennings 1950)."""
     return float(2 * 422.0 * (step / timedelta(hours=1)) ** 0.475)
 
 
-def _check(values: NDArray[np.float64], rounding: float, largest: float, first: int, declared: Declared) -> int:
+@dataclass(frozen=True)
+class _Where:
+    """Where values lie: their first step, and the driving member for the end of a sentence."""
+
+    first: int
+    member: str
+
+
+def _check(values: NDArray[np.float64], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
     """Set small negatives to 0 and count them; refuse what is no amount."""
     tolerance = rounding if declared.max_negative_mm is None else max(rounding, declared.max_negative_mm)
     with np.errstate(invalid="ignore"):
         negative = values < 0
     if negative.any() and float(np.nanmin(values)) < -tolerance:
         raise SourceError(
-            _implausible(values, int(np.nanargmin(values)), first, f"beyond the rounding of {tolerance:.3g} mm")
+            _implausible(values, int(np.nanargmin(values)), where, f"beyond the rounding of {tolerance:.3g} mm")
         )
     if not np.isnan(values).all() and float(np.nanmax(values)) > largest:
         raise SourceError(
-            _implausible(values, int(np.nanargmax(values)), first, f"more than {largest:.0f} mm, twice the record")
+            _implausible(values, int(np.nanargmax(values)), where, f"more than {largest:.0f} mm, twice the record")
         )
     values[negative] = 0.0
     return int(negative.sum())
 
 
-def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> str:
+def _implausible(values: NDArray[np.float64], at: int, where: _Where, why: str) -> str:
     step, cell = (int(i) for i in np.unravel_index(at, values.shape))
     value = float(values[step, cell])
     same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())
@@ -424,7 +510,7 @@ def _implausible(values: NDArray[np.float64], at: int, first: int, why: str) -> 
         else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
         "`max_negative_mm:` of the source in catalog.yaml, or by --declare, accepts more."
     )
-    return f"{what}: {value:.4g} mm at step {first + step}, cell {cell}, {why}. {hint}"
+    return f"{what}: {value:.4g} mm at step {where.first + step}, cell {cell}{where.member}, {why}. {hint}"
 
 
 def _check_not_accumulated(sample: NDArray[np.float32]) -> None:

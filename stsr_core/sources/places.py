@@ -229,7 +229,7 @@ def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.f
     coordinate = dataset[name]
     if coordinate.ndim != 1 or not np.issubdtype(coordinate.dtype, np.number):
         raise SourceError(f"Coordinate {name} is no list of numbers, but {coordinate.dtype} {coordinate.shape}.")
-    values = np.asarray(coordinate.values, dtype=np.float64)
+    values = _degrees(coordinate, coordinate)
     if not np.isfinite(values).all():
         raise GridError(f"Axis {name} holds missing or infinite values. Every cell needs its place.")
     if crs is not None and crs.is_geographic and not _is_latitude(coordinate):
@@ -253,11 +253,11 @@ def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CR
     bounds = dataset[name].attrs.get("bounds") or dataset[name].encoding.get("bounds")
     if bounds not in dataset.variables or dataset[bounds].ndim != 2 or dataset[bounds].shape[1] != 2:
         return None
-    values = np.asarray(dataset[bounds].transpose(name, ...).values, np.float64) * _axis_scale(dataset[name], crs)
+    values = _degrees(dataset[bounds].transpose(name, ...), dataset[name]) * _axis_scale(dataset[name], crs)
     if crs is not None and crs.is_geographic and not _is_latitude(dataset[name]):
         values = centres[:, None] + (values - centres[:, None] + 180.0) % 360.0 - 180.0
         if centres.size == 1 or np.any(values[:, 1] == values[:, 0]):
-            values = np.asarray(dataset[bounds].values, np.float64)
+            values = _degrees(dataset[bounds], dataset[name])
     slack = 1e-6 * np.abs(values).max()
     low, high = values.min(axis=1), values.max(axis=1)
     if not np.isfinite(values).all() or (low > centres + slack).any() or (high < centres - slack).any():
@@ -328,6 +328,7 @@ def _vertices(
 
 
 def _degrees(values: xr.DataArray, coordinate: xr.DataArray) -> NDArray[np.float64]:
+    """Values in degrees where they are in radians, else as they are."""
     radians = str(coordinate.attrs.get("units", values.attrs.get("units", ""))).lower().startswith("rad")
     numbers = np.asarray(values.values, dtype=np.float64)
     return np.asarray(np.rad2deg(numbers)) if radians else numbers

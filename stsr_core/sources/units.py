@@ -17,6 +17,9 @@ REFERENCES: tuple[tuple[str, Kind, float], ...] = (
 )
 # UDUNITS reads "mm 3h-1" as 3 mm per hour; who writes it means mm per 3 hours.
 COUNTED_TIME = re.compile(r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1")
+# UDUNITS takes 30.44 and 365.24 days for these, calendars do not.
+UNEVEN_TIME = re.compile(r"(?<![a-z])(months?|mon|years?|yrs?)(?![a-z])", re.IGNORECASE)
+METHODS = re.compile(r"\btime: (?:\w+: )*(?!mean\b|sum\b|point\b)(\w+)")
 KNOWN = "mm, m, kg m-2, inch, mm/h, mm day-1, mm s-1, kg m-2 s-1"
 
 
@@ -28,6 +31,11 @@ def measured(units: str) -> tuple[Kind, float]:
     """
     from cf_units import Unit
 
+    if uneven := UNEVEN_TIME.search(units):
+        raise SourceError(
+            f"Units {units!r} have a {uneven.group(1)}, whose length nobody states. Declare `units:` of the source in "
+            "catalog.yaml, or by --declare, with days, as 'mm (30 day)-1'."
+        )
     if COUNTED_TIME.search(units):
         raise SourceError(
             f"Units {units!r} may mean 'per so many' or 'so many per'. Declare `units:` of the source in catalog.yaml, "
@@ -48,7 +56,8 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
 
     Raises:
         SourceError: an amount that is named a rate, a rate that is named an amount, an amount that is a mean over
-            time, whose length nobody states, or a rate at points in time, which says nothing of the time between.
+            time, whose length nobody states, a rate that is a sum over time, a rate at points in time, which says
+            nothing of the time between, extremes and other statistics, or climatologies.
     """
     kind, _ = measured(units)
     named: Kind | None = None
@@ -60,6 +69,17 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
         raise SourceError(
             f"Units {units!r} are those of an {kind}, but the standard name {standard_name} is that of an {named}. "
             f"One is wrong. {_declare()}".replace("an rate", "a rate")
+        )
+    other = METHODS.search(cell_methods)
+    if other or " over years" in cell_methods or " over days" in cell_methods:
+        what = f"the {other.group(1)} over time" if other else "a climatology"
+        raise SourceError(
+            f"The cell methods {cell_methods!r} are those of {what}, not of what fell in each step. Use means or sums; "
+            f"or, if that is wrong, declare `units: {units}` of the source in catalog.yaml, or by --declare."
+        )
+    if kind == "rate" and "time: sum" in cell_methods:
+        raise SourceError(
+            f"A rate in {units!r} with the cell method 'time: sum' may be a sum of rates, or an amount. {_declare()}"
         )
     if kind == "amount" and "time: mean" in cell_methods:
         raise SourceError(

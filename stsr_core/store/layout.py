@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ PRECIPITATION = {
     "cell_methods": "time: sum area: mean",
 }
 
+DRIVING = "driving_member"  # coordinate along members
+DRIVING_ATTRIBUTES: Mapping[str, Any] = {"long_name": "realization of the driving model"}
+
 Options = Mapping[str, object]
 Region = tuple[slice, slice, slice, slice]
 
@@ -56,6 +59,7 @@ class StoreLayout:
         time_block: fine steps of a shard.
         tile: fine rows and columns of a shard.
         attributes: global attributes (provenance).
+        driving: label of the driving member of every member; () where the source is no ensemble.
     """
 
     members: int
@@ -65,6 +69,7 @@ class StoreLayout:
     time_block: int
     tile: tuple[int, int]
     attributes: Mapping[str, str]
+    driving: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -138,7 +143,9 @@ def coordinates(layout: StoreLayout) -> dict[str, Any]:
     """Decoded coordinates for an xarray.DataArray with the layout's axes; intervals as `time_start`, `time_end`."""
     y, x = axis_attributes(layout.grid)
     bounds = layout.times.bounds
+    driving = {DRIVING: ("member", list(layout.driving), DRIVING_ATTRIBUTES)} if layout.driving else {}
     return {
+        **driving,
         "member": ("member", np.arange(layout.members), {"standard_name": "realization"}),
         "time": ("time", layout.times.labels, {"standard_name": "time", "axis": "T"}),
         "time_start": ("time", bounds[:, 0]),
@@ -177,6 +184,37 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
         write_array(f"{url}/crs", np.array(0, np.int32), (), CRS.from_wkt(grid.crs_wkt).to_cf(), options)
 
 
+def write_labels(url: str, labels: Sequence[str], dim: str, options: Options | None) -> None:
+    """Write the labels of driving members along a dimension."""
+    values = np.array(labels, dtype=np.dtypes.StringDType())
+    zarr.create_array(
+        open_store(f"{url}/{DRIVING}", options), data=values, chunks=values.shape, dimension_names=(dim,),
+        compressors=None, attributes=dict(DRIVING_ATTRIBUTES), overwrite=True, fill_value="",
+    )  # fmt: skip
+
+
+def read_labels(url: str, options: Options | None = None) -> tuple[str, ...]:
+    """Labels of the driving members in a group, along whatever they lie; () where it has none."""
+    try:
+        labels: Any = zarr.open_array(open_store(f"{url}/{DRIVING}", options), mode="r")[:]
+    except FileNotFoundError:
+        return ()
+    return tuple(map(str, labels))
+
+
+def write_members(url: str, layout: StoreLayout, options: Options | None) -> None:
+    """Write the members of a group, and of which driving members they are."""
+    realization = {"standard_name": "realization", "units": "1"}
+    write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)
+    if layout.driving:
+        write_labels(url, layout.driving, "member", options)
+
+
+def described(layout: StoreLayout) -> dict[str, str]:
+    """Attributes of the precipitation of members, whatever their packing and CRS."""
+    return {**PRECIPITATION, **({"coordinates": DRIVING} if layout.driving else {})}
+
+
 def mapped(attributes: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
     """Add the grid mapping to a variable's attributes where the CRS is known."""
     return {**attributes, **({"grid_mapping": "crs"} if grid.crs_wkt is not None else {})}
@@ -188,11 +226,10 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     Raises:
         StoreError: the place cannot be written.
     """
-    attributes = mapped({**PRECIPITATION, "scale_factor": QUANTUM_MM}, layout.grid)
-    realization = {"standard_name": "realization", "units": "1"}
+    attributes = mapped({**described(layout), "scale_factor": QUANTUM_MM}, layout.grid)
     try:
         write_coordinates(url, layout.times, layout.grid, options)
-        write_array(f"{url}/member", np.arange(layout.members, dtype=np.int32), ("member",), realization, options)
+        write_members(url, layout, options)
         if _exists(url, f"{array}/zarr.json", options):
             zarr.open_array(open_store(f"{url}/{array}", options), mode="r+").resize(layout.shape)
         else:

@@ -67,7 +67,7 @@ def write_overview(
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
     targets = _create_level(url, layout, options)
     for part in _blocks(layout):
-        for name, values in statistics(np.asarray(source[(slice(None), *part)])).items():
+        for name, values in _statistics_of(source, part).items():
             targets[name][(..., *part)] = values
     levels: list[str] = []
     while max(layout.grid.shape) > LEVEL_CELLS:
@@ -75,6 +75,18 @@ def write_overview(
         levels.append(str(len(levels) + 1))
         targets = _write_level(targets, f"{url}/{levels[-1]}", layout, options)
     finish(url, {**layout.attributes, **({"levels": " ".join(levels)} if levels else {})}, options)
+
+
+def _statistics_of(source: zarr.Array[Any], part: tuple[slice, slice, slice]) -> Statistics:
+    """Statistics of a block, chunk by chunk, for all members of all of it may be much."""
+    t, y, x = part
+    rows, columns = ([slice(a, min(p.stop, a + n)) for a in range(p.start, p.stop, n)]
+                     for p, n in ((y, source.chunks[2]), (x, source.chunks[3])))  # fmt: skip
+    bands = [[statistics(np.asarray(source[:, t, row, column])) for column in columns] for row in rows]
+    return {
+        name: np.concatenate([np.concatenate([one[name] for one in band], axis=-1) for band in bands], axis=-2)
+        for name in bands[0][0]
+    }
 
 
 def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dict[str, zarr.Array[Any]]:

@@ -14,14 +14,14 @@ from zarr.codecs import ZstdCodec
 
 from stsr_core.store.layout import (
     MISSING,
-    PRECIPITATION,
     QUANTUM_MM,
     StoreLayout,
+    described,
     finish,
     mapped,
     open_store,
-    write_array,
     write_coordinates,
+    write_members,
 )
 
 if TYPE_CHECKING:
@@ -57,14 +57,13 @@ def write_series(ensemble_url: str, array: str, url: str, layout: StoreLayout, o
     """Copy a finished ensemble, shard by shard, into a group laid out for time series."""
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
     write_coordinates(url, layout.times, layout.grid, options)
-    members = np.arange(layout.members, dtype=np.int32)
-    write_array(f"{url}/member", members, ("member",), {"standard_name": "realization", "units": "1"}, options)
+    write_members(url, layout, options)
     shard = shard_of(layout)
     target = zarr.create_array(
         open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16", chunks=chunk_of(layout),
         shards=shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
         dimension_names=("member", "time", "y", "x"), overwrite=True,
-        attributes={**mapped(PRECIPITATION, layout.grid), "scale_factor": QUANTUM_MM, "_FillValue": MISSING},
+        attributes={**mapped(described(layout), layout.grid), "scale_factor": QUANTUM_MM, "_FillValue": MISSING},
     )  # fmt: skip
     starts = [range(0, size, n) for size, n in zip(layout.shape, shard, strict=True)]
     for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:

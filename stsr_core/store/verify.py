@@ -31,11 +31,12 @@ JUDGED = 50  # wet coarse cells and steps below which statistics are those of si
 
 @dataclass(frozen=True)
 class Expected:
-    """A planned shard: its key, the region it fills, and the digest its receipt must carry."""
+    """A planned shard: its key, the region it fills, the digest its receipt must carry, and its driving member."""
 
     key: str
     region: Region
     plan_digest: str
+    driving: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Stored:
         url: its store.
         array: its name.
         factor: (s, t).
-        coarse: amount [mm per coarse step], (T, Y, X), NaN where missing.
-        members: number of members.
+        coarse: amount [mm per coarse step] of every driving member, (T, Y, X), NaN where missing.
+        members: number of members of each driving member.
         conserved: whether closure was enforced.
         options: options of the filesystem.
         scores: what the checkpoint's card says of its validation, by name.
@@ -119,7 +120,7 @@ class Stored:
     url: str
     array: str
     factor: Factor
-    coarse: NDArray[np.float32]
+    coarse: Sequence[NDArray[np.float32]]
     members: int
     conserved: bool
     options: Options | None = None
@@ -188,7 +189,7 @@ def _vouched(
     cells = stored.factor.space**2 * stored.factor.time
     for e in shards:
         members = e.region[0].stop - e.region[0].start
-        holes = int(np.isnan(_coarse_part(stored, e.region)).sum()) * cells * members
+        holes = int(np.isnan(_coarse_part(stored, e)).sum()) * cells * members
         yield e.key, receipts[e.key].closure_quanta, receipts[e.key].missing != holes
 
 
@@ -198,12 +199,13 @@ def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[st
         return
     array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
     for e in shards:
-        yield e.key, *closure_of(np.asarray(array[e.region]), _coarse_part(stored, e.region), stored.factor)
+        yield e.key, *closure_of(np.asarray(array[e.region]), _coarse_part(stored, e), stored.factor)
 
 
-def _coarse_part(stored: Stored, region: Region) -> NDArray[np.float32]:
+def _coarse_part(stored: Stored, e: Expected) -> NDArray[np.float32]:
     parts = (stored.factor.time, stored.factor.space, stored.factor.space)
-    return stored.coarse[tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], parts, strict=True))]
+    inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(e.region[1:], parts, strict=True))
+    return stored.coarse[e.driving][inside]
 
 
 def closure_of(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
@@ -229,8 +231,9 @@ def _plausible(valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates
 
 
 def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
-    rain = sum(receipts[e.key].rain_mm * receipts[e.key].wet for e in valid)
-    spread = sum(receipts[e.key].spread_mm * receipts[e.key].wet for e in valid)
+    several = [receipts[e.key] for e in valid if e.region[0].stop - e.region[0].start > 1]  # one alone has no spread
+    rain = sum(receipt.rain_mm * receipt.wet for receipt in several)
+    spread = sum(receipt.spread_mm * receipt.wet for receipt in several)
     relative = spread / rain if rain else 0.0
     judged = stored.members > 1 and rain > 0
     return Gate(
@@ -244,7 +247,7 @@ def _wet_fraction(stored: Stored, valid: Sequence[Expected], receipts: Mapping[s
     """Wet fine cells over the fine cells of coarse cells that are wet on average."""
     wet = sum(receipts[e.key].wet for e in valid)
     s, t = stored.factor.space, stored.factor.time
-    under = int((stored.coarse > WET_MM * t).sum()) * s * s * t * stored.members
+    under = sum(int((coarse > WET_MM * t).sum()) for coarse in stored.coarse) * s * s * t * stored.members
     share = wet / under if under else 1.0
     return Gate(
         name="wet fraction", passed=share >= gates.min_wet_fraction,

@@ -62,7 +62,7 @@ def write_stores(attempt: Attempt, value: int) -> None:
     write_series(attempt.ensemble_url, "precipitation", attempt.group_url("series"), LAYOUT, options)
     write_overview(attempt.ensemble_url, "precipitation", attempt.overview_url, LAYOUT, options)
     coarse = np.full((2, 2, 2), value * 0.01, np.float32)
-    write_coarse(attempt.group_url("coarse"), coarse, LAYOUT.times, COARSE_GRID, LAYOUT.attributes, options)
+    write_coarse(attempt.group_url("coarse"), [coarse], LAYOUT.times, COARSE_GRID, LAYOUT.attributes, options)
 
 
 def prepared(destination: object, value: int = 7, options: dict[str, object] | None = None) -> Attempt:

@@ -28,11 +28,11 @@ def cube_of(rain, x0=4000.0, hour=0):
     return Cube(rain, times, Grid(Axis(36_000.0, -4000.0, ny), Axis(x0, 4000.0, nx)), {})
 
 
-def plan_of(library, cube, space=4, time=1, members=2, seed=1, conserve=True):
+def plan_of(library, *cubes, space=4, time=1, members=2, seed=1, conserve=True):
     factor = Factor(space=space, time=time)
     checkpoint = library.serving(factor)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
-    return Plan(cube, recipe), Downscaler.load(checkpoint, factor, CPU)
+    return Plan(cubes, recipe), Downscaler.load(checkpoint, factor, CPU)
 
 
 def block_sums(quanta, s, t):
@@ -42,7 +42,7 @@ def block_sums(quanta, s, t):
 
 @pytest.mark.parametrize(("space", "time"), [(4, 1), (4, 3), (10, 1)])
 def test_every_member_conserves_every_coarse_total_to_the_quantum(library, rain, space, time):
-    plan, downscaler = plan_of(library, cube_of(rain), space, time, members=3)
+    plan, downscaler = plan_of(library, cube_of(rain), space=space, time=time, members=3)
     quanta = ensemble_quanta(plan, downscaler)
     wanted = np.rint(space**2 * rain.astype(np.float64) / QUANTUM_MM)
     np.testing.assert_array_equal(block_sums(quanta, space, time), np.broadcast_to(wanted, (3, *rain.shape)))
@@ -200,10 +200,53 @@ def test_an_unsupported_factor_names_the_nearest_and_nearest_regrids_to_it(array
     assert float(out["x"][1] - out["x"][0]) == pytest.approx(4000.0 / 5)
 
 
+def driving_cubes(rain, labels=("r1", "r2", "r5")):
+    """Cubes of driving members: the same rain, moved in time."""
+    return tuple(replace(cube_of(np.roll(rain, i, axis=0)), driving=label) for i, label in enumerate(labels))
+
+
+def test_every_driving_member_gets_members_of_its_own_that_conserve_its_totals(library, rain):
+    cubes = driving_cubes(rain)
+    plan, downscaler = plan_of(library, *cubes, members=6)
+    assert plan.driving == ("r1",) * 3 + ("r2",) * 3 + ("r5",) * 3 + ("r1",) * 3 + ("r2",) * 3 + ("r5",) * 3
+    quanta = ensemble_quanta(plan, downscaler)
+    assert len(quanta) == 18
+    for member, label in enumerate(plan.driving):
+        (cube,) = (c for c in cubes if c.driving == label)
+        wanted = np.rint(16 * cube.amount.astype(np.float64) / QUANTUM_MM)
+        np.testing.assert_array_equal(block_sums(quanta[member : member + 1], 4, 1)[0], wanted)
+    for number, cube in enumerate(cubes):
+        alone, _ = plan_of(library, cube, members=6)
+        same = [i for i, label in enumerate(plan.driving) if label == cube.driving]
+        np.testing.assert_array_equal(ensemble_quanta(alone, downscaler), quanta[same])
+        assert plan.task(plan.shards[2 * number]).shard.driving == number
+
+
+def test_the_noise_of_driving_members_is_independent_and_that_of_a_source_without_any_its_own(library, rain):
+    same = tuple(replace(cube_of(rain), driving=label) for label in ("", "a", "b"))
+    made = [ensemble_quanta(*plan_of(library, cube, members=1)) for cube in same]
+    digests = {plan.task(plan.shards[0]).digest for plan, _ in (plan_of(library, cube, members=1) for cube in same)}
+    assert len(digests) == 3
+    assert (made[0] != made[1]).any()
+    assert (made[1] != made[2]).any()
+
+
+@pytest.mark.parametrize(("members", "block"), [(1, 1), (2, 2), (4, 4), (5, 1), (6, 3), (16, 4)])
+def test_shards_of_driving_members_are_all_full_and_tile_the_ensemble(library, rain, members, block):
+    plan, _ = plan_of(library, *driving_cubes(rain), members=members)
+    assert plan.member_block == block
+    places = sorted((shard.members, shard.driving, shard.numbers) for shard in plan.shards)
+    assert [p[0] for p in places] == [(i, i + block) for i in range(0, 3 * members, block)]
+    assert [plan.driving[p[0][0]] for p in places] == [plan.cubes[p[1]].driving for p in places]
+    assert sorted((d, n) for _, d, (n, _) in places) == [(d, n) for d in range(3) for n in range(0, members, block)]
+    assert len({plan.task(shard).digest for shard in plan.shards}) == len(plan.shards)
+
+
 def to_store(cube, checkpoints, output: Path, cluster: Cluster, members: int = 2, **changes):
     overwrite, extend = changes.pop("overwrite", False), changes.pop("extend", False)
     arguments = {"space": 4, "time": 1, "seed": 1, "nearest": False, "conserve": True, "device": "cpu", **changes}
-    plan, downscaler = prepared(cube, members=members, checkpoints=str(checkpoints), **arguments)
+    cubes = cube if isinstance(cube, tuple) else (cube,)
+    plan, downscaler = prepared(cubes, members=members, checkpoints=str(checkpoints), **arguments)
     downscale_to_store(plan, downscaler, str(output), cluster=cluster, overwrite=overwrite, extend=extend)
     return plan
 
@@ -273,6 +316,26 @@ def test_a_store_grows_to_more_members_and_a_longer_period(rain, checkpoints, cl
     assert files_of(grown) == files_of(fresh)
 
 
+def test_a_store_of_driving_members_grows_and_its_shards_are_those_of_each_alone(rain, checkpoints, cluster, tmp_path):
+    cubes = driving_cubes(rain)
+    to_store(cubes, checkpoints, tmp_path / "all", cluster, members=4)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "all" / "precipitation" / "c").rglob("*") if p.is_file()}
+    assert len(before) == 3
+    with pytest.raises(StoreError, match="none of this ensemble"):  # blocks of 3 instead of 4
+        to_store(cubes, checkpoints, tmp_path / "all", cluster, members=6, extend=True)
+    to_store(cubes, checkpoints, tmp_path / "all", cluster, members=8, extend=True)
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
+    to_store(cubes[1], checkpoints, tmp_path / "one", cluster, members=8)
+    for block, of_all in (("0", "1"), ("1", "4")):
+        one, same = (tmp_path / name / "precipitation" / "c" / n / "0" / "0" / "0"
+                     for name, n in (("one", block), ("all", of_all)))  # fmt: skip
+        assert one.read_bytes() == same.read_bytes()
+    dataset = xr.open_zarr(tmp_path / "all")
+    assert dataset["driving_member"].dims == ("member",)
+    assert dataset["driving_member"].values.tolist() == (["r1"] * 4 + ["r2"] * 4 + ["r5"] * 4) * 2
+    assert dataset.sizes["member"] == 24
+
+
 def _serving(checkpoints):
     from stsr_core.checkpoint import Library
 
@@ -296,7 +359,7 @@ def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_o
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter.txt").write_text("keep me")
     plan, downscaler = prepared(
-        cube_of(rain), space=4, time=1, members=1, seed=0, nearest=False, conserve=True, device="cpu",
+        (cube_of(rain),), space=4, time=1, members=1, seed=0, nearest=False, conserve=True, device="cpu",
         checkpoints=str(checkpoints),
     )  # fmt: skip
     with pytest.raises(StoreError, match="no Zarr store, so it is not overwritten"):

@@ -46,7 +46,7 @@ class Load:
 def plan(library) -> Plan:
     checkpoint = library.serving(FACTOR)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(FACTOR), seed=1, members=48, conserve=True)
-    return Plan(as_cube(np.ones((8, 9, 11), np.float32), FACTOR), recipe)
+    return Plan((as_cube(np.ones((8, 9, 11), np.float32), FACTOR),), recipe)
 
 
 @contextmanager

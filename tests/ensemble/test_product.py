@@ -17,7 +17,7 @@ def plan(library, members: int = 5) -> Plan:
     rain[:8] = 1.0  # the second half is dry
     checkpoint = library.serving(FACTOR)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(FACTOR), seed=1, members=members, conserve=True)
-    return Plan(as_cube(rain, FACTOR), recipe)
+    return Plan((as_cube(rain, FACTOR),), recipe)
 
 
 def test_the_cost_counts_shards_evaluations_and_bytes(library):

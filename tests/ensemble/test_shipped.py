@@ -32,7 +32,7 @@ def test_stored_totals_of_the_real_file_equal_the_inputs_within_the_quantum(fore
     served = checkpoint.card.serving(factor).model_copy(update={"evaluations": 3})
     recipe = Recipe.of(checkpoint, served, seed=5, members=2, conserve=True)
     downscaler = Downscaler.load(checkpoint, factor, choose_device("cpu"))
-    quanta = ensemble_quanta(Plan(forecast, recipe), downscaler)
+    quanta = ensemble_quanta(Plan((forecast,), recipe), downscaler)
     s, t = factor.space, factor.time
     blocks = quanta.reshape(2, 6, t, 5, s, 6, s)
     total = blocks.sum(axis=(2, 4, 6), dtype=np.int64) / s**2 * QUANTUM_MM

@@ -55,7 +55,7 @@ def plan(library):
     checkpoint = library.serving(Factor(space=4, time=1))
     served = checkpoint.card.serving(Factor(space=4, time=1))
     recipe = Recipe.of(checkpoint, served, seed=1, members=8, conserve=True)
-    return Plan(Cube(np.ones((240, 8, 8), np.float32), times, grid, {}), recipe)
+    return Plan((Cube(np.ones((240, 8, 8), np.float32), times, grid, {}),), recipe)
 
 
 def test_pieces_cover_the_plan_once_in_either_order(plan):

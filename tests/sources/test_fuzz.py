@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stsr_core.errors import StsrError
 from stsr_core.sources.cube import Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.remote import patiently
 
 CALENDARS = ("standard", "proleptic_gregorian", "noleap", "360_day", "julian")
@@ -72,11 +72,18 @@ def files(draw):
     if draw(st.booleans()):
         data["lat"].attrs, data["lon"].attrs = {}, {}
     data["pr"] = data["pr"].transpose(*order)
+    driving = draw(st.sampled_from([(), (), (4, 7, 9)]))
+    if driving:  # realizations: the rain once, twice and three times
+        data["pr"] = xr.concat([data["pr"] * k for k in (1, 2, 3)], "number", combine_attrs="override").transpose(
+            *draw(st.permutations(["number", *order]))
+        )
+        data["pr"].attrs["units"] = units
+        data = data.assign_coords(number=("number", list(driving)))
     declared = {}
     damage = draw(st.sampled_from(DAMAGE))
     if damage == "no bounds" and draw(st.booleans()) and kind != "sum":
         declared["time_label"] = label
-    return spoiled(data, damage, rng), Declared(**declared), damage, (truth, lat, lon, edges, calendar, hours)
+    return spoiled(data, damage, rng), Declared(**declared), damage, (truth, lat, lon, edges, calendar, hours, driving)
 
 
 def spoiled(data, damage, rng):
@@ -165,14 +172,22 @@ HARMLESS = ("none",)
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(files())
 def test_what_is_read_is_the_rain_or_the_file_is_refused(made):
-    data, declared, damage, (truth, lat, lon, edges, calendar, hours) = made
+    data, declared, damage, (truth, lat, lon, edges, calendar, hours, driving) = made
     try:
         decoded = patiently(lambda: xr.decode_cf(data, decode_timedelta=False), "the file")
-        coarse = read_coarse(decoded, "pr", declared)
+        members = find(decoded, "pr", declared).read_all()
     except StsrError as e:
         assert len(str(e)) > 30
         assert damage not in HARMLESS or len(lat) == 1, f"refused though nothing is wrong: {e}"
         return
+    assert [member.driving for member in members] == ([str(label) for label in driving] or [""])
+    for times, coarse in enumerate(members, 1):
+        check(coarse, damage, (times * truth, lat, lon, edges, calendar, hours))
+
+
+def check(coarse, damage, expected):
+    """Compare one driving member with the rain it was made of."""
+    truth, lat, lon, edges, calendar, hours = expected
     begin = cftime.datetime(1800, 1, 1, calendar=calendar) + timedelta(hours=edges[0])
     if damage == "axis uneven":
         return  # other places than those of the rain: amounts are compared below for all others

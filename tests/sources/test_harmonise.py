@@ -68,6 +68,12 @@ def test_units_become_mm_per_step(units, value, amount):
         ("mm", {"cell_methods": "time: mean"}, "does not say over which time"),
         ("mm", {"standard_name": "precipitation_flux"}, "those of an amount, but .* that of a rate"),
         ("mm 3h-1", {}, "may mean 'per so many'.*brackets"),
+        ("mm/month", {}, "have a month, whose length nobody states"),
+        ("mm yr-1", {}, "have a yr, whose length nobody states"),
+        ("mm", {"cell_methods": "area: mean time: maximum"}, "those of the maximum over time.*declare `units: mm`"),
+        ("mm/h", {"cell_methods": "time: mean within hours time: maximum over hours"}, "of the maximum over time"),
+        ("mm", {"cell_methods": "time: sum within years time: mean over years"}, "those of a climatology"),
+        ("mm day-1", {"cell_methods": "area: mean time: sum"}, "may be a sum of rates, or an amount"),
     ],
 )
 def test_units_that_may_mean_something_else_are_refused_until_declared(units, attributes, message):
@@ -139,6 +145,32 @@ def test_both_parts_of_a_sum_count_their_negatives_and_must_lie_on_the_same_cell
 def test_a_declared_missing_value_is_found_as_float32_holds_it():
     data = array(values=values_with(-99.9).astype(np.float32))
     assert np.isnan(cube_of(data, Declared(time_label="end", missing_values=(-99.9,))).amount).sum() == 1
+
+
+def test_what_lies_above_the_valid_range_of_the_file_is_missing(tmp_path):
+    data = array(values=values_with(99.99)).assign_attrs(valid_range=np.array([0.0, 90.0]))
+    assert np.isnan(cube_of(data, END).amount).sum() == 1
+    packed = array(values=values_with(99.99)).assign_attrs(valid_max=np.int16(9000)).to_dataset(name="pr")
+    packed["pr"].encoding.update(scale_factor=0.01, dtype="int16", _FillValue=-1)
+    packed.to_netcdf(tmp_path / "packed.nc")
+    with open_dataset(str(tmp_path / "packed.nc")) as opened:
+        amount = read_cube(opened, "pr", END).amount
+    assert np.isnan(amount).sum() == 1
+    np.testing.assert_allclose(amount[~np.isnan(amount)], 1.0)
+    with pytest.raises(SourceError, match="ends at .*, which is no number"):
+        cube_of(array().assign_attrs(valid_range="0 to 90"), END)
+
+
+@pytest.mark.parametrize("encoding", [{"_FillValue": 0.0}, {"dtype": "int16", "scale_factor": 0.01, "_FillValue": 0}])
+def test_a_fill_value_of_0_that_hides_dry_cells_is_refused_until_it_is_declared(tmp_path, encoding):
+    data = array(values=values_with(0.0)).to_dataset(name="pr")
+    data["pr"].encoding.update(encoding)
+    data.to_netcdf(tmp_path / "zero.nc")
+    with open_dataset(str(tmp_path / "zero.nc")) as opened:
+        with pytest.raises(SourceError, match=r"fill value of the file is 0.*`missing_values: \[0.0\]`"):
+            read_cube(opened, "pr", END)
+        declared = Declared(time_label="end", missing_values=(0.0,))
+        assert np.isnan(read_cube(opened, "pr", declared).amount).sum() == 1
 
 
 @pytest.mark.parametrize(("reset", "steps"), [(24, 48), (6, 30), (2, 12)])

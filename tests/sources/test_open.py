@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from pyproj import CRS
 from stsr_core.errors import SourceError
 from stsr_core.sources.box import Box
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.harmonise import find, read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
 
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
@@ -111,13 +112,16 @@ def test_files_of_a_glob_join_along_time_in_any_order(tmp_path):
         read_coarse(opened, "pr", START)
 
 
-def test_files_of_the_same_times_are_members(tmp_path):
-    for name, offset in (("a", 0.0), ("b", 100.0)):
-        days(0, 3, offset).to_netcdf(tmp_path / f"{name}.nc")
-    with open_dataset(str(tmp_path / "?.nc")) as opened:
-        with pytest.raises(SourceError, match=r"member \(2: 0, 1\)"):
+def test_files_of_the_same_times_are_driving_members_named_by_what_tells_them_apart(tmp_path):
+    for name, offset in (("r1i1p1f1", 0.0), ("r12i1p1f1", 100.0)):
+        days(0, 3, offset).to_netcdf(tmp_path / f"pr_day_{name}_gn.nc")
+    with open_dataset(str(tmp_path / "*.nc")) as opened:
+        with pytest.raises(SourceError, match=r"2 driving members: member \(r12i1p1f1, r1i1p1f1\).*select: {member"):
             read_coarse(opened, "pr", START)
-        declared = Declared(time_label="start", accumulated="none", select={"member": 1})
+        one, other = find(opened, "pr", START).read_all()
+        assert (one.driving, other.driving) == ("r12i1p1f1", "r1i1p1f1")
+        np.testing.assert_array_equal(one.amount, other.amount + 100)
+        declared = replace(START, select={"member": "r12i1p1f1"})
         np.testing.assert_array_equal(read_coarse(opened, "pr", declared).amount[:, 0, 0], [100, 101, 102])
 
 
@@ -128,6 +132,21 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
         open_dataset(str(tmp_path / "*.nc"))
     days(3, 3).assign_coords(lat=np.arange(3.0)).to_netcdf(tmp_path / "b.nc")
     with pytest.raises(SourceError, match="do not fit together along time"):
+        open_dataset(str(tmp_path / "*.nc"))
+    for change, message in (
+        ({"units": "m"}, "'pr' is mm in some, m in .*b.nc"),
+        ({"units": "mm", "cell_methods": "time: mean"}, "mm, time: mean in .*b.nc"),
+    ):
+        for first in (0, 3):  # of the same times, and of later ones
+            days(first, 3).assign(pr=days(first, 3)["pr"].assign_attrs(change)).to_netcdf(tmp_path / "b.nc")
+            with pytest.raises(SourceError, match=message):
+                open_dataset(str(tmp_path / "*.nc"))
+    days(0, 3).rename(pr="lsp").to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match="lsp, pr is not in all of them"):
+        open_dataset(str(tmp_path / "*.nc"))
+    for first, name in ((0, "a"), (3, "b")):
+        days(first, 3).assign_attrs(variant_label=f"r{name}i1p1f1").to_netcdf(tmp_path / f"{name}.nc")
+    with pytest.raises(SourceError, match="several realizations.*variant_label is rai1p1f1 in .*a.nc, rbi1p1f1 in"):
         open_dataset(str(tmp_path / "*.nc"))
     with pytest.raises(SourceError, match="Nothing matches"):
         open_dataset(str(tmp_path / "*.grib"))

@@ -329,3 +329,15 @@ def test_a_forecast_with_a_scalar_start_and_valid_times_along_its_steps():
     del forecast["valid_time"].attrs["bounds"]
     cube = read_coarse(forecast, "pr", Declared(time_label="end"))
     assert (cube.times.start, cube.times.step) == (datetime(2001, 1, 1), timedelta(hours=1))
+
+
+def test_axes_in_radians_are_in_radians():
+    lat, lon = np.arange(45.0, 42.0, -0.5), np.arange(3.0, 7.0, 0.5)
+    axes = {"lat": ("latitude", lat), "lon": ("longitude", lon)}
+    coords = {n: (n, np.deg2rad(v), {"standard_name": s, "units": "radians"}) for n, (s, v) in axes.items()}
+    data = timed({"pr": (("time", "lat", "lon"), rain(2, lat.size, lon.size))}, coords)
+    data["lat"].attrs["bounds"] = "lat_bnds"
+    data["lat_bnds"] = (("lat", "nv"), np.deg2rad(np.stack([lat - 0.25, lat + 0.25], axis=1)))
+    grid = read_coarse(data, "pr").grid
+    np.testing.assert_allclose(grid.y.centres, lat)
+    np.testing.assert_allclose(grid.x.centres, lon)

@@ -1,6 +1,9 @@
 """Layout, receipts, overview and gates on one small store, written once."""
 
+import itertools
 import json
+import shutil
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -10,12 +13,15 @@ import xarray as xr
 
 import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
+from stsr_core.catalog.integrity import _closure as closure_of_version
 from stsr_core.configuration import Gates, LikeCard
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.store.coarse import write_coarse
 from stsr_core.store.layout import (
     MISSING,
+    QUANTUM_MM,
     StoreLayout,
     create_ensemble,
     finish,
@@ -23,8 +29,9 @@ from stsr_core.store.layout import (
     remove_store,
     write_shard,
 )
-from stsr_core.store.overview import write_overview
+from stsr_core.store.overview import halved_grid, write_overview
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+from stsr_core.store.series import write_series
 from stsr_core.store.statistics import STATISTICS, statistics, sums
 from stsr_core.store.verify import Expected, Stored, verify
 
@@ -87,7 +94,7 @@ def store(tmp_path, quanta):
 
 def report_of(store, coarse, gates=None, regions=REGIONS, members=3):
     expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in regions]
-    stored = Stored(store, "precipitation", FACTOR, coarse, members, conserved=True)
+    stored = Stored(store, "precipitation", FACTOR, [coarse], members, conserved=True)
     return verify(stored, expected, read_receipts(store, "precipitation"), gates or Gates())
 
 
@@ -167,7 +174,7 @@ def test_a_missing_receipt_is_found_and_named(store, coarse):
 
 def test_a_receipt_of_another_plan_does_not_count(store, coarse):
     expected = [Expected(key_of(r), r, "other") for r in REGIONS]
-    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True)
+    stored = Stored(store, "precipitation", FACTOR, [coarse], 3, conserved=True)
     assert "receipts" in failed(verify(stored, expected, read_receipts(store, "precipitation"), Gates()))
 
 
@@ -209,7 +216,7 @@ def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
     assert wet.found == f"{80 / (int((coarse > 0.1).sum()) * 12):.2f} of the cells where it rains"
     expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in REGIONS]
     scores = {"spread_skill": 0.4, "wet_fraction_ratio": 1.74}
-    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True, scores=scores)
+    stored = Stored(store, "precipitation", FACTOR, [coarse], 3, conserved=True, scores=scores)
     report = verify(stored, expected, read_receipts(store, "precipitation"), Gates())
     assert {name: (g.found, g.needed) for name, g in failed(report).items()} == {
         "card: spread over skill": ("0.40", "0.5 to 1.5")
@@ -288,3 +295,27 @@ def test_remove_store_refuses_what_is_no_store(tmp_path, store):
     remove_store(store)
     assert not (tmp_path / "e.zarr").exists()
     remove_store(store)
+
+
+def test_members_conserve_the_totals_of_their_own_driving_member(tmp_path):
+    url, layout = str(tmp_path / "data.zarr"), replace(LAYOUT, members=4, member_block=2, driving=("a", "a", "b", "b"))
+    region = [slice(0, n) for n in (4, 4, 6, 8)]
+    create_ensemble(f"{url}/ensemble", layout, array="precipitation")
+    amounts = [np.full((4, 3, 4), mm, np.float32) for mm in (1.0, 2.0)]
+    for first, mm in ((0, 1.0), (2, 2.0)):
+        for t, y, x in itertools.product((0, 2), (0, 4), (0, 4)):
+            part = slice(first, first + 2), slice(t, t + 2), slice(y, min(6, y + 4)), slice(x, x + 4)
+            values = np.full([p.stop - p.start for p in part], round(mm / QUANTUM_MM), np.uint16)
+            write_shard(f"{url}/ensemble", "precipitation", part, values)
+    finish(f"{url}/ensemble", layout.attributes)
+    for labels, worst in ((("a", "b"), 0), (("b", "a"), 400)):
+        write_coarse(f"{url}/coarse", amounts, layout.times, halved_grid(layout.grid), {}, driving=labels)
+        assert closure_of_version(str(tmp_path), None, conserved=True)[0] == worst
+        shutil.rmtree(f"{url}/coarse")
+    write_coarse(f"{url}/coarse", amounts[:1], layout.times, halved_grid(layout.grid), {}, driving=("a",))
+    with pytest.raises(StoreError, match="members .* are of driving members a, b; there are coarse totals of a"):
+        closure_of_version(str(tmp_path), None, conserved=True)
+    write_series(f"{url}/ensemble", "precipitation", f"{url}/series", layout)
+    with xr.open_zarr(f"{url}/series") as series:
+        assert series["driving_member"].values.tolist() == ["a", "a", "b", "b"]
+        assert series["precipitation"].values[tuple(region)].mean(axis=(1, 2, 3)).tolist() == [1.0, 1.0, 2.0, 2.0]
