@@ -226,7 +226,7 @@ def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
 def like_card(store, coarse, card, gates=None):
     """Results of the gates against the statistics of a card, by statistic."""
     expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in REGIONS]
-    stored = Stored(store, "precipitation", FACTOR, coarse, 3, conserved=True, statistics=card)
+    stored = Stored(store, "precipitation", FACTOR, [coarse], 3, conserved=True, statistics=card)
     gates = verify(stored, expected, read_receipts(store, "precipitation"), gates or Gates()).gates
     return {g.name.removeprefix("like card: "): g for g in gates if g.name.startswith("like card: ")}
 
