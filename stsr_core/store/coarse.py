@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ARRAY = "precipitation"
 CHUNK_STEPS, CHUNK_CELLS = 744, 64
+LEAD = "driving"  # dimension of driving members; labels may not be named like their dimension, by CF
 
 
 def write_coarse(
@@ -55,15 +56,15 @@ def write_coarse(
     """
     write_coordinates(url, times, grid, options)
     if driving:
-        write_labels(url, driving, DRIVING, options)
-    lead = (len(driving),) if driving else ()
+        write_labels(url, driving, LEAD, options)
+    lead, labelled = ((len(driving),), {"coordinates": DRIVING}) if driving else ((), {})
     shape = amounts[0].shape
     chunks = tuple(min(n, c) for n, c in zip(shape, (CHUNK_STEPS, CHUNK_CELLS, CHUNK_CELLS), strict=True))
     target = zarr.create_array(
         open_store(f"{url}/{ARRAY}", options), shape=lead + shape, dtype=np.float32, chunks=(1,) * len(lead) + chunks,
         compressors=ZstdCodec(level=3), fill_value=np.nan,
-        dimension_names=((DRIVING,) if driving else ()) + ("time", "y", "x"),
-        attributes=mapped({**PRECIPITATION, "long_name": "coarse precipitation amount per step"}, grid),
+        dimension_names=((LEAD,) if driving else ()) + ("time", "y", "x"),
+        attributes=mapped({**PRECIPITATION, "long_name": "coarse precipitation amount per step", **labelled}, grid),
         overwrite=True,
     )  # fmt: skip
     for number, amount in enumerate(amounts):

@@ -311,6 +311,9 @@ def test_members_conserve_the_totals_of_their_own_driving_member(tmp_path):
     for labels, worst in ((("a", "b"), 0), (("b", "a"), 400)):
         write_coarse(f"{url}/coarse", amounts, layout.times, halved_grid(layout.grid), {}, driving=labels)
         assert closure_of_version(str(tmp_path), None, conserved=True)[0] == worst
+        with xr.open_zarr(f"{url}/coarse") as totals:
+            assert totals["precipitation"].dims == ("driving", "time", "y", "x")
+            assert totals["driving_member"].values.tolist() == list(labels)
         shutil.rmtree(f"{url}/coarse")
     write_coarse(f"{url}/coarse", amounts[:1], layout.times, halved_grid(layout.grid), {}, driving=("a",))
     with pytest.raises(StoreError, match="members .* are of driving members a, b; there are coarse totals of a"):
