@@ -1,7 +1,11 @@
 """The nightly flow against a real, temporary Prefect server."""
 
+import contextlib
+import io
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +13,15 @@ from pathlib import Path
 import pystac
 import pytest
 import xarray as xr
+from typer.testing import CliRunner
 
+from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.server import make_app
+from stsr_core.catalog.snapshot import Loaded
+from stsr_core.cli import app
+from tests.real.listening import listening
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -69,3 +81,49 @@ def test_the_same_source_and_seed_give_the_same_version_again(published):
         for i in catalog.get_items(recursive=True)
     )
     assert (first == second).all()
+
+
+def blocks(start, end):
+    """Code blocks of the README between two of its lines, as (language, text)."""
+    section = README[README.index(start) : README.index(end)]
+    return re.findall(r"```(\w*)\n(.*?)```", section, flags=re.DOTALL)
+
+
+@pytest.fixture
+def demo(published, tmp_path, monkeypatch):
+    """A copy of the catalogue where the README's code looks for it."""
+    shutil.copytree(published[0], tmp_path / "stsr-demo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "stsr-demo"
+
+
+def told(text):
+    """Output as the README shows it for its version 1 of 8 members; here version 2 of 2 members is the newest."""
+    return text.replace("-v2 {'member': 2,", "-v1 {'member': 8,").replace("-v2 2604 2", "-v1 2604 8")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_readers_code_of_the_readme_runs_and_prints_what_it_shows(demo):
+    [first] = [text for language, text in blocks("**Run the main job.**", "**Run the tests.**") if language == "python"]
+    pieces = blocks("## Reading what is published", "## What is served")
+    assert [language for language, _ in pieces] == ["python", "", "python", "", "sh"]
+    names: dict[str, object] = {}  # as in one session: later pieces use what earlier ones import
+    with listening(make_app(Loaded(Documents(str(demo))))) as url:
+        for code, shown in ((first, None), *((pieces[i][1], pieces[i + 1][1]) for i in (0, 2))):
+            out = io.StringIO()
+            here = code.replace("http://127.0.0.1:8080", url).replace('"stsr:members" >= 8', '"stsr:members" >= 2')
+            with contextlib.redirect_stdout(out):
+                exec(compile(here, "README.md", "exec"), names)
+            assert shown is None or told(out.getvalue()) == shown
+
+
+def test_the_readers_commands_of_the_readme_run(demo, tmp_path):
+    commands = blocks("## Reading what is published", "## What is served")[-1][1]
+    values = {"CATALOG": str(demo), "PRODUCT": "arpege-provence-1km", "VERSION": "v1", "FOLDER": str(tmp_path / "to")}
+    done = []
+    for line in commands.replace(">= 8", ">= 2").splitlines():
+        _, *words = shlex.split(line, comments=True)
+        result = CliRunner().invoke(app, [values.get(word, word) for word in words])
+        assert result.exit_code == 0, f"{line}: {result.output}"
+        done.append(words[1])
+    assert done == ["ls", "search", "verify", "cite", "withdraw", "export"]

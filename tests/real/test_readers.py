@@ -2,9 +2,6 @@
 
 import subprocess
 import sysconfig
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,7 +10,6 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
-import uvicorn
 import xarray as xr
 from zarr.storage import FsspecStore, WrapperStore
 
@@ -29,6 +25,7 @@ from stsr_core.store.overview import write_overview
 from stsr_core.store.series import write_series
 from tests.catalog.made import WKT, publish_one
 from tests.real import seaweed
+from tests.real.listening import listening
 
 CHECKER = Path(sysconfig.get_path("scripts")) / "compliance-checker"
 
@@ -86,20 +83,6 @@ def test_pystac_client_searches_the_api_and_the_assets_it_names_open(s3, web):
         [item] = found.items()
     data = xr.open_zarr(item.assets["ensemble"].href, chunks=None)
     assert float(data["precipitation"].max()) == pytest.approx(0.07)
-
-
-@contextmanager
-def listening(app):
-    """Run an application on a port of this machine; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 def test_gdal_reads_the_map_over_http(web):
