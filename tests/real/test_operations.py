@@ -117,7 +117,7 @@ def test_server_and_catalogue_say_how_they_are_to_prometheus(site: Site) -> None
 
 
 def test_nothing_new_takes_a_moment_and_writes_one_task_run(site: Site) -> None:
-    run = site.api.start("nightly/nightly", product=PRODUCT)
+    run = site.api.start("nightly/nightly", product=PRODUCT, members=48)
     found = site.api.finished(run)
     assert found["state_type"] == "COMPLETED"
     assert site.api.task_names(run) == [f"resolve {PRODUCT}"]
