@@ -109,6 +109,7 @@ def test_nightly_is_run_from_its_form_and_shows_what_it_did(site: Site, page: Pa
     assert site.api.get(f"/flow_runs/{run}")["parameters"]["members"] == 3
     assert ls(site.catalogue, storage_options=site.options) == {PRODUCT: ["v1"]}
     open_artifacts(page, site, run)
+    page.get_by_role("heading", name="Task runs").scroll_into_view_if_needed()  # the list below loads when it is seen
     for key in ("plan-small", "gates-small", "item-small", "quicklook-small"):
         expect(page.get_by_text(key).first).to_be_visible()
     take(page, "nightly-artifacts")
