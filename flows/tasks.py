@@ -395,7 +395,7 @@ def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
 
     from stsr_core.store.layout import open_store
 
-    coarse = np.mean([cube.amount for cube in plan.cubes], axis=0) if len(plan.cubes) > 1 else plan.cube.amount
+    coarse = np.mean([cube.amount for cube in plan.cubes], axis=0)
     step = wettest_step(coarse)
     fine = step * plan.time
     array = zarr.open_array(open_store(f"{attempt.ensemble_url}/{ARRAY}", attempt.documents.options), mode="r")

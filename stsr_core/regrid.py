@@ -21,7 +21,7 @@ from stsr_core.errors import GridError
 from stsr_core.grids import Axis, Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, crs_of, part_of
 from stsr_core.sources.cube import Coarse, Cube
-from stsr_core.sources.harmonise import Reading, negatives_of, with_negatives
+from stsr_core.sources.harmonise import Reading, with_negatives
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,14 +161,7 @@ def read_onto(reading: Reading, grid: Grid) -> tuple[Cube, ...]:
 
     Memory holds what is returned and one block, never the whole source.
     """
-    out = np.empty((len(reading.labels), reading.times.size, *grid.shape), np.float32)
-    first, negatives = 0, [0] * len(out)
-    for block in reading.blocks():
-        stop = first + block[0].times.size
-        for i, one in enumerate(block):
-            out[i, first:stop] = regrid(one, grid).amount
-            negatives[i] += negatives_of(one)
-        first = stop
+    out, negatives = reading.gathered(grid.shape, lambda one: regrid(one, grid).amount)
     return tuple(
         Cube(amount, reading.times, grid, with_negatives(reading.attributes, zeros), label)
         for amount, zeros, label in zip(out, negatives, reading.labels, strict=True)

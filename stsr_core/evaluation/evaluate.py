@@ -17,7 +17,7 @@ from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.evaluation.baselines import even_spreading, has_rainfarm, linear, rainfarm
 from stsr_core.evaluation.bootstrap import block_means, ratio_interval
 from stsr_core.evaluation.reference import reference_ensemble
-from stsr_core.evaluation.scores import WET_MM, crps_field, power_spectrum, rank_histogram, scores
+from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, scores
 from stsr_core.evaluation.truth import Truth, read_truth
 from stsr_core.factors import ConservationFunction
 from stsr_core.grids import Axis, Grid, TimeAxis
@@ -25,7 +25,7 @@ from stsr_core.networks.layers import Level
 from stsr_core.sources.cube import Cube
 from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
-from stsr_core.store.statistics import added, statistics, sums
+from stsr_core.store.statistics import WET_MM, added, statistics, sums
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scoringrules
 
+from stsr_core.store.statistics import WET_MM
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     Ensemble = NDArray[np.float32]
     Field = NDArray[np.float32]
 
-WET_MM = 0.1  # amount per fine step above which a cell counts as wet
 WET_DAY_MM = 1.0  # daily total from which a day counts as wet
 QUANTILES = (0.99, 0.999, 0.9999)
 FSS = ((1.0, 9), (5.0, 9), (5.0, 33))  # threshold [mm per fine step] and scale [cells] of the fractions skill score

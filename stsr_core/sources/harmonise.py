@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING
@@ -335,15 +335,31 @@ class Reading:
         Raises:
             SourceError: values that cannot be read safely.
         """
-        out = np.empty((len(self.labels), self.times.size, self.variables[0].part.size), np.float32)
+        size = self.variables[0].part.size
+        out, negatives = self.gathered((size,), lambda one: one.amount.reshape(-1, size))
+        return self._coarse(out, self.times, negatives)
+
+    def gathered(
+        self, shape: tuple[int, ...], values: Callable[[Coarse], NDArray[np.float32]]
+    ) -> tuple[NDArray[np.float32], list[int]]:
+        """Gather what is made of every block.
+
+        Args:
+            shape: of one step of what is made.
+            values: makes (T, *shape) of a block of one driving member.
+
+        Returns:
+            (R, T, *shape), and how many negatives became 0 in each driving member.
+        """
+        out = np.empty((len(self.labels), self.times.size, *shape), np.float32)
         first, negatives = 0, [0] * len(out)
         for block in self.blocks():
             stop = first + block[0].times.size
             for i, one in enumerate(block):
-                out[i, first:stop] = one.amount.reshape(stop - first, -1)
+                out[i, first:stop] = values(one)
                 negatives[i] += negatives_of(one)
             first = stop
-        return self._coarse(out, self.times, negatives)
+        return out, negatives
 
     def blocks(self) -> Iterator[tuple[Coarse, ...]]:
         """Read the steps of all driving members block by block, so that memory does not grow with the period.

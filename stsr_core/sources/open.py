@@ -271,11 +271,10 @@ def _joined(place: Location) -> xr.Dataset:
     dim = MEMBER if same else "time"
     if not same:
         _check_one_realization(found, paths)
-    if not same:
         found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
     try:
         joined = xr.concat(
-            found, dim, data_vars="minimal" if not same else _amounts(found[0]), coords="minimal", compat="equals",
+            found, dim, data_vars=_amounts(found[0]) if same else "minimal", coords="minimal", compat="equals",
             join="exact", combine_attrs="override",
         )  # fmt: skip
     except (ValueError, KeyError) as e:

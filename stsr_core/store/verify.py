@@ -267,7 +267,7 @@ def _card(score: str, name: str, stored: Stored, bounds: tuple[float, float]) ->
 def _like_card(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
     """Gates over the statistics of the ensemble against those on the checkpoint's card."""
     total = added(receipts[e.key].sums for e in valid)
-    cells = stored.factor.space**2 * stored.factor.time * max((e.region[0].stop for e in valid), default=1)
+    cells = stored.factor.space**2 * stored.factor.time * stored.members * len(stored.coarse)
     enough = total.get("under", 0.0) >= JUDGED * cells
     found = statistics(total) if enough else {}
     return [_like(name, found.get(name), stored.statistics.get(name), gates.like_card) for name in STATISTICS]
