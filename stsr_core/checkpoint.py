@@ -71,9 +71,12 @@ class Served(_Frozen):
 
 
 class Card(_Frozen):
-    """Everything about a checkpoint but its weights."""
+    """Everything about a checkpoint but its weights.
 
-    format: Literal[1] = 1
+    `format` says what the networks see: since 2 the pycnophylactic interpolation, not the bare coarse amounts.
+    """
+
+    format: Literal[2] = 2
     name: str
     architecture: Architecture
     transform: Transform

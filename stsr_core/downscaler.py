@@ -21,7 +21,7 @@ from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.layers import VideoUNet
 from stsr_core.networks.mean import MeanNetwork
-from stsr_core.networks.transform import condition, linear_interpolation, to_amount
+from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_amount
 
 BATCH_BYTES = 1000  # memory that a network call takes per fine cell-step, generously
 BATCH_SHARE = 0.25  # of a GPU's memory that one call may take
@@ -151,10 +151,14 @@ class Downscaler:
         with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
             yield
 
-    def condition(self, coarse: Tensor, statics: Tensor | None = None) -> Tensor:
+    def condition(self, coarse: Tensor, statics: Tensor | None = None, log_gain: Tensor | None = None) -> Tensor:
         """Conditioning frames of a coarse block with halo, see `networks.transform.condition`."""
         fields = None if statics is None else statics.to(self.device)
-        return condition(coarse.to(self.device), self.factor, self.scale_mm, fields)
+        return condition(coarse.to(self.device), self.factor, self.scale_mm, fields, log_gain)
+
+    def pycnophylactic_gain(self, coarse: Tensor) -> Tensor:
+        """What `condition` takes longest to make of a coarse block with halo, see `networks.transform`."""
+        return pycnophylactic_gain(coarse, self.factor)
 
     def linear(self, coarse: Tensor) -> Tensor:
         """Linear interpolation of a coarse block with halo [mm per fine step], the plainest baseline."""

@@ -83,10 +83,12 @@ class Fields:
 
 @dataclass(frozen=True)
 class _Window:
-    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, its blending weights."""
+    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, the gain that makes their
+    interpolation pycnophylactic, and its blending weights."""
 
     place: tuple[slice, slice, slice]
     read: tuple[slice, slice, slice]
+    log_gain: Tensor
     taper: Tensor
 
     @property
@@ -127,7 +129,8 @@ class _Block:
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         rt, ry, rx = (slice(a - s, b - s + 2 * HALO) for (a, b), s in zip(box, self.start, strict=True))
         taper = torch.from_numpy(lattice.taper(box, self.parts)).to(self.downscaler.device)
-        return _Window((t, y, x), (rt, ry, rx), taper)
+        gain = self.downscaler.pycnophylactic_gain(self.coarse[rt, ry, rx][None])
+        return _Window((t, y, x), (rt, ry, rx), gain, taper)
 
     def groups(self, members: int) -> Iterator[Sequence[_Window]]:
         """Neighbouring windows of one size, as many as the device takes at once."""
@@ -169,7 +172,7 @@ class _Block:
     def _conditions(self, window: _Window) -> Tensor:
         _, y, x = window.place
         statics = None if self.statics is None else self.statics[None, :, y, x]
-        return self.downscaler.condition(self.coarse[window.read][None], statics)
+        return self.downscaler.condition(self.coarse[window.read][None], statics, window.log_gain)
 
     def mean(self, progress: Progress) -> Tensor:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""

@@ -12,7 +12,7 @@ from stsr_core.networks.layers import VideoUNet
 if TYPE_CHECKING:
     from stsr_core.factors import Factor
 
-CONDITION_CHANNELS = 5  # coarse nearest, coarse linear, phase in y, x and t
+CONDITION_CHANNELS = 5  # pycnophylactic and linear interpolation, phase in y, x and t
 LINEAR_CHANNEL = 1  # the linear interpolation among them
 
 
