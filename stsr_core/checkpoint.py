@@ -56,8 +56,8 @@ class Served(_Frozen):
 
     Attributes:
         configuration: factor, beta, L and f.
-        residual_scale: standard deviation of the transformed residual on training patches; raised where members
-            spread too little on validation data, as the card's training history then says.
+        residual_scale: standard deviation of the transformed residual on training patches.
+        spread: factor on it that makes members reliable on validation patches, see `training.calibrate`.
         evaluations: network evaluations per member by default.
         scores: validation scores, by name.
         statistics: of the validation ensembles, see `store.statistics`; products must be like them.
@@ -65,6 +65,7 @@ class Served(_Frozen):
 
     configuration: FactorConfiguration
     residual_scale: float
+    spread: float = 1.0
     evaluations: int = 8
     scores: dict[str, float] = {}
     statistics: dict[str, float] = {}

@@ -177,7 +177,7 @@ class Downscaler:
 
     def amounts(self, mean: Tensor, residual: Tensor) -> Tensor:
         """Amounts [mm per fine step] of a transformed mean and a residual of unit variance, >= 0."""
-        return to_amount(mean + self.served.residual_scale * residual, self.scale_mm)
+        return to_amount(mean + self.served.residual_scale * self.served.spread * residual, self.scale_mm)
 
     def conserve(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """Scale fine amounts to their coarse totals by the configuration's f, see `conservation.conserve`."""

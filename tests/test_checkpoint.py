@@ -44,7 +44,9 @@ def test_truncated_or_absent_weights_are_refused(folder):
         Library.open(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"format": 1}, "format"), ({"format": 3}, "format"), ({"surprise": 1}, "surprise")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"format": 1}, "format"), ({"format": 3}, "format"), ({"surprise": 1}, "surprise")]
+)
 def test_a_card_that_is_not_understood_is_refused(folder, change, message):
     path = folder / "tiny.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stsr_core.checkpoint import Architecture, Checkpoint, StaticField, Transform, write_checkpoint
+from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
-from stsr_core.downscaler import build_networks, load_networks
+from stsr_core.downscaler import Downscaler, build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
-from stsr_core.networks.transform import condition, to_transformed
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.mean import MeanNetwork
+from stsr_core.networks.transform import HALO, condition, to_transformed
+from stsr_core.training.calibrate import Example, calibrated_spread
 from stsr_core.training.patches import Patch, Region, draw_patch
 
 EMA_DECAY = 0.998
@@ -50,6 +54,7 @@ class Preset:
     cells_per_step: int  # fine cell-steps per step and rank
     learning_rate: float = 1e-3
     save_every: int = 100
+    calibration_patches: int = 16  # per factor, that the spread of members is chosen on
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -93,10 +98,15 @@ class Run:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), world, device)
 
-    def precision(self) -> torch.autocast:
-        """Mixed precision (bfloat16) where the device computes in it; weights and their updates stay single."""
+    @property
+    def precision(self) -> torch.dtype:
+        """Half where the device computes in it, single elsewhere."""
         native = self.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=native)
+        return torch.bfloat16 if native else torch.float32
+
+    def mixed(self) -> torch.autocast:
+        """Mixed precision; weights and their updates stay single."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over all ranks, in place, in one message."""
@@ -281,7 +291,7 @@ class Training:
             generator = torch.Generator().manual_seed(self.seed)
             for _ in range(VALIDATION_PATCHES):
                 patch = draw_patch(self.validation, configuration, rng, augment=False)
-                with torch.no_grad(), self.run.precision():
+                with torch.no_grad(), self.run.mixed():
                     value = loss(network, *self._tensors([patch], configuration), configuration, generator)
                 values.append(float(value))
         return float(np.mean(values))
@@ -296,7 +306,7 @@ class Training:
         started, first = time.monotonic(), stage.step
         while stage.step < stage.steps:
             fine, conditions, configuration, generator = self.batch(stage.number, stage.step)
-            with self.run.precision():
+            with self.run.mixed():
                 value = loss(stage.network, fine, conditions, configuration, generator)
             if not math.isfinite(value.item()):
                 raise TrainingError(
@@ -330,6 +340,26 @@ class Training:
             scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
         return scales
 
+    def spreads(self, mean: MeanNetwork, denoiser: Denoiser, scales: Mapping[str, float]) -> dict[str, float]:
+        """Factor on the residual scale per factor, calibrated on validation patches."""
+        found = {}
+        for configuration in self.configurations:
+            served = Served(configuration=configuration, residual_scale=scales[str(configuration.factor)])
+            downscaler = Downscaler(
+                served, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision
+            )
+            rng = np.random.default_rng([self.seed, 55])
+            examples = (self._example(configuration, rng) for _ in range(self.preset.calibration_patches))
+            spread = found[str(configuration.factor)] = calibrated_spread(downscaler, examples, self.seed)
+            self.report(f"{configuration.factor}: residuals of members are widened {spread:g} times")
+        return found
+
+    def _example(self, configuration: FactorConfiguration, rng: np.random.Generator) -> Example:
+        patch = draw_patch(self.validation, configuration, rng, augment=False)
+        _, conditions = self._tensors([patch], configuration)
+        truth, coarse = (torch.from_numpy(x).to(self.run.device) for x in (patch.fine, patch.coarse))
+        return Example(truth, coarse[HALO:-HALO, HALO:-HALO, HALO:-HALO], conditions)
+
 
 def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     other = copy.deepcopy(network)
@@ -357,16 +387,17 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate)
     weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
 
-    def write() -> None:
+    def write(spreads: Mapping[str, float] = MappingProxyType({})) -> None:
         averaged = {f"denoiser.{k}": v for k, v in stage.average.items()}
-        card = _card(training, name, provenance, scales, stage.step)
+        card = _card(training, name, provenance, _served(training, scales, spreads), stage.step)
         # Half precision halves what git and workers carry; networks run in single precision after loading.
         half = {k: v.half() for k, v in (weights | averaged).items()}
         write_checkpoint(training.folder / "checkpoint", card, half)
 
-    training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
+    fitted_denoiser = training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
+    assert isinstance(fitted_mean, MeanNetwork) and isinstance(fitted_denoiser, Denoiser)
     if run.rank == 0:
-        write()
+        write(training.spreads(fitted_mean, fitted_denoiser, scales))
     if run.world > 1:
         dist.barrier()
     return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
@@ -391,8 +422,13 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
     return load_networks(training.start)
 
 
+def _served(training: Training, scales: Mapping[str, float], spreads: Mapping[str, float]) -> list[Served]:
+    keys = [(c, str(c.factor)) for c in training.configurations]
+    return [Served(configuration=c, residual_scale=scales[k], spread=spreads.get(k, 1.0)) for c, k in keys]
+
+
 def _card(
-    training: Training, name: str, provenance: Mapping[str, object], scales: Mapping[str, float], step: int
+    training: Training, name: str, provenance: Mapping[str, object], served: Sequence[Served], step: int
 ) -> dict[str, object]:
     preset = training.preset
     return {
@@ -400,7 +436,7 @@ def _card(
         "architecture": preset.architecture,
         "transform": training.transform,
         "statics": training.statics,
-        "served": [{"configuration": c, "residual_scale": scales[str(c.factor)]} for c in training.configurations],
+        "served": served,
         "training": {
             **provenance,
             "mean_steps": preset.mean_steps,

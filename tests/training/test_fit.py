@@ -16,7 +16,9 @@ from stsr_core.training.patches import Region, draw_patch, load_archive, patch_c
 
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))
-TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 1, save_every=2)
+TINY = Preset(
+    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 1, save_every=2, calibration_patches=1
+)
 
 
 def fine_dataset(rain: np.ndarray) -> xr.Dataset:

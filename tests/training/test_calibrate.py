@@ -1,0 +1,43 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stsr_core.checkpoint import Served
+from stsr_core.downscaler import Downscaler
+from stsr_core.factors import Factor, recipe
+from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.mean import MeanNetwork
+from stsr_core.networks.transform import HALO
+from stsr_core.training.calibrate import Example, _residuals, calibrated_spread
+
+CONFIGURATION = recipe(Factor(space=4, time=2))
+
+
+@pytest.fixture(scope="module")
+def downscaler() -> Downscaler:
+    """Untrained networks: the mean is linear interpolation, residuals are white noise."""
+    served = Served(configuration=CONFIGURATION, residual_scale=0.4)
+    return Downscaler(served, 0.2, MeanNetwork((8,)), Denoiser((8,)), torch.device("cpu"))
+
+
+@torch.inference_mode()
+def example(downscaler: Downscaler, spread: float, seed: int) -> Example:
+    """Truth that is one more member of an ensemble of the given spread."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = 4 * torch.rand(1, 8, 8, 8, generator=generator) + 1
+    conditions = downscaler.condition(coarse)
+    mean = downscaler.mean(conditions)[:, :, 0]
+    served = downscaler.served.model_copy(update={"spread": spread})
+    true = Downscaler(served, 0.2, downscaler.mean_network, downscaler.denoiser, torch.device("cpu"))
+    inner = coarse[0, HALO:-HALO, HALO:-HALO, HALO:-HALO]
+    found = Example(inner, inner, conditions)
+    residual = _residuals(downscaler, found, downscaler.mean(conditions), generator)[:1]
+    return replace(found, truth=true.conserve(true.amounts(mean, residual), inner)[0])
+
+
+@pytest.mark.parametrize("spread", [0.9, 1.2, 1.75])
+def test_the_spread_of_the_truth_is_found(downscaler, spread):
+    examples = [example(downscaler, spread, seed) for seed in range(3)]
+    assert math.isclose(calibrated_spread(downscaler, examples, seed=9), spread)
