@@ -158,7 +158,7 @@ class Downscaler:
 
     def pycnophylactic_gain(self, coarse: Tensor) -> Tensor:
         """What `condition` takes longest to make of a coarse block with halo, see `networks.transform`."""
-        return pycnophylactic_gain(coarse, self.factor)
+        return pycnophylactic_gain(coarse, self.factor.space)
 
     def linear(self, coarse: Tensor) -> Tensor:
         """Linear interpolation of a coarse block with halo [mm per fine step], the plainest baseline."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stsr_core.factors import Factor
+from stsr_core.factors import Factor
 
 HALO = 1  # coarse cells and steps on every side that `condition` needs for its interpolation
-GAIN_PASSES = 6  # coarse amounts are then returned to 1 % in the mean
+GAIN_PASSES = 6  # coarse amounts of radar fields are then returned to 1 % in the mean
 TRACE_MM = 1e-3  # amount per coarse step below which the gain does not tell wet from dry
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass
 
@@ -43,38 +40,39 @@ def linear_interpolation(coarse: Tensor, factor: Factor) -> Tensor:
     return fine[:, t:-t, s:-s, s:-s]
 
 
-def pycnophylactic_gain(coarse: Tensor, factor: Factor) -> Tensor:
-    """Logarithm of the gain, given at coarse cells, with which the linear interpolation returns its coarse amounts.
+def pycnophylactic_gain(coarse: Tensor, space: int) -> Tensor:
+    """Logarithm of the gain, given at coarse cells, with which interpolation in space returns their amounts.
 
     Interpolated and applied, it makes a field that is smooth across the borders of coarse cells and keeps their
     amounts, dry ones included: what Tobler 1979 (doi 10.1080/01621459.1979.10481647) calls pycnophylactic.
 
     Args:
         coarse: amount [mm per coarse step] with a halo of one, (B, T+2, Y+2, X+2), no NaN.
-        factor: (s, t).
+        space: s.
 
     Returns:
         (B, T, Y, X).
     """
+    factor = Factor(space=space, time=1)
     linear, wanted = linear_interpolation(coarse, factor), coarse[:, HALO:-HALO, HALO:-HALO, HALO:-HALO]
     log_gain = torch.zeros_like(wanted)
     for _ in range(GAIN_PASSES):
-        found = coarsened(linear * _refined_gain(log_gain, factor), factor)
+        found = F.avg_pool2d(linear * _refined_gain(log_gain, factor), space)
         log_gain += ((wanted + TRACE_MM) / (found + TRACE_MM)).log().clamp(-LARGEST_PASS, LARGEST_PASS)
     return log_gain
 
 
 def _refined_gain(log_gain: Tensor, factor: Factor) -> Tensor:
-    """Gain on the fine grid, (B, T*t, Y*s, X*s)."""
     padded = F.pad(log_gain[:, None], (HALO,) * 6, mode="replicate")[:, 0]
-    return (factor.time * linear_interpolation(padded, factor)).exp()
+    return linear_interpolation(padded, factor).exp()
 
 
-def coarsened(fine: Tensor, factor: Factor) -> Tensor:
-    """Amounts [mm per coarse step] of fine ones [mm per fine step], (B, T*t, Y*s, X*s) to (B, T, Y, X)."""
+def _pycnophylactic(coarse: Tensor, factor: Factor, log_gain: Tensor | None) -> Tensor:
+    """Pycnophylactic interpolation in space, spread evenly over the fine steps [mm per fine step]."""
     s, t = factor.space, factor.time
-    b, nt, ny, nx = fine.shape
-    return fine.view(b, nt // t, t, ny // s, s, nx // s, s).sum(dim=(2, 4, 6)) / s**2
+    flat = Factor(space=s, time=1)
+    gain = _refined_gain(pycnophylactic_gain(coarse, s) if log_gain is None else log_gain, flat)
+    return (linear_interpolation(coarse, flat) * gain / t).repeat_interleave(t, dim=1)
 
 
 def _phase(parts: int, cells: int, device: torch.device) -> Tensor:
@@ -92,8 +90,9 @@ def condition(
 ) -> Tensor:
     """Make the conditioning frames of a window.
 
-    The coarse amounts themselves, repeated over their cells, would show the networks squares, and they drew them:
-    steps across borders of coarse cells were 1.09 times those inside, 1.01 times with a field that is smooth.
+    Coarse amounts repeated over their fine cells would show the networks squares, and they drew them: at (25,6) steps
+    across borders of coarse cells were 1.09 times those inside, and are 1.01 times with a field that is smooth.
+    In time the amounts are repeated: smooth there too, they told the networks too little of the amount of a step.
 
     Args:
         coarse: amount [mm per coarse step] with a halo of HALO, (B, T+2, Y+2, X+2), no NaN.
@@ -103,20 +102,19 @@ def condition(
         log_gain: of these amounts, see `pycnophylactic_gain`; made here if not given.
 
     Returns:
-        (B, T*t, 5 + S, Y*s, X*s): transformed pycnophylactic and linear interpolation, the phase inside the coarse
-        cell along y, x and t, and the static fields.
+        (B, T*t, 5 + S, Y*s, X*s): transformed pycnophylactic and linear interpolation, the former in space only, the
+        phase inside the coarse cell along y, x and t, and the static fields.
     """
     s, t = factor.space, factor.time
     b, nt, ny, nx = (n - m for n, m in zip(coarse.shape, (0, *(2 * HALO,) * 3), strict=True))
-    linear = linear_interpolation(coarse, factor)
-    gain = _refined_gain(pycnophylactic_gain(coarse, factor) if log_gain is None else log_gain, factor)
+    smooth, linear = _pycnophylactic(coarse, factor, log_gain), linear_interpolation(coarse, factor)
     whole = (b, nt * t, ny * s, nx * s)
     phases = (
         _phase(s, ny, coarse.device)[None, None, :, None].expand(whole),
         _phase(s, nx, coarse.device)[None, None, None, :].expand(whole),
         _phase(t, nt, coarse.device)[None, :, None, None].expand(whole),
     )
-    frames = torch.stack((to_transformed(linear * gain, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2)
+    frames = torch.stack((to_transformed(smooth, scale_mm), to_transformed(linear, scale_mm), *phases), dim=2)
     if statics is None:
         return frames
     return torch.cat((frames, statics[:, None].expand(-1, nt * t, -1, -1, -1)), dim=2)
