@@ -85,6 +85,7 @@ def score(
         data, factor.space, factor.time, options,
         checkpoints=Path(settings.checkpoints) if settings.checkpoints else None,
         record=record, json_file=None, html_file=report, device=settings.device,
+        precision=settings.precision,
         report=lambda said: event("score", factor=f"({factor.space},{factor.time})", said=said),
     )  # fmt: skip
 

@@ -394,14 +394,15 @@ def evaluate(
     from stsr_core.evaluation.evaluate import Options
     from stsr_core.settings import Settings
 
+    settings = Settings()
     options = Options(
         members=members, hours=hours, cells=cells, variable=variable, workers=workers or os.cpu_count() or 1,
-        ablations=ablations, reference=reference, warming=warming, statics=_statics(static, Settings()),
+        ablations=ablations, reference=reference, warming=warming, statics=_statics(static, settings),
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,
         checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file, device=device.value,
-        report=lambda s: print(s, file=sys.stderr),
+        precision=settings.precision, report=lambda s: print(s, file=sys.stderr),
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, (low, high) in evaluation.intervals.items():

@@ -24,13 +24,14 @@ def evaluate_checkpoint(
     json_file: Path | None,
     html_file: Path | None,
     device: str,
+    precision: str = "auto",
     report: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate the checkpoint that serves (space, time), and keep its scores where asked."""
     library = Library.open(checkpoints)
     factor = library.family.exact(space, time)
     checkpoint = library.serving(factor)
-    downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
+    downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report)
     if record:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
