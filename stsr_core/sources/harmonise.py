@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from stsr_core.sources.times import Time
 
+Item = TypeVar("Item")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
@@ -364,13 +366,13 @@ class Reading:
     def blocks(self) -> Iterator[tuple[Coarse, ...]]:
         """Read the steps of all driving members block by block, so that memory does not grow with the period.
 
-        Raises like `read_all`.
+        While a block is worked on, the next one is read. Raises like `read_all`.
         """
         size, known, samples = self._block_steps(), np.zeros(len(self.labels), bool), []
-        for first in range(0, self.times.size, size):
-            stop = min(first + size, self.times.size)
-            out, negatives = self._amount(first, stop)
-            known |= ~np.isnan(out).all(axis=(1, 2))
+        spans = [(first, min(first + size, self.times.size)) for first in range(0, self.times.size, size)]
+        for (first, stop), (out, negatives) in zip(spans, _ahead(self._amount(*s) for s in spans), strict=True):
+            if not known.all():
+                known |= ~np.isnan(out).all(axis=(1, 2))
             if stop == self.times.size and not known.all():
                 member = self._of(int(known.argmin()))
                 raise SourceError(f"All values are missing{member}. Check the fill value and the period.")
@@ -402,7 +404,7 @@ class Reading:
                 negatives[i] += _check(member, tolerance, _largest(self.times.step), where, self.declared)
             total = values if total is None else total + values
         assert total is not None
-        return total.astype(np.float32), negatives
+        return total.astype(np.float32, copy=False), negatives
 
     def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: list[int]) -> tuple[Coarse, ...]:
         found: list[Coarse] = []
@@ -430,12 +432,25 @@ def negatives_of(coarse: Coarse) -> int:
     return int(coarse.attributes.get(ZEROED, "0"))
 
 
-def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float64], float]:
-    """Amounts of some steps (R, T, cells) in mm, and how far below 0 packing may have put them."""
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield what an iterator yields, and let it make the next item in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.floating], float]:
+    """Amounts of some steps (R, T, cells) in mm, and how far below 0 packing may have put them.
+
+    They are float32 where the file holds no more and nothing is subtracted, else float64.
+    """
     used = np.concatenate((steps.record, steps.base[steps.base >= 0]))
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
-    records = patiently(lambda: part.take(array), "the values")
+    dtype = np.float32 if array.dtype == np.float32 and not steps.differenced else np.float64
+    records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
     _mask_invalid(records, layout.array, declared)
     for mark in declared.missing_values:  # as written, or as a float32 file holds it
@@ -444,20 +459,19 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
     kind, scale = measured(layout.units)
     scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
-    records *= scales[:, None]
-    values = records[:, steps.record - low]
-    later = steps.base >= 0
-    values[:, later] -= records[:, steps.base[later] - low]
+    records *= np.asarray(scales, records.dtype)[:, None]
     packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
     packing *= float(np.nanmax(scales, initial=0.0))
-    if not later.any():
-        return values, max(ROUNDING_MM, packing / 2)
+    if not steps.differenced:
+        return records, max(ROUNDING_MM, packing / 2)
     largest = float(np.nanmax(np.abs(records), initial=0.0))
-    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
-    return values, rounding
+    later = steps.base >= 0
+    values = records[:, steps.record - low]
+    values[:, later] -= records[:, steps.base[later] - low]
+    return values, max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
 
 
-def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: Declared) -> None:
+def _mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: Declared) -> None:
     """Mask what lies above the valid range that a file states, as CF asks for; negatives are judged by `_check`.
 
     Raises:
@@ -465,7 +479,7 @@ def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: D
     """
     scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
     high = _valid_max(array) * scale + offset
-    with np.errstate(invalid="ignore"):
+    if high < np.inf:
         records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
     marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
     if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
@@ -497,24 +511,26 @@ class _Where:
     member: str
 
 
-def _check(values: NDArray[np.float64], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
+def _check(values: NDArray[np.floating], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
     """Set small negatives to 0 and count them; refuse what is no amount."""
     tolerance = rounding if declared.max_negative_mm is None else max(rounding, declared.max_negative_mm)
-    with np.errstate(invalid="ignore"):
-        negative = values < 0
-    if negative.any() and float(np.nanmin(values)) < -tolerance:
+    low, high = (f.reduce(values, axis=None) for f in (np.fmin, np.fmax))  # which pass over NaN
+    if low < -tolerance:
         raise SourceError(
             _implausible(values, int(np.nanargmin(values)), where, f"beyond the rounding of {tolerance:.3g} mm")
         )
-    if not np.isnan(values).all() and float(np.nanmax(values)) > largest:
+    if high > largest:
         raise SourceError(
             _implausible(values, int(np.nanargmax(values)), where, f"more than {largest:.0f} mm, twice the record")
         )
+    if not low < 0:
+        return 0
+    negative = values < 0
     values[negative] = 0.0
     return int(negative.sum())
 
 
-def _implausible(values: NDArray[np.float64], at: int, where: _Where, why: str) -> str:
+def _implausible(values: NDArray[np.floating], at: int, where: _Where, why: str) -> str:
     step, cell = (int(i) for i in np.unravel_index(at, values.shape))
     value = float(values[step, cell])
     same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())
