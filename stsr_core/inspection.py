@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 SAMPLE_VALUES = 1 << 24  # values that an inspection reads at most
 MAP_ROWS, MAP_COLUMNS = 14, 56
 INK = " .:-=+*#%@"
-NAMES = ("pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "unknown")
+NAMES = (
+    "pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "rr", "ppt", "prec", "prcp", "rainfall",
+    "tot_prec", "unknown",
+)  # fmt: skip
 PROVISIONAL: Mapping[str, object] = {
     "units": "mm", "time_label": "end", "step_h": 1.0, "crs": "EPSG:4326", "accumulated": "run",
 }  # fmt: skip
@@ -200,16 +203,18 @@ def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) ->
         return ("max_negative_mm", float(f"{-float(lowest.group(1)) * 1.1:.2g}")) if small else None
     if "Choose one entry" in message:
         dims = re.findall(r"(\w+) \((\d+): ([^,)]+)", message)
-        return "select", {d: (int(v) if v.isdigit() else v) for d, n, v in dims[:-2] if int(n)} or None if len(
-            dims
-        ) > 2 else None
+        if "were found" in message:
+            dims = dims[: message.count("', ") + 1 - 3]  # all but time, y and x
+        entries = {d: (int(v) if v.isdigit() else v) for d, _, v in dims}
+        return ("select", {**declared.select, **entries}) if entries else None
     return _asked_for(declared, message)
 
 
 def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
     """Declaration that a message itself asks for."""
-    if stated := re.search(r"declare `units: ([^`]+)`", message):
-        return "units", stated.group(1)
+    for key, text in re.findall(r"(?:declare|and) `(units|time_label|step_h): ([^`]+)`", message):
+        if getattr(declared, key) is None:
+            return key, float(text) if key == "step_h" else text
     if "put a cell" in message:
         return None  # only the producer knows the right projection
     if "evenly spaced steps" in message:
@@ -222,7 +227,7 @@ def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
 
 def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
     crs = None if place.crs_wkt is None else CRS.from_wkt(place.crs_wkt)
-    name = "no CRS stated" if crs is None else crs.name
+    name = "no CRS stated" if crs is None else crs.name if crs.name != "undefined" else crs.to_cf()["grid_mapping_name"]
     if isinstance(place, Grid):
         size = f"{abs(place.y.step):.6g} x {abs(place.x.step):.6g}"
         text = f"{place.y.size} x {place.x.size} regular cells of {size}, {name}"

@@ -15,11 +15,11 @@ from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import ALL, Declared
-from stsr_core.sources.driving import Driving, selected
+from stsr_core.sources.driving import Driving, labels_of, selected
 from stsr_core.sources.period import period_of, within
-from stsr_core.sources.places import Place, place_of
+from stsr_core.sources.places import Place, is_horizontal, place_of
 from stsr_core.sources.remote import patiently
-from stsr_core.sources.times import Steps, as_times, steps_of
+from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of
 from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ class Layout:
 
 def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> Layout:
     """Find out all about a variable that needs none of its values; raises like `read_coarse`."""
+    _check_runs(dataset, name, declared)
     dataset, driving = selected(dataset, name, declared)
     array = dataset[name]
     time = _time_name(dataset, array)
@@ -187,11 +188,30 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> L
     if 0 in array.shape:
         raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
     if len(horizontal) not in (1, 2):
-        raise SourceError(_too_many(array, horizontal))
-    steps = steps_of(as_times(array[time].values), _bounds(dataset, time, time_dim), declared)
+        raise SourceError(_too_many(dataset, array, horizontal))
+    steps = steps_of(stamps_of(array[time]), _bounds(dataset, time, time_dim), declared)
     place = place_of(dataset, array, horizontal, declared.crs)
     array = array.transpose(*leading, *place.dims)
     return Layout(array, driving, time_dim, place, steps, _units(array, declared))
+
+
+def _check_runs(dataset: xr.Dataset, name: str, declared: Declared) -> None:
+    """Refuse forecasts of several runs, whose dates lie along two dimensions, until one run is selected.
+
+    One lead time of every run makes a series too, if it is declared how long its steps are.
+    """
+    for key, coordinate in dataset[name].coords.items():
+        runs = [str(d) for d in coordinate.dims if d in dataset.coords and _is_time(str(d), dataset[d])]
+        if coordinate.ndim != 2 or len(runs) != 1 or not _is_time(str(key), coordinate):
+            continue
+        (lead,) = (str(d) for d in coordinate.dims if d != runs[0])
+        if runs[0] not in declared.select and (lead not in declared.select or declared.step_h is None):
+            raise SourceError(
+                f"Times lie along {runs[0]} and {lead}: there are forecasts of several runs. Choose one entry of "
+                f"{runs[0]} with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: "
+                f"{_entries(dataset, runs[0])}. Or choose one of {lead}, and declare with time_label and step_h what "
+                "it stands for."
+            )
 
 
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
@@ -231,18 +251,19 @@ def _without_singles(
     return array, dims
 
 
-def _too_many(array: xr.DataArray, dims: tuple[str, ...]) -> str:
-    lines = []
-    for dim in dims:
-        labels = array[dim].values.tolist()[:6] if dim in array.coords else list(range(min(6, array.sizes[dim])))
-        lines.append(
-            f"{dim} ({array.sizes[dim]}: {', '.join(map(str, labels))}{', ...' if array.sizes[dim] > 6 else ''})"
-        )
+def _too_many(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]) -> str:
+    others = [d for d in dims if not is_horizontal(dataset, d)]
+    entries = "; ".join(_entries(dataset, d) for d in (others if len(others) == len(dims) - 2 else dims))
     return (
         f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
-        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {'; '.join(lines)}. "
+        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {entries}. "
         f"`select: {{NAME: {ALL}}}` takes the entries of one for driving members."
     )
+
+
+def _entries(dataset: xr.Dataset, dim: str) -> str:
+    labels = labels_of(dataset, dim)
+    return f"{dim} ({len(labels)}: {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})"
 
 
 def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:
@@ -255,10 +276,10 @@ def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, T
         bounds = bounds.expand_dims(time_dim)
     if bounds.ndim != 2 or time_dim not in bounds.dims or bounds.shape[bounds.get_axis_num(time_dim) - 1] != 2:
         raise SourceError(f"Time bounds {name} have the shape {dict(bounds.sizes)}; ({time_dim}, 2) is needed.")
-    values = bounds.transpose(time_dim, ...).values
-    if values.dtype.kind not in "MO":
-        raise SourceError(f"Time bounds {name} hold {values.dtype} values, not dates. Give them the units of time.")
-    return list(zip(as_times(values[:, 0]), as_times(values[:, 1]), strict=True))
+    pairs = bounds.transpose(time_dim, ...).assign_attrs({**coordinate.attrs, **bounds.attrs})
+    if pairs.dtype.kind not in "MO" and pairs.attrs.get("units") != ABSOLUTE:
+        raise SourceError(f"Time bounds {name} hold {pairs.dtype} values, not dates. Give them the units of time.")
+    return list(zip(stamps_of(pairs[:, 0]), stamps_of(pairs[:, 1]), strict=True))
 
 
 def _units(array: xr.DataArray, declared: Declared) -> str:

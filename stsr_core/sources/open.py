@@ -190,17 +190,42 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
     if start[:3] == b"CDF":
         return xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_timedelta=False)
     if start[:4] == b"\x89HDF":
-        file = (
-            place.path
-            if place.local
-            else place.filesystem.open(place.path, block_size=BLOCK_BYTES, cache_type="readahead")
-        )
-        engine: Any = "netcdf4" if place.local else "h5netcdf"
-        return xr.open_dataset(file, engine=engine, chunks=chunks, decode_timedelta=False)
+        return _open_hdf5(place, chunks)
     raise SourceError(
         f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB, GeoTIFF nor "
         "kerchunk JSON. Fetch it again, or convert it."
     )
+
+
+def _open_hdf5(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
+    """Open NetCDF4 or HDF5, of which a group where the root holds nothing else, as in IMERG."""
+    import xarray as xr
+
+    def opened(group: str | None = None) -> xr.Dataset:
+        engine: Any = "netcdf4" if place.local else "h5netcdf"
+        return xr.open_dataset(_seekable(place), engine=engine, group=group, chunks=chunks, decode_timedelta=False)
+
+    data = opened()
+    return data if data.variables else opened(_only_group(place))
+
+
+def _seekable(place: Location) -> Any:
+    if place.local:
+        return place.path
+    return place.filesystem.open(place.path, block_size=BLOCK_BYTES, cache_type="readahead")
+
+
+def _only_group(place: Location) -> str:
+    import h5py
+
+    with h5py.File(_seekable(place)) as file:
+        groups = [name for name, entry in file.items() if isinstance(entry, h5py.Group)]
+    if len(groups) != 1:
+        raise SourceError(
+            f"{shown(place.url)} has no variables but in groups ({', '.join(groups[:20]) or 'none'}). Copy the group "
+            "of the precipitation to a file of its own."
+        )
+    return groups[0]
 
 
 def _on_disk(place: Location) -> str:

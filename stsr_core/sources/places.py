@@ -78,6 +78,11 @@ def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
     )
 
 
+def is_horizontal(dataset: xr.Dataset, dim: str) -> bool:
+    """Whether a dimension is known to be y or x."""
+    return _is_axis(dataset, dim, "Y") or _is_axis(dataset, dim, "X")
+
+
 def _is_axis(dataset: xr.Dataset, name: str, axis: str) -> bool:
     attributes: Mapping[str, object] = dataset[name].attrs if name in dataset.coords else {}
     if attributes.get("axis") in ("X", "Y"):

@@ -15,9 +15,13 @@ from stsr_core.grids import TimeAxis, TimeLabel
 from stsr_core.sources.declared import Declared
 
 if TYPE_CHECKING:
+    import xarray as xr
     from numpy.typing import NDArray
 
 Time: TypeAlias = datetime | cftime.datetime
+ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
+STANDARD = ("standard", "gregorian", "proleptic_gregorian")
+SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
 
@@ -70,6 +74,24 @@ def as_times(values: NDArray[np.generic]) -> list[Time]:
     raise SourceError(
         f"The time axis holds {values.dtype} values, not dates. Give it CF units such as 'hours since 2000-01-01'."
     )
+
+
+def stamps_of(coordinate: xr.DataArray) -> list[Time]:
+    """Dates of a time coordinate, see `as_times`, which may be written as the numbers of ABSOLUTE."""
+    if str(coordinate.attrs.get("units", "")) != ABSOLUTE:
+        return as_times(coordinate.values)
+    calendar = str(coordinate.attrs.get("calendar", STANDARD[0]))
+    return [_date_of(float(number), calendar) for number in coordinate.values.ravel()]
+
+
+def _date_of(number: float, calendar: str) -> Time:
+    day, share = divmod(number, 1.0)
+    parts = int(day) // 10_000, int(day) // 100 % 100, int(day) % 100
+    try:
+        midnight = datetime(*parts) if calendar in STANDARD else cftime.datetime(*parts, calendar=calendar)
+    except ValueError as e:
+        raise SourceError(f"The time axis holds {number:.10g}, which is no {ABSOLUTE} of calendar {calendar}.") from e
+    return midnight + timedelta(seconds=round(86_400 * share))
 
 
 def steps_of(stamps: list[Time], bounds: list[tuple[Time, Time]] | None, declared: Declared) -> Steps:
@@ -188,6 +210,13 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
             raise SourceError(
                 f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
                 "the source in catalog.yaml, or by --declare, which then replace them."
+            )
+        if timedelta(0) < (short := -(end - start) % MINUTE) <= SECOND:
+            hours = (end - start + short) / timedelta(hours=1)
+            raise SourceError(
+                f"Time bounds {start} to {end} leave out the last second. If steps last {hours:g} h, declare "
+                f"`time_label: {_label(stamp, start, end)}` and `step_h: {hours:g}` of the source in catalog.yaml, or "
+                "by --declare, which then replace them."
             )
         if not start <= stamp <= end:
             raise SourceError(

@@ -15,8 +15,10 @@ REFERENCES: tuple[tuple[str, Kind, float], ...] = (
     ("kg m-2 s-1", "rate", 1.0),
     ("m s-1", "rate", 1000.0),
 )
-# UDUNITS reads "mm 3h-1" as 3 mm per hour; who writes it means mm per 3 hours.
-COUNTED_TIME = re.compile(r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1")
+# UDUNITS reads "mm 3h-1" as 3 mm per hour, and "mm/3h" as mm hours; who writes them means mm per 3 hours.
+COUNTED_TIME = re.compile(
+    r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1|/\s*\d+\s*(?:h|min|d|s)"
+)
 # UDUNITS takes 30.44 and 365.24 days for these, calendars do not.
 UNEVEN_TIME = re.compile(r"(?<![a-z])(months?|mon|years?|yrs?)(?![a-z])", re.IGNORECASE)
 METHODS = re.compile(r"\btime: (?:\w+: )*(?!mean\b|sum\b|point\b)(\w+)")
