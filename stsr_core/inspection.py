@@ -14,7 +14,7 @@ from stsr_core.grids import Cells, Grid
 from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, layout_of, negatives_of
+from stsr_core.sources.harmonise import find, layout_of, names_of, negatives_of
 from stsr_core.sources.units import measured
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def inspect(
     if not driving:
         return found
     coarse = driving[0]
-    first = name if name in dataset.data_vars else name.split("+")[0].strip()
-    layout = layout_of(dataset, first, used)
+    layout = layout_of(dataset, names_of(dataset, name)[0], used)
     total = layout.steps.axis
     found.facts.append(
         ("steps", f"{total.size} of {total.step}, {total.start} to {total.start + total.step * total.size}")
@@ -155,10 +154,7 @@ def _standard(dataset: xr.Dataset, name: str) -> bool:
 
 def _variable_text(dataset: xr.Dataset, name: str) -> str:
     parts = []
-    for one in [name] if name in dataset.data_vars else [n.strip() for n in name.split("+")]:
-        if one not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            raise SourceError(f"No variable {one!r} in the file; it has {have}. Name one of these.")
+    for one in names_of(dataset, name):
         array = dataset[one]
         sizes = ", ".join(f"{d} {n}" for d, n in array.sizes.items())
         parts.append(
@@ -185,7 +181,7 @@ def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection)
 
 
 def _sample(dataset: xr.Dataset, name: str) -> int:
-    array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+    array = dataset[names_of(dataset, name)[0]]
     time = next((n for d, n in array.sizes.items() if "time" in str(d) or d == "step"), 1)
     return max(4, SAMPLE_VALUES // max(1, array.size // max(1, time)))
 
@@ -193,7 +189,7 @@ def _sample(dataset: xr.Dataset, name: str) -> int:
 def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) -> tuple[str, object] | None:
     """Declaration that would lead past an error, None where none would."""
     if "values are the same" in message and not declared.missing_values:
-        array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+        array = dataset[names_of(dataset, name)[0]]
         part = array.isel({d: slice(0, 4) for d in array.dims[:1]}).values.astype(np.float64)
         raw = np.nanmin(part) if message.startswith("Negative") else np.nanmax(part)
         return "missing_values", (float(raw),)

@@ -35,6 +35,7 @@ PROVENANCE = ("title", "source", "institution", "license", "attribution", "refer
 ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
+LEFT_OUT = "left_out"  # attribute in which it says why variables are not there
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
@@ -105,11 +106,7 @@ def find(
         SourceError: no such variable, units, dimensions or time axis that can be read safely.
         GridError: coordinates or a CRS that make no cells, or cells that are not near the box.
     """
-    names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
-    for name in names:
-        if name not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            raise SourceError(f"No variable {name!r} in the file; it has {have}. Name one of these.")
+    names = names_of(dataset, variable)
     found = []
     for name in names:
         layout = layout_of(dataset, name, declared)
@@ -125,6 +122,21 @@ def find(
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
     return Reading(tuple(found), declared, attributes)
+
+
+def names_of(dataset: xr.Dataset, variable: str) -> list[str]:
+    """Names of the variables that `variable` joins by +.
+
+    Raises:
+        SourceError: one of them is not there.
+    """
+    names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
+    for name in names:
+        if name not in dataset.data_vars:
+            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+            why = dataset.attrs.get(LEFT_OUT, {}).get(name)
+            raise SourceError(why or f"No variable {name!r} in the file; it has {have}. Name one of these.")
+    return names
 
 
 def _key(grid: Grid | Cells) -> object:
