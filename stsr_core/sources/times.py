@@ -59,29 +59,32 @@ class Steps:
         return Steps(self.axis.isel(first, stop), self.record[first:stop], self.base[first:stop], self.record_seconds)
 
 
-def as_times(values: NDArray[np.generic]) -> list[Time]:
-    """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects.
+def stamps_of(coordinate: xr.DataArray) -> list[Time]:
+    """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects, to the millisecond.
 
     Raises:
         SourceError: numbers without CF units, or missing stamps.
     """
+    values, units = coordinate.values.ravel(), str(coordinate.attrs.get("units", ""))
+    calendar = str(coordinate.attrs.get("calendar", STANDARD[0]))
+    if units == ABSOLUTE:
+        return [_date_of(float(number), calendar) for number in values]
     if np.issubdtype(values.dtype, np.datetime64):
         if np.isnat(values).any():
             raise SourceError("The time axis holds missing stamps. Every step needs its time.")
-        return values.astype("datetime64[us]").astype(datetime).ravel().tolist()
-    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values.ravel()):
-        return list(values.ravel())
+        return [_rounded(t) for t in values.astype("datetime64[us]").astype(datetime)]
+    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values):
+        return [_rounded(t) for t in values]
+    written = f" in {units!r} of the calendar {calendar}" if units else ""
     raise SourceError(
-        f"The time axis holds {values.dtype} values, not dates. Give it CF units such as 'hours since 2000-01-01'."
+        f"The time axis holds {values.dtype} values{written}, not dates. Give it CF units such as 'hours since "
+        "2000-01-01', and a calendar that CF knows."
     )
 
 
-def stamps_of(coordinate: xr.DataArray) -> list[Time]:
-    """Dates of a time coordinate, see `as_times`, which may be written as the numbers of ABSOLUTE."""
-    if str(coordinate.attrs.get("units", "")) != ABSOLUTE:
-        return as_times(coordinate.values)
-    calendar = str(coordinate.attrs.get("calendar", STANDARD[0]))
-    return [_date_of(float(number), calendar) for number in coordinate.values.ravel()]
+def _rounded(time: Time) -> Time:
+    """A time without the rounding errors of files that count fractions of days."""
+    return time + timedelta(microseconds=1000 * round(time.microsecond / 1000) - time.microsecond)
 
 
 def _date_of(number: float, calendar: str) -> Time:

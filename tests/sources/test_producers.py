@@ -1,5 +1,6 @@
 """Files put together here as producers write theirs: each reads to amounts known beforehand, or is refused."""
 
+import gzip
 from datetime import datetime, timedelta
 
 import cftime
@@ -132,3 +133,53 @@ def test_counted_times_in_units_are_refused(units):
         read_coarse(data, "pr", Declared(time_label="end"))
     cube = read_coarse(data, "pr", Declared(time_label="end", units="mm (3 h)-1"))
     np.testing.assert_allclose(cube.amount, MM, rtol=1e-6)
+
+
+def write_days(path, days, units="days since 1850-01-01", calendar="standard", extra=None):
+    """MM as a flux over bounds that are fractions of days, an hour each."""
+    with netCDF4.Dataset(path, "w") as file:
+        for name, values in (("time", days), ("lat", LAT), ("lon", LON)):
+            file.createDimension(name, len(values))
+            file.createVariable(name, "f8", (name,))[:] = values
+        file.createDimension("bnds", 2)
+        file.createVariable("time_bnds", "f8", ("time", "bnds"))[:] = np.stack([days - 1 / 48, days + 1 / 48], axis=1)
+        file["time"].setncatts({"units": units, "calendar": calendar, "bounds": "time_bnds"})
+        file.createVariable("pr", "f4", ("time", "lat", "lon"))[:] = MM / 3600
+        file["pr"].units = "kg m-2 s-1"
+        if extra is not None:
+            file.createVariable("extra", "f8", ())[...] = 1e30
+            file["extra"].units = extra
+    return str(path)
+
+
+@pytest.mark.parametrize("calendar", ["standard", "proleptic_gregorian", "noleap", "360_day", "julian"])
+def test_hours_as_fractions_of_days_are_even(tmp_path, calendar):
+    """50000 + 1/24 has no exact float64: as many days since 1850, stamps are off by a microsecond."""
+    with open_dataset(write_days(tmp_path / "a.nc", 50_000 + (np.arange(5, 9) + 0.5) / 24, calendar=calendar)) as data:
+        cube = read_coarse(data, "pr")
+    np.testing.assert_allclose(cube.amount, MM, rtol=1e-6)
+    assert cube.times.step == timedelta(hours=1)
+    assert (cube.times.start.hour, cube.times.start.minute, cube.times.start.microsecond) == (5, 0, 0)
+
+
+@pytest.mark.parametrize("extra", ["hours since analysis", "days since 1850-01-01"])
+def test_dates_that_nobody_can_read_do_no_harm_in_other_variables(tmp_path, extra):
+    with open_dataset(write_days(tmp_path / "a.nc", 50_000 + (np.arange(4) + 0.5) / 24, extra=extra)) as data:
+        np.testing.assert_allclose(read_coarse(data, "pr").amount, MM, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("units", "calendar"), [("months since 1850-01-01", "standard"), ("days since 1850-01-01", "lunar")]
+)
+def test_times_that_nobody_can_read_are_refused_with_what_they_are(tmp_path, units, calendar):
+    message = f"time axis holds float64 values in '{units}' of the calendar {calendar}, not dates"
+    path = write_days(tmp_path / "a.nc", np.arange(4.0), units, calendar)
+    with open_dataset(path) as data, pytest.raises(SourceError, match=message):
+        read_coarse(data, "pr")
+
+
+def test_a_file_that_is_compressed_as_a_whole_is_to_be_unpacked(tmp_path):
+    path = write_days(tmp_path / "a.nc", np.arange(4.0))
+    (tmp_path / "a.nc.gz").write_bytes(gzip.compress((tmp_path / "a.nc").read_bytes()))
+    with pytest.raises(SourceError, match="compressed by gzip.*`gunzip`"):
+        open_dataset(path + ".gz")
