@@ -39,7 +39,7 @@ PROVISIONAL: Mapping[str, object] = {
 MEANING = {
     "units": "or kg m-2 s-1, mm/h, m: ask the producer",
     "time_label": "or start, middle: what a time stamp names",
-    "step_h": "hours of a step",
+    "step_h": "or what the producer says: hours of a step",
     "crs": "or an EPSG code or PROJ string: what x and y are",
     "accumulated": "or day; none where amounts are per step",
     "missing_values": "if this marks missing cells",

@@ -239,10 +239,10 @@ def _seekable(place: Location) -> Any:
 
 
 def _only_group(place: Location) -> str:
-    import h5py
+    import h5netcdf
 
-    with h5py.File(_seekable(place)) as file:
-        groups = [name for name, entry in file.items() if isinstance(entry, h5py.Group)]
+    with h5netcdf.File(_seekable(place), "r") as file:
+        groups = list(map(str, file.groups))
     if len(groups) != 1:
         raise SourceError(
             f"{shown(place.url)} has no variables but in groups ({', '.join(groups[:20]) or 'none'}). Copy the group "
