@@ -34,13 +34,13 @@ NAMES = (
     "tot_prec", "unknown",
 )  # fmt: skip
 PROVISIONAL: Mapping[str, object] = {
-    "units": "mm", "time_label": "end", "step_h": 1.0, "crs": "EPSG:4326", "accumulated": "run",
+    "units": "mm", "time_label": "end", "step_h": 1.0, "accumulated": "run",
 }  # fmt: skip
 MEANING = {
     "units": "or kg m-2 s-1, mm/h, m: ask the producer",
     "time_label": "or start, middle: what a time stamp names",
     "step_h": "or what the producer says: hours of a step",
-    "crs": "or an EPSG code or PROJ string: what x and y are",
+    "crs": "EPSG:4326 where x and y are degrees east and north, else an EPSG code or PROJ string",
     "accumulated": "or day; none where amounts are per step",
     "missing_values": "if this marks missing cells",
     "max_negative_mm": "if such negatives may become 0",
@@ -125,7 +125,7 @@ def inspect(
         found.facts.append(("driving", f"{len(driving)} members: {labels}{', ...' if len(driving) > 8 else ''}"))
     found.facts += _place_facts(place_of(coarse))
     if place_of(coarse).crs_wkt is None:
-        line = f"crs: {PROVISIONAL['crs']}   # {MEANING['crs']}"
+        line = f"crs: ''   # {MEANING['crs']}"
         found.doubts.append(Doubt("The file states no CRS, so its cells cannot be placed on a target grid.", line))
     found.facts += _value_facts(driving, total.size)
     found.facts.append(("read as", _reading(layout.units, layout.steps.differenced, name)))

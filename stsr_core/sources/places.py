@@ -155,8 +155,9 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
                 return CRS.from_cf({k: _single(v) for k, v in attributes.items()})
     except (CRSError, KeyError, ValueError, TypeError) as e:
         what = f"The declared CRS {declared!r}" if declared is not None else f"The grid mapping {mapping!r}"
+        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e)
         raise GridError(
-            f"{what} is not understood ({e}). Declare `crs:` of the source in catalog.yaml, or by --declare."
+            f"{what} is not understood ({why}). Declare `crs:` of the source in catalog.yaml, or by --declare."
         ) from e
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)

@@ -111,6 +111,14 @@ def test_a_grid_mapping_that_contradicts_latitudes_and_longitudes_is_refused():
         read_coarse(data, "pr")
 
 
+def test_a_grid_mapping_that_lacks_its_pole_is_refused():
+    half = {k: v for k, v in ROTATED.items() if k != "grid_north_pole_longitude"}
+    variables = {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4), {"grid_mapping": "pole"}), "pole": ((), 0, half)}
+    data = timed(variables, {"rlat": np.arange(3.0), "rlon": np.arange(4.0)})
+    with pytest.raises(GridError, match=r"'pole' is not understood \(it lacks 'grid_north_pole_longitude'\).*`crs:`"):
+        read_coarse(data, "pr")
+
+
 def test_the_places_of_wrf_files_have_a_time_and_must_not_move():
     longitude, latitude = np.meshgrid(np.arange(4.2, 6.2, 0.1), np.arange(43.2, 44.7, 0.1))
     latitude = latitude + 0.01 * longitude
