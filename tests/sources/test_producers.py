@@ -124,12 +124,22 @@ def test_models_may_lie_behind_the_places_and_places_are_never_proposed_for_sele
     np.testing.assert_allclose(cube.amount, 2 * MM, rtol=1e-6)
 
 
-@pytest.mark.parametrize("units", ["mm/3h", "mm/3hr", "kg m-2 / 6 hours", "mm 3h-1"])
-def test_counted_times_in_units_are_refused(units):
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ("mm/3h", "with brackets, as 'mm"),
+        ("mm/3hr", "with brackets, as 'mm"),
+        ("kg m-2 / 6 hours", "with brackets, as 'mm"),
+        ("mm 3h-1", "with brackets, as 'mm"),
+        ("mm*10", "with the number in front, as '0.1 mm'"),
+        ("mm/s*86400", "with the number in front"),
+    ],
+)
+def test_units_that_are_read_in_two_ways_are_refused(units, message):
     data = xr.DataArray(MM, (("time", np.arange(4)), ("lat", LAT), ("lon", LON)), name="pr").to_dataset()
     data["time"] = np.datetime64("2001-01-01", "ns") + np.arange(4) * np.timedelta64(3, "h")
     data["pr"].attrs["units"] = units
-    with pytest.raises(SourceError, match="with brackets, as 'mm"):
+    with pytest.raises(SourceError, match=message):
         read_coarse(data, "pr", Declared(time_label="end"))
     cube = read_coarse(data, "pr", Declared(time_label="end", units="mm (3 h)-1"))
     np.testing.assert_allclose(cube.amount, MM, rtol=1e-6)
