@@ -202,8 +202,8 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
     for before, after in itertools.pairwise(stamps):
         if after - before != step:
             raise SourceError(
-                f"The time axis is uneven: {before} to {after} is not {step} like the first step. "
-                "Fill the gap with missing steps, or split the file there."
+                f"The time axis is uneven: {before} to {after} is not {step} like the first step. Even steps are "
+                "needed, which months are not. Fill a gap with missing steps, or split the file there."
             )
 
 

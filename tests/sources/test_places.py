@@ -144,6 +144,18 @@ def test_axes_are_known_by_their_cf_units_whatever_their_names():
     check(data, rectangles(edges(lon), edges(lat), CRS.from_epsg(4326)))
 
 
+def test_axes_may_lie_along_dimensions_under_other_names_but_not_contradict_them():
+    lat, lon = np.arange(43.0, 45.0, 0.25), np.arange(4.0, 7.0, 0.25)
+    north, east = {"units": "degrees_north"}, {"units": "degrees_east"}
+    variables = {"pr": (("time", "y", "x"), rain(2, lat.size, lon.size)), "lat": ("y", lat, north)}
+    data = timed({**variables, "lon": ("x", lon, east)})
+    check(data, rectangles(edges(lon), edges(lat), CRS.from_epsg(4326)))
+    swapped = data.rename(y="lat", x="lon").set_coords(["lat", "lon"])
+    swapped["lat"].attrs, swapped["lon"].attrs = east, north
+    with pytest.raises(GridError, match="Axis lon has the units or attributes of the other axis"):
+        read_coarse(swapped, "pr")
+
+
 def test_rotated_axes_without_their_pole_are_not_taken_for_latitudes():
     data = timed(
         {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4))},
