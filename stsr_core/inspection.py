@@ -14,7 +14,7 @@ from stsr_core.grids import Cells, Grid
 from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, layout_of, negatives_of
+from stsr_core.sources.harmonise import find, layout_of, names_of, negatives_of
 from stsr_core.sources.units import measured
 
 if TYPE_CHECKING:
@@ -29,15 +29,18 @@ if TYPE_CHECKING:
 SAMPLE_VALUES = 1 << 24  # values that an inspection reads at most
 MAP_ROWS, MAP_COLUMNS = 14, 56
 INK = " .:-=+*#%@"
-NAMES = ("pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "unknown")
+NAMES = (
+    "pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "rr", "ppt", "prec", "prcp", "rainfall",
+    "tot_prec", "unknown",
+)  # fmt: skip
 PROVISIONAL: Mapping[str, object] = {
-    "units": "mm", "time_label": "end", "step_h": 1.0, "crs": "EPSG:4326", "accumulated": "run",
+    "units": "mm", "time_label": "end", "step_h": 1.0, "accumulated": "run",
 }  # fmt: skip
 MEANING = {
     "units": "or kg m-2 s-1, mm/h, m: ask the producer",
     "time_label": "or start, middle: what a time stamp names",
-    "step_h": "hours of a step",
-    "crs": "or an EPSG code or PROJ string: what x and y are",
+    "step_h": "or what the producer says: hours of a step",
+    "crs": "EPSG:4326 where x and y are degrees east and north, else an EPSG code or PROJ string",
     "accumulated": "or day; none where amounts are per step",
     "missing_values": "if this marks missing cells",
     "max_negative_mm": "if such negatives may become 0",
@@ -111,8 +114,7 @@ def inspect(
     if not driving:
         return found
     coarse = driving[0]
-    first = name if name in dataset.data_vars else name.split("+")[0].strip()
-    layout = layout_of(dataset, first, used)
+    layout = layout_of(dataset, names_of(dataset, name)[0], used)
     total = layout.steps.axis
     found.facts.append(
         ("steps", f"{total.size} of {total.step}, {total.start} to {total.start + total.step * total.size}")
@@ -123,7 +125,7 @@ def inspect(
         found.facts.append(("driving", f"{len(driving)} members: {labels}{', ...' if len(driving) > 8 else ''}"))
     found.facts += _place_facts(place_of(coarse))
     if place_of(coarse).crs_wkt is None:
-        line = f"crs: {PROVISIONAL['crs']}   # {MEANING['crs']}"
+        line = f"crs: ''   # {MEANING['crs']}"
         found.doubts.append(Doubt("The file states no CRS, so its cells cannot be placed on a target grid.", line))
     found.facts += _value_facts(driving, total.size)
     found.facts.append(("read as", _reading(layout.units, layout.steps.differenced, name)))
@@ -152,10 +154,7 @@ def _standard(dataset: xr.Dataset, name: str) -> bool:
 
 def _variable_text(dataset: xr.Dataset, name: str) -> str:
     parts = []
-    for one in [name] if name in dataset.data_vars else [n.strip() for n in name.split("+")]:
-        if one not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            raise SourceError(f"No variable {one!r} in the file; it has {have}. Name one of these.")
+    for one in names_of(dataset, name):
         array = dataset[one]
         sizes = ", ".join(f"{d} {n}" for d, n in array.sizes.items())
         parts.append(
@@ -182,7 +181,7 @@ def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection)
 
 
 def _sample(dataset: xr.Dataset, name: str) -> int:
-    array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+    array = dataset[names_of(dataset, name)[0]]
     time = next((n for d, n in array.sizes.items() if "time" in str(d) or d == "step"), 1)
     return max(4, SAMPLE_VALUES // max(1, array.size // max(1, time)))
 
@@ -190,7 +189,7 @@ def _sample(dataset: xr.Dataset, name: str) -> int:
 def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) -> tuple[str, object] | None:
     """Declaration that would lead past an error, None where none would."""
     if "values are the same" in message and not declared.missing_values:
-        array = dataset[name if name in dataset.data_vars else name.split("+", maxsplit=1)[0].strip()]
+        array = dataset[names_of(dataset, name)[0]]
         part = array.isel({d: slice(0, 4) for d in array.dims[:1]}).values.astype(np.float64)
         raw = np.nanmin(part) if message.startswith("Negative") else np.nanmax(part)
         return "missing_values", (float(raw),)
@@ -200,16 +199,18 @@ def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) ->
         return ("max_negative_mm", float(f"{-float(lowest.group(1)) * 1.1:.2g}")) if small else None
     if "Choose one entry" in message:
         dims = re.findall(r"(\w+) \((\d+): ([^,)]+)", message)
-        return "select", {d: (int(v) if v.isdigit() else v) for d, n, v in dims[:-2] if int(n)} or None if len(
-            dims
-        ) > 2 else None
+        if "were found" in message:
+            dims = dims[: message.count("', ") + 1 - 3]  # all but time, y and x
+        entries = {d: (int(v) if v.isdigit() else v) for d, _, v in dims}
+        return ("select", {**declared.select, **entries}) if entries else None
     return _asked_for(declared, message)
 
 
 def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
     """Declaration that a message itself asks for."""
-    if stated := re.search(r"declare `units: ([^`]+)`", message):
-        return "units", stated.group(1)
+    for key, text in re.findall(r"(?:declare|and) `(units|time_label|step_h): ([^`]+)`", message):
+        if getattr(declared, key) is None:
+            return key, float(text) if key == "step_h" else text
     if "put a cell" in message:
         return None  # only the producer knows the right projection
     if "evenly spaced steps" in message:
@@ -222,7 +223,7 @@ def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
 
 def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
     crs = None if place.crs_wkt is None else CRS.from_wkt(place.crs_wkt)
-    name = "no CRS stated" if crs is None else crs.name
+    name = "no CRS stated" if crs is None else crs.name if crs.name != "undefined" else crs.to_cf()["grid_mapping_name"]
     if isinstance(place, Grid):
         size = f"{abs(place.y.step):.6g} x {abs(place.x.step):.6g}"
         text = f"{place.y.size} x {place.x.size} regular cells of {size}, {name}"

@@ -36,7 +36,7 @@ MISSING_SHARE = 1e-6  # share of missing source area above which a target cell i
 OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
 LARGEST_FACTOR = 25
 KEPT_WEIGHTS = 8  # pairs of grids whose weights a process keeps
-BLOCK_VALUES = 1 << 24  # values that are regridded at a time
+BLOCK_VALUES = 1 << 20  # values that are regridded at a time: what a processor keeps close
 
 
 def coarse_grid(target: TargetGrid, factor: Factor) -> Grid:
@@ -146,13 +146,12 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
     """
     if isinstance(coarse, Cube) and coarse.grid == grid:
         return coarse
-    part, weights, covered = _weights(_Pair(place_of(coarse), grid))
+    part, weights = _weights(_Pair(place_of(coarse), grid))
     flat = coarse.amount.reshape(coarse.times.size, -1)
     out = np.empty((coarse.times.size, *grid.shape), np.float32)
     block = max(1, BLOCK_VALUES // max(1, weights.shape[0] + weights.shape[1]))
     for first in range(0, len(flat), block):
-        some = flat[first : first + block, part].T.astype(np.float64)
-        out[first : first + block] = _weighted(weights, some, covered).T.reshape(-1, *grid.shape)
+        out[first : first + block] = _weighted(weights, flat[first : first + block, part].T).T.reshape(-1, *grid.shape)
     return Cube(out, coarse.times, grid, coarse.attributes, coarse.driving)
 
 
@@ -187,8 +186,11 @@ class _Pair:
 
 
 @lru_cache(maxsize=KEPT_WEIGHTS)
-def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix, NDArray[np.float64]]:
-    """Source cells that matter, their shares of every target cell (target, source), and how far each is covered."""
+def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
+    """Source cells that matter, and their shares of what is covered of every target cell, (target, source).
+
+    Rows sum to 1.
+    """
     grid = pair.target
     shape = _shape(pair.source)
     nearby = part_of(pair.source, shape, Box.around(grid))
@@ -207,17 +209,17 @@ def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix, NDArray
             f"Source cells overlap each other: a target cell is covered {covered.max():.3f} times. Are the bounds of "
             "its cells right?"
         )
-    return index, weights, covered
+    return index, sparse.csr_matrix(sparse.diags_array(1 / covered) @ weights)
 
 
-def _weighted(
-    weights: sparse.csr_matrix, amount: NDArray[np.float64], covered: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    missing = np.isnan(amount)
-    result = (weights @ np.where(missing, 0.0, amount)) / covered[:, None]
-    if missing.any():
-        result[weights @ missing.astype(np.float64) > MISSING_SHARE] = np.nan
-    return result.astype(np.float32)
+def _weighted(weights: sparse.csr_matrix, amount: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Weighted sums (target, n) of amounts (source, n), in float64; NaN where more than MISSING_SHARE falls on NaN."""
+    result: NDArray[np.float64] = weights @ amount
+    if np.isnan(result).any():
+        missing = np.isnan(amount)
+        result = weights @ np.where(missing, np.float32(0), amount)
+        result[weights @ missing > MISSING_SHARE] = np.nan
+    return result
 
 
 def _polygons(cells: Cells, crs: CRS) -> NDArray[np.object_]:
@@ -271,18 +273,13 @@ def _overlap(size: int, target: NDArray[np.float64]) -> sparse.csr_matrix:
 
 
 def _along(amount: NDArray[np.float32], axis: int, weights: sparse.csr_matrix) -> NDArray[np.float32]:
-    """Apply weights (target, source) along one axis; NaN where any weight falls on NaN."""
+    """Apply weights (target, source) along one axis, see `_weighted`."""
     moved = np.moveaxis(amount, axis, 0)
     series = moved.reshape(len(moved), -1)
     out = np.empty((weights.shape[0], series.shape[1]), np.float32)
     block = max(1, BLOCK_VALUES // max(1, len(series)))
     for first in range(0, series.shape[1], block):
-        some = series[:, first : first + block].astype(np.float64)
-        missing = np.isnan(some)
-        result = weights @ np.where(missing, 0.0, some)
-        if missing.any():
-            result[weights @ missing.astype(np.float64) > MISSING_SHARE] = np.nan
-        out[:, first : first + block] = result
+        out[:, first : first + block] = _weighted(weights, series[:, first : first + block])
     return np.moveaxis(out.reshape(-1, *moved.shape[1:]), 0, axis)
 
 

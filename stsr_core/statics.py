@@ -69,7 +69,7 @@ class StaticSource:
             place = place_of(dataset, array, tuple(map(str, array.dims)), self.crs)
             ordered = array.transpose(*place.dims)
             part = part_of(place.grid, ordered.shape, Box.around(grid))
-            values = part.take(ordered.expand_dims("time")).astype(np.float32)
+            values = part.take(ordered.expand_dims("time"), np.float32)
         if isinstance(part.grid, Grid):
             found = regrid(Cube(values.reshape(1, *part.grid.shape), ONCE, part.grid, {}), grid).amount[0]
         else:

@@ -52,6 +52,7 @@ def test_every_doubt_comes_with_the_line_that_settles_it(bare):
     import yaml
 
     settled = {k: v for line in lines for k, v in yaml.safe_load(line).items()}
+    assert settled["crs"] == ""  # nobody can guess it: pasted as it is, it is refused
     declared = Declared(**{**settled, "missing_values": tuple(settled["missing_values"]), "crs": "EPSG:2154"})
     assert look(bare, declared=declared).doubts == []
     assert np.isnan(read_cube(bare, "rain", declared).amount).mean() == pytest.approx(0.1)

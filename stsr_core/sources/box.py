@@ -88,14 +88,14 @@ class Part:
         taken = np.concatenate([number[:, c] for c in self.columns], axis=1) if self.columns else number
         return taken.ravel() if self.keep is None else taken.ravel()[self.keep]
 
-    def take(self, array: xr.DataArray) -> NDArray[np.float64]:
-        """Read this part of an array (..., T, Y, X) or (..., T, N), as (..., T, cells), float64."""
+    def take(self, array: xr.DataArray, dtype: type[np.floating]) -> NDArray[np.floating]:
+        """Read this part of an array (..., T, Y, X) or (..., T, N), as (..., T, cells), in memory of its own."""
         names = [str(d) for d in array.dims[-2 if self.columns else -1 :]]
         if self.columns:
             pieces = [array.isel({names[0]: self.rows, names[1]: c}).values for c in self.columns]
         else:
             pieces = [array.isel({names[0]: self.rows}).values]
-        values = np.concatenate(pieces, axis=-1, dtype=np.float64)
+        values = np.concatenate(pieces, axis=-1, dtype=dtype)
         flat = values.reshape(*values.shape[: -len(names)], -1)
         return flat if self.keep is None else flat[..., self.keep]
 

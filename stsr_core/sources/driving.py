@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import ALL
 
@@ -50,7 +52,7 @@ def selected(dataset: xr.Dataset, name: str, declared: Declared) -> tuple[xr.Dat
         else:
             positions = _positions(dataset, dim, wanted)
         if is_ensemble or isinstance(wanted, tuple) or wanted == ALL:
-            found.append(Driving(dim, tuple(_labels(dataset, dim)[i] for i in positions)))
+            found.append(Driving(dim, tuple(_distinct(dataset, dim)[i] for i in positions)))
             contiguous = positions == list(range(positions[0], positions[-1] + 1))
             dataset = dataset.isel({dim: slice(positions[0], positions[-1] + 1) if contiguous else positions})
         else:
@@ -90,6 +92,8 @@ def _is_ensemble(dataset: xr.Dataset, dim: str) -> bool:
 
 def _values(dataset: xr.Dataset, dim: str) -> list[object]:
     """Labels along a dimension as the file has them, else their numbers from 0."""
+    if dim in dataset.coords and np.issubdtype(dataset[dim].dtype, np.datetime64):
+        return np.datetime_as_string(dataset[dim].values, unit="m").tolist()
     if dim in dataset.coords:
         return [v.decode() if isinstance(v, bytes) else v for v in dataset[dim].values.tolist()]
     named = [n for n in map(str, dataset.variables) if dataset[n].dims == (dim,)]
@@ -99,9 +103,13 @@ def _values(dataset: xr.Dataset, dim: str) -> list[object]:
     return list(range(dataset.sizes[dim]))
 
 
-def _labels(dataset: xr.Dataset, dim: str) -> list[str]:
-    values = _values(dataset, dim)
-    labels = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values]
+def labels_of(dataset: xr.Dataset, dim: str) -> list[str]:
+    """Entries along a dimension, as `select` and messages name them."""
+    return [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in _values(dataset, dim)]
+
+
+def _distinct(dataset: xr.Dataset, dim: str) -> list[str]:
+    labels = labels_of(dataset, dim)
     if len(set(labels)) < len(labels):
         raise SourceError(
             f"Entries along {dim} have the same label: {', '.join(labels[:20])}. Every one needs its own."

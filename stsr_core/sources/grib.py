@@ -24,6 +24,9 @@ MISSING = 1e35
 GRID_KEYS = ("gridType", "Ni", "Nj", "Nx", "Ny", "md5GridSection")
 CELL_METHODS = {"instant": "time: point", "avg": "time: mean", "accum": "time: sum"}  # by the GRIB step type
 REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
+EITHER_WAY = ("regular_ll", "rotated_ll", "regular_gg", "rotated_gg", *REDUCED)  # eccodes places them in any order
+NORTHEAST = ("lambert", "polar_stereographic", "mercator")  # of these it counts points northward and eastward only
+LEFT_OUT = "left_out"  # attribute: why variables of the file are not in the dataset
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
 
@@ -44,6 +47,8 @@ class Message:
     grid: tuple[object, ...]
     shape: tuple[int, ...]
     columns_first: bool
+    zigzag: bool
+    southwest: bool
     packing_error: float
 
 
@@ -53,9 +58,11 @@ def open_grib(path: str) -> xr.Dataset:
     Returns:
         Variables (member, time, y, x), or (member, time, cell) on reduced grids, without member where there is one,
         named by their short name, with `time` at the end of its interval and `time_bnds` where the messages span time.
+        Variables that make no array, or none along the times and places of those that span time, are left out; the
+        attribute LEFT_OUT says why.
 
     Raises:
-        SourceError: no GRIB messages, or messages of one variable that make no array.
+        SourceError: no GRIB messages, or none of one variable that make an array.
     """
     import xarray as xr
 
@@ -64,7 +71,17 @@ def open_grib(path: str) -> xr.Dataset:
         groups.setdefault(message.name, []).append(message)
     if not groups:
         raise SourceError(f"{path} holds no GRIB message. Fetch it again.")
-    return xr.merge([_variable(path, name, found) for name, found in groups.items()], compat="equals", join="exact")
+    data, left_out = xr.Dataset(), {}
+    for name, found in sorted(groups.items(), key=lambda group: all(m.kind == "instant" for m in group[1])):
+        try:
+            data = xr.merge([data, _variable(path, name, found)], compat="equals", join="exact")
+        except SourceError as e:
+            left_out[name] = str(e)
+        except ValueError:  # of xarray
+            left_out[name] = f"{name!r} has other times, members or places than {', '.join(map(str, data.data_vars))}."
+    if not data.data_vars:
+        raise SourceError(next(iter(left_out.values())))
+    return data.assign_attrs({LEFT_OUT: left_out} if left_out else {})
 
 
 @contextmanager
@@ -124,6 +141,8 @@ def _message(handle: int) -> Message:
         grid=tuple(_key(handle, k) for k in GRID_KEYS),
         shape=shape,
         columns_first=bool(_key(handle, "jPointsAreConsecutive", 0)),
+        zigzag=bool(_key(handle, "alternativeRowScanning", 0)),
+        southwest=bool(_key(handle, "iScansNegatively", 0)) or not _key(handle, "jScansPositively", 1),
         packing_error=float(_key(handle, "packingError", 0.0) or 0.0),
     )
 
@@ -225,6 +244,12 @@ def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str
             "latitude_bnds": (("cell", "corner"), south_north),
             "longitude_bnds": (("cell", "corner"), west_east),
         }, ("cell",)
+    kind = message.grid[0]
+    if (message.columns_first and kind not in EITHER_WAY) or (message.southwest and kind in NORTHEAST):
+        raise SourceError(
+            f"{path} has a grid of type {kind} whose points run southward, westward or column by column, and eccodes "
+            "would misplace them. Regrid the file first."
+        )
     if len(message.shape) == 1 or latitude.size != np.prod(message.shape) or message.shape[0] == 1:
         raise SourceError(
             f"{path} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file first."
@@ -283,13 +308,20 @@ def _loaded(path: str, message: Message) -> Iterator[int]:
 
 
 def _values(path: str, message: Message) -> NDArray[np.float64]:
-    """Values of a message in its own order; NaN is missing."""
+    """Values of a message in the order of its latitudes and longitudes; NaN is missing.
+
+    These run the same way in all rows, though in some files, such as those of NDFD, every second row is turned.
+    """
     import eccodes
 
     with _loaded(path, message) as handle:
         eccodes.codes_set(handle, "missingValue", MISSING)
         values = eccodes.codes_get_values(handle)
-    return np.where(values == MISSING, np.nan, values)
+    values = np.where(values == MISSING, np.nan, values)
+    if message.zigzag and len(message.shape) == 2:
+        rows = values.reshape(-1, message.shape[0 if message.columns_first else 1])
+        rows[1::2] = rows[1::2, ::-1].copy()
+    return values
 
 
 class _Values(BackendArray):

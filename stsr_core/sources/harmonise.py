@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -14,11 +15,11 @@ from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import ALL, Declared
-from stsr_core.sources.driving import Driving, selected
+from stsr_core.sources.driving import Driving, labels_of, selected
 from stsr_core.sources.period import period_of, within
-from stsr_core.sources.places import Place, place_of
+from stsr_core.sources.places import Place, is_horizontal, place_of
 from stsr_core.sources.remote import patiently
-from stsr_core.sources.times import Steps, as_times, steps_of
+from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of
 from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 
     from stsr_core.sources.times import Time
 
+Item = TypeVar("Item")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
+LEFT_OUT = "left_out"  # attribute in which it says why variables are not there
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
@@ -103,11 +106,7 @@ def find(
         SourceError: no such variable, units, dimensions or time axis that can be read safely.
         GridError: coordinates or a CRS that make no cells, or cells that are not near the box.
     """
-    names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
-    for name in names:
-        if name not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            raise SourceError(f"No variable {name!r} in the file; it has {have}. Name one of these.")
+    names = names_of(dataset, variable)
     found = []
     for name in names:
         layout = layout_of(dataset, name, declared)
@@ -123,6 +122,21 @@ def find(
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
     return Reading(tuple(found), declared, attributes)
+
+
+def names_of(dataset: xr.Dataset, variable: str) -> list[str]:
+    """Names of the variables that `variable` joins by +.
+
+    Raises:
+        SourceError: one of them is not there.
+    """
+    names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
+    for name in names:
+        if name not in dataset.data_vars:
+            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+            why = dataset.attrs.get(LEFT_OUT, {}).get(name)
+            raise SourceError(why or f"No variable {name!r} in the file; it has {have}. Name one of these.")
+    return names
 
 
 def _key(grid: Grid | Cells) -> object:
@@ -174,6 +188,7 @@ class Layout:
 
 def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> Layout:
     """Find out all about a variable that needs none of its values; raises like `read_coarse`."""
+    _check_runs(dataset, name, declared)
     dataset, driving = selected(dataset, name, declared)
     array = dataset[name]
     time = _time_name(dataset, array)
@@ -185,11 +200,30 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> L
     if 0 in array.shape:
         raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
     if len(horizontal) not in (1, 2):
-        raise SourceError(_too_many(array, horizontal))
-    steps = steps_of(as_times(array[time].values), _bounds(dataset, time, time_dim), declared)
+        raise SourceError(_too_many(dataset, array, horizontal))
+    steps = steps_of(stamps_of(array[time]), _bounds(dataset, time, time_dim), declared)
     place = place_of(dataset, array, horizontal, declared.crs)
     array = array.transpose(*leading, *place.dims)
     return Layout(array, driving, time_dim, place, steps, _units(array, declared))
+
+
+def _check_runs(dataset: xr.Dataset, name: str, declared: Declared) -> None:
+    """Refuse forecasts of several runs, whose dates lie along two dimensions, until one run is selected.
+
+    One lead time of every run makes a series too, if it is declared how long its steps are.
+    """
+    for key, coordinate in dataset[name].coords.items():
+        runs = [str(d) for d in coordinate.dims if d in dataset.coords and _is_time(str(d), dataset[d])]
+        if coordinate.ndim != 2 or len(runs) != 1 or not _is_time(str(key), coordinate):
+            continue
+        (lead,) = (str(d) for d in coordinate.dims if d != runs[0])
+        if runs[0] not in declared.select and (lead not in declared.select or declared.step_h is None):
+            raise SourceError(
+                f"Times lie along {runs[0]} and {lead}: there are forecasts of several runs. Choose one entry of "
+                f"{runs[0]} with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: "
+                f"{_entries(dataset, runs[0])}. Or choose one of {lead}, and declare with time_label and step_h what "
+                "it stands for."
+            )
 
 
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
@@ -229,18 +263,19 @@ def _without_singles(
     return array, dims
 
 
-def _too_many(array: xr.DataArray, dims: tuple[str, ...]) -> str:
-    lines = []
-    for dim in dims:
-        labels = array[dim].values.tolist()[:6] if dim in array.coords else list(range(min(6, array.sizes[dim])))
-        lines.append(
-            f"{dim} ({array.sizes[dim]}: {', '.join(map(str, labels))}{', ...' if array.sizes[dim] > 6 else ''})"
-        )
+def _too_many(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]) -> str:
+    others = [d for d in dims if not is_horizontal(dataset, d)]
+    entries = "; ".join(_entries(dataset, d) for d in (others if len(others) == len(dims) - 2 else dims))
     return (
         f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
-        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {'; '.join(lines)}. "
+        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {entries}. "
         f"`select: {{NAME: {ALL}}}` takes the entries of one for driving members."
     )
+
+
+def _entries(dataset: xr.Dataset, dim: str) -> str:
+    labels = labels_of(dataset, dim)
+    return f"{dim} ({len(labels)}: {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})"
 
 
 def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:
@@ -253,10 +288,10 @@ def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, T
         bounds = bounds.expand_dims(time_dim)
     if bounds.ndim != 2 or time_dim not in bounds.dims or bounds.shape[bounds.get_axis_num(time_dim) - 1] != 2:
         raise SourceError(f"Time bounds {name} have the shape {dict(bounds.sizes)}; ({time_dim}, 2) is needed.")
-    values = bounds.transpose(time_dim, ...).values
-    if values.dtype.kind not in "MO":
-        raise SourceError(f"Time bounds {name} hold {values.dtype} values, not dates. Give them the units of time.")
-    return list(zip(as_times(values[:, 0]), as_times(values[:, 1]), strict=True))
+    pairs = bounds.transpose(time_dim, ...).assign_attrs({**coordinate.attrs, **bounds.attrs})
+    if pairs.dtype.kind not in "MO" and pairs.attrs.get("units") != ABSOLUTE:
+        raise SourceError(f"Time bounds {name} hold {pairs.dtype} values, not dates. Give them the units of time.")
+    return list(zip(stamps_of(pairs[:, 0]), stamps_of(pairs[:, 1]), strict=True))
 
 
 def _units(array: xr.DataArray, declared: Declared) -> str:
@@ -364,13 +399,13 @@ class Reading:
     def blocks(self) -> Iterator[tuple[Coarse, ...]]:
         """Read the steps of all driving members block by block, so that memory does not grow with the period.
 
-        Raises like `read_all`.
+        While a block is worked on, the next one is read. Raises like `read_all`.
         """
         size, known, samples = self._block_steps(), np.zeros(len(self.labels), bool), []
-        for first in range(0, self.times.size, size):
-            stop = min(first + size, self.times.size)
-            out, negatives = self._amount(first, stop)
-            known |= ~np.isnan(out).all(axis=(1, 2))
+        spans = [(first, min(first + size, self.times.size)) for first in range(0, self.times.size, size)]
+        for (first, stop), (out, negatives) in zip(spans, _ahead(self._amount(*s) for s in spans), strict=True):
+            if not known.all():
+                known |= ~np.isnan(out).all(axis=(1, 2))
             if stop == self.times.size and not known.all():
                 member = self._of(int(known.argmin()))
                 raise SourceError(f"All values are missing{member}. Check the fill value and the period.")
@@ -402,7 +437,7 @@ class Reading:
                 negatives[i] += _check(member, tolerance, _largest(self.times.step), where, self.declared)
             total = values if total is None else total + values
         assert total is not None
-        return total.astype(np.float32), negatives
+        return total.astype(np.float32, copy=False), negatives
 
     def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: list[int]) -> tuple[Coarse, ...]:
         found: list[Coarse] = []
@@ -430,12 +465,25 @@ def negatives_of(coarse: Coarse) -> int:
     return int(coarse.attributes.get(ZEROED, "0"))
 
 
-def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.float64], float]:
-    """Amounts of some steps (R, T, cells) in mm, and how far below 0 packing may have put them."""
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield what an iterator yields, and let it make the next item in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.floating], float]:
+    """Amounts of some steps (R, T, cells) in mm, and how far below 0 packing may have put them.
+
+    They are float32 where the file holds no more and nothing is subtracted, else float64.
+    """
     used = np.concatenate((steps.record, steps.base[steps.base >= 0]))
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
-    records = patiently(lambda: part.take(array), "the values")
+    dtype = np.float32 if array.dtype == np.float32 and not steps.differenced else np.float64
+    records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
     _mask_invalid(records, layout.array, declared)
     for mark in declared.missing_values:  # as written, or as a float32 file holds it
@@ -444,20 +492,19 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
     kind, scale = measured(layout.units)
     scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
-    records *= scales[:, None]
-    values = records[:, steps.record - low]
-    later = steps.base >= 0
-    values[:, later] -= records[:, steps.base[later] - low]
+    records *= np.asarray(scales, records.dtype)[:, None]
     packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
     packing *= float(np.nanmax(scales, initial=0.0))
-    if not later.any():
-        return values, max(ROUNDING_MM, packing / 2)
+    if not steps.differenced:
+        return records, max(ROUNDING_MM, packing / 2)
     largest = float(np.nanmax(np.abs(records), initial=0.0))
-    rounding = max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
-    return values, rounding
+    later = steps.base >= 0
+    values = records[:, steps.record - low]
+    values[:, later] -= records[:, steps.base[later] - low]
+    return values, max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
 
 
-def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: Declared) -> None:
+def _mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: Declared) -> None:
     """Mask what lies above the valid range that a file states, as CF asks for; negatives are judged by `_check`.
 
     Raises:
@@ -465,7 +512,7 @@ def _mask_invalid(records: NDArray[np.float64], array: xr.DataArray, declared: D
     """
     scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
     high = _valid_max(array) * scale + offset
-    with np.errstate(invalid="ignore"):
+    if high < np.inf:
         records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
     marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
     if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
@@ -497,24 +544,26 @@ class _Where:
     member: str
 
 
-def _check(values: NDArray[np.float64], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
+def _check(values: NDArray[np.floating], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
     """Set small negatives to 0 and count them; refuse what is no amount."""
     tolerance = rounding if declared.max_negative_mm is None else max(rounding, declared.max_negative_mm)
-    with np.errstate(invalid="ignore"):
-        negative = values < 0
-    if negative.any() and float(np.nanmin(values)) < -tolerance:
+    low, high = (f.reduce(values, axis=None) for f in (np.fmin, np.fmax))  # which pass over NaN
+    if low < -tolerance:
         raise SourceError(
             _implausible(values, int(np.nanargmin(values)), where, f"beyond the rounding of {tolerance:.3g} mm")
         )
-    if not np.isnan(values).all() and float(np.nanmax(values)) > largest:
+    if high > largest:
         raise SourceError(
             _implausible(values, int(np.nanargmax(values)), where, f"more than {largest:.0f} mm, twice the record")
         )
+    if not low < 0:
+        return 0
+    negative = values < 0
     values[negative] = 0.0
     return int(negative.sum())
 
 
-def _implausible(values: NDArray[np.float64], at: int, where: _Where, why: str) -> str:
+def _implausible(values: NDArray[np.floating], at: int, where: _Where, why: str) -> str:
     step, cell = (int(i) for i in np.unravel_index(at, values.shape))
     value = float(values[step, cell])
     same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())

@@ -143,10 +143,10 @@ def _open_zarr(place: Location) -> xr.Dataset:
     root, filesystem = place.path.rstrip("/"), place.filesystem
     if filesystem.exists(f"{root}/zarr.json"):
         consolidated = b"consolidated_metadata" in filesystem.cat_file(f"{root}/zarr.json")
-        return xr.open_zarr(
-            place.url, storage_options=dict(place.options) or None, chunks=None, decode_timedelta=False,
-            consolidated=consolidated,
-        )  # fmt: skip
+        options = dict(place.options) or None
+        return _decoded(
+            xr.open_zarr(place.url, storage_options=options, chunks=None, decode_cf=False, consolidated=consolidated)
+        )
     consolidated = filesystem.exists(f"{root}/.zmetadata")
     if consolidated and b'"record_size"' in filesystem.cat_file(f"{root}/.zmetadata"):
         from fsspec.implementations.reference import LazyReferenceMapper
@@ -166,7 +166,28 @@ def _decoded_zarr2(
         packed = "scale_factor" in variable.attrs or "add_offset" in variable.attrs
         if not packed and np.ndim(variable.attrs.get("_FillValue")) == 0 and variable.attrs.get("_FillValue") == 0:
             del variable.attrs["_FillValue"]
-    return xr.decode_cf(raw, decode_timedelta=False)
+    return _decoded(raw)
+
+
+def _decoded(raw: xr.Dataset) -> xr.Dataset:
+    """Decode by CF; dates that cannot be decoded stay numbers, to be refused where they are needed."""
+    import xarray as xr
+
+    try:
+        return xr.decode_cf(raw, decode_timedelta=False)
+    except ValueError:
+        numbers = {n: v for n, v in raw.variables.items() if not _is_decodable(v)}
+        return xr.decode_cf(raw.drop_vars(numbers), decode_timedelta=False).assign(numbers)
+
+
+def _is_decodable(variable: xr.Variable) -> bool:
+    import xarray as xr
+
+    try:
+        xr.decode_cf(xr.Dataset({"it": variable}), decode_timedelta=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Dataset:
@@ -188,19 +209,46 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
     if start[:1] == b"{" or place.path.endswith(".json"):
         return _open_references(place, _json_references(place))
     if start[:3] == b"CDF":
-        return xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_timedelta=False)
+        return _decoded(xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_cf=False))
     if start[:4] == b"\x89HDF":
-        file = (
-            place.path
-            if place.local
-            else place.filesystem.open(place.path, block_size=BLOCK_BYTES, cache_type="readahead")
-        )
-        engine: Any = "netcdf4" if place.local else "h5netcdf"
-        return xr.open_dataset(file, engine=engine, chunks=chunks, decode_timedelta=False)
+        return _open_hdf5(place, chunks)
+    if start[:2] == b"\x1f\x8b":
+        raise SourceError(f"{shown(place.url)} is compressed by gzip as a whole. Unpack it with `gunzip`.")
     raise SourceError(
         f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB, GeoTIFF nor "
         "kerchunk JSON. Fetch it again, or convert it."
     )
+
+
+def _open_hdf5(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
+    """Open NetCDF4 or HDF5, of which a group where the root holds nothing else, as in IMERG."""
+    import xarray as xr
+
+    def opened(group: str | None = None) -> xr.Dataset:
+        engine: Any = "netcdf4" if place.local else "h5netcdf"
+        return xr.open_dataset(_seekable(place), engine=engine, group=group, chunks=chunks, decode_cf=False)
+
+    data = opened()
+    return _decoded(data if data.variables else opened(_only_group(place)))
+
+
+def _seekable(place: Location) -> Any:
+    if place.local:
+        return place.path
+    return place.filesystem.open(place.path, block_size=BLOCK_BYTES, cache_type="readahead")
+
+
+def _only_group(place: Location) -> str:
+    import h5netcdf
+
+    with h5netcdf.File(_seekable(place), "r") as file:
+        groups = list(map(str, file.groups))
+    if len(groups) != 1:
+        raise SourceError(
+            f"{shown(place.url)} has no variables but in groups ({', '.join(groups[:20]) or 'none'}). Copy the group "
+            "of the precipitation to a file of its own."
+        )
+    return groups[0]
 
 
 def _on_disk(place: Location) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing"
 X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting", "west_east", "nlon", "i")
 Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
 X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
+LATITUDES, LONGITUDES = ("lat", "latitude", "rlat"), ("lon", "longitude", "rlon")
 LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
 REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
@@ -54,6 +55,7 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
     if len(dims) == 1:
         return Place(dims, _mesh(dataset, array, dims[0]))
     y, x = _ordered(dataset, dims)
+    dataset = _with_axis(_with_axis(dataset, y, _is_latitude), x, _is_longitude)
     flat = _latitude_longitude(dataset, array, (y, x))
     crs = _crs(dataset, array, y, x, declared)
     if y in dataset.coords and x in dataset.coords and (crs is not None or flat is None):
@@ -67,8 +69,22 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
     raise SourceError(f"Dimension {lacking} has no coordinate. Cell centres are needed; add them.")
 
 
+def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool]) -> xr.Dataset:
+    """Give a dimension without coordinate the latitude or longitude that lies along it under another name."""
+    found = [n for n in dataset.variables if dataset[n].dims == (dim,) and is_axis(dataset[n])]
+    if dim in dataset.coords or len(found) != 1:
+        return dataset
+    return dataset.assign_coords({dim: dataset[found[0]].variable})
+
+
 def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
     ys, xs = [d for d in dims if _is_axis(dataset, d, "Y")], [d for d in dims if _is_axis(dataset, d, "X")]
+    for found, named in ((ys, LONGITUDES), (xs, LATITUDES)):
+        for dim in found:
+            if dim.lower() in named:
+                raise GridError(
+                    f"Axis {dim} has the units or attributes of the other axis; one is wrong. Mend the file."
+                )
     if len(ys) == 1 and len(xs) == 1 and ys != xs:
         return ys[0], xs[0]
     raise SourceError(
@@ -76,6 +92,11 @@ def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
         "the attribute `axis`. Declare `select:` of the source in catalog.yaml, or by --declare, for others, as "
         "`select: {level: 0}`."
     )
+
+
+def is_horizontal(dataset: xr.Dataset, dim: str) -> bool:
+    """Whether a dimension is known to be y or x."""
+    return _is_axis(dataset, dim, "Y") or _is_axis(dataset, dim, "X")
 
 
 def _is_axis(dataset: xr.Dataset, name: str, axis: str) -> bool:
@@ -150,8 +171,9 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
                 return CRS.from_cf({k: _single(v) for k, v in attributes.items()})
     except (CRSError, KeyError, ValueError, TypeError) as e:
         what = f"The declared CRS {declared!r}" if declared is not None else f"The grid mapping {mapping!r}"
+        why = f"it lacks {e}" if isinstance(e, KeyError) else str(e)
         raise GridError(
-            f"{what} is not understood ({e}). Declare `crs:` of the source in catalog.yaml, or by --declare."
+            f"{what} is not understood ({why}). Declare `crs:` of the source in catalog.yaml, or by --declare."
         ) from e
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)

@@ -15,9 +15,13 @@ from stsr_core.grids import TimeAxis, TimeLabel
 from stsr_core.sources.declared import Declared
 
 if TYPE_CHECKING:
+    import xarray as xr
     from numpy.typing import NDArray
 
 Time: TypeAlias = datetime | cftime.datetime
+ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
+STANDARD = ("standard", "gregorian", "proleptic_gregorian")
+SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
 
@@ -55,21 +59,42 @@ class Steps:
         return Steps(self.axis.isel(first, stop), self.record[first:stop], self.base[first:stop], self.record_seconds)
 
 
-def as_times(values: NDArray[np.generic]) -> list[Time]:
-    """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects.
+def stamps_of(coordinate: xr.DataArray) -> list[Time]:
+    """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects, to the millisecond.
 
     Raises:
         SourceError: numbers without CF units, or missing stamps.
     """
+    values, units = coordinate.values.ravel(), str(coordinate.attrs.get("units", ""))
+    calendar = str(coordinate.attrs.get("calendar", STANDARD[0]))
+    if units == ABSOLUTE:
+        return [_date_of(float(number), calendar) for number in values]
     if np.issubdtype(values.dtype, np.datetime64):
         if np.isnat(values).any():
             raise SourceError("The time axis holds missing stamps. Every step needs its time.")
-        return values.astype("datetime64[us]").astype(datetime).ravel().tolist()
-    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values.ravel()):
-        return list(values.ravel())
+        return [_rounded(t) for t in values.astype("datetime64[us]").astype(datetime)]
+    if values.dtype == object and all(isinstance(v, cftime.datetime) for v in values):
+        return [_rounded(t) for t in values]
+    written = f" in {units!r} of the calendar {calendar}" if units else ""
     raise SourceError(
-        f"The time axis holds {values.dtype} values, not dates. Give it CF units such as 'hours since 2000-01-01'."
+        f"The time axis holds {values.dtype} values{written}, not dates. Give it CF units such as 'hours since "
+        "2000-01-01', and a calendar that CF knows."
     )
+
+
+def _rounded(time: Time) -> Time:
+    """A time without the rounding errors of files that count fractions of days."""
+    return time + timedelta(microseconds=1000 * round(time.microsecond / 1000) - time.microsecond)
+
+
+def _date_of(number: float, calendar: str) -> Time:
+    day, share = divmod(number, 1.0)
+    parts = int(day) // 10_000, int(day) // 100 % 100, int(day) % 100
+    try:
+        midnight = datetime(*parts) if calendar in STANDARD else cftime.datetime(*parts, calendar=calendar)
+    except ValueError as e:
+        raise SourceError(f"The time axis holds {number:.10g}, which is no {ABSOLUTE} of calendar {calendar}.") from e
+    return midnight + timedelta(seconds=round(86_400 * share))
 
 
 def steps_of(stamps: list[Time], bounds: list[tuple[Time, Time]] | None, declared: Declared) -> Steps:
@@ -177,8 +202,8 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
     for before, after in itertools.pairwise(stamps):
         if after - before != step:
             raise SourceError(
-                f"The time axis is uneven: {before} to {after} is not {step} like the first step. "
-                "Fill the gap with missing steps, or split the file there."
+                f"The time axis is uneven: {before} to {after} is not {step} like the first step. Even steps are "
+                "needed, which months are not. Fill a gap with missing steps, or split the file there."
             )
 
 
@@ -188,6 +213,13 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
             raise SourceError(
                 f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
                 "the source in catalog.yaml, or by --declare, which then replace them."
+            )
+        if timedelta(0) < (short := -(end - start) % MINUTE) <= SECOND:
+            hours = (end - start + short) / timedelta(hours=1)
+            raise SourceError(
+                f"Time bounds {start} to {end} leave out the last second. If steps last {hours:g} h, declare "
+                f"`time_label: {_label(stamp, start, end)}` and `step_h: {hours:g}` of the source in catalog.yaml, or "
+                "by --declare, which then replace them."
             )
         if not start <= stamp <= end:
             raise SourceError(

@@ -15,8 +15,12 @@ REFERENCES: tuple[tuple[str, Kind, float], ...] = (
     ("kg m-2 s-1", "rate", 1.0),
     ("m s-1", "rate", 1000.0),
 )
-# UDUNITS reads "mm 3h-1" as 3 mm per hour; who writes it means mm per 3 hours.
-COUNTED_TIME = re.compile(r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1")
+# UDUNITS reads "mm 3h-1" as 3 mm per hour, and "mm/3h" as mm hours; who writes them means mm per 3 hours.
+COUNTED_TIME = re.compile(
+    r"(?<![\w.(^-])\d+\s*(?:h|hr|hour|hours|min|d|day|days|s)\s*(?:\^|\*\*)?-1|/\s*\d+\s*(?:h|min|d|s)"
+)
+# UDUNITS reads "mm*10" as 10 mm; who writes it may mean numbers that are 10 times as large as those in mm.
+MULTIPLIED = re.compile(r"(?<!\*)\*\s*\d")
 # UDUNITS takes 30.44 and 365.24 days for these, calendars do not.
 UNEVEN_TIME = re.compile(r"(?<![a-z])(months?|mon|years?|yrs?)(?![a-z])", re.IGNORECASE)
 METHODS = re.compile(r"\btime: (?:\w+: )*(?!mean\b|sum\b|point\b)(\w+)")
@@ -40,6 +44,11 @@ def measured(units: str) -> tuple[Kind, float]:
         raise SourceError(
             f"Units {units!r} may mean 'per so many' or 'so many per'. Declare `units:` of the source in catalog.yaml, "
             "or by --declare, with brackets, as 'mm (3 h)-1'."
+        )
+    if MULTIPLIED.search(units):
+        raise SourceError(
+            f"Units {units!r} may mean so many times the unit, or values that are multiplied. Declare `units:` of the "
+            "source in catalog.yaml, or by --declare, with the number in front, as '0.1 mm'."
         )
     try:
         unit = Unit(units)

@@ -146,3 +146,82 @@ def test_a_rate_at_points_in_time_is_none_over_a_step(forecast):
     path = forecast(*((k, k, HOURS[k]) for k in range(6)), name="prate")
     with pytest.raises(SourceError, match="'time: point' is none over a step"):
         rain_of(path, "prate", time_label="end")
+
+
+BOX = {
+    "dataDate": 20010101, "dataTime": 0, "bitsPerValue": 16, "Ni": 4, "Nj": 3,
+    "latitudeOfFirstGridPointInDegrees": 45.0, "latitudeOfLastGridPointInDegrees": 43.0,
+    "longitudeOfFirstGridPointInDegrees": 3.0,
+    "longitudeOfLastGridPointInDegrees": 6.0, "iDirectionIncrementInDegrees": 1.0, "jDirectionIncrementInDegrees": 1.0,
+}  # fmt: skip
+LAMBERT = {
+    "dataDate": 20010101, "dataTime": 0, "bitsPerValue": 16, "gridType": "lambert", "Nx": 4, "Ny": 3,
+    "latitudeOfFirstGridPointInDegrees": 43.0, "longitudeOfFirstGridPointInDegrees": 3.0, "LaDInDegrees": 44.0,
+    "LoVInDegrees": 6.0, "Latin1InDegrees": 44.0, "Latin2InDegrees": 44.0, "DxInMetres": 1e5, "DyInMetres": 1e5,
+    "jScansPositively": 1,
+}  # fmt: skip
+RAIN = {"productDefinitionTemplateNumber": 8, "shortName": "tp", "startStep": 0, "endStep": 1}
+FIELD = np.arange(12.0).reshape(3, 4)  # mm, in rows and columns as the grid has them
+
+
+def write(path, *messages):
+    with path.open("wb") as file:
+        for sample, settings, values in messages:
+            handle = eccodes.codes_grib_new_from_samples(sample)
+            for key, value in settings.items():
+                eccodes.codes_set(handle, key, value)
+            eccodes.codes_set_values(handle, values.ravel())
+            eccodes.codes_write(handle, file)
+            eccodes.codes_release(handle)
+    return str(path)
+
+
+def turned(field):
+    """Every second row from its end, as NDFD writes them."""
+    rows = field.copy()
+    rows[1::2] = rows[1::2, ::-1].copy()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("sample", "grid", "values"),
+    [
+        ("regular_ll_sfc_grib2", BOX, FIELD),
+        ("regular_ll_sfc_grib2", {**BOX, "alternativeRowScanning": 1}, turned(FIELD)),
+        ("regular_ll_sfc_grib2", {**BOX, "jPointsAreConsecutive": 1}, FIELD.T),
+        ("regular_ll_sfc_grib2", {**BOX, "jPointsAreConsecutive": 1, "alternativeRowScanning": 1}, turned(FIELD.T)),
+        ("GRIB2", LAMBERT, FIELD),
+        ("GRIB2", {**LAMBERT, "alternativeRowScanning": 1}, turned(FIELD)),
+    ],
+)
+def test_points_in_whatever_order_lie_where_the_grid_says(tmp_path, sample, grid, values):
+    """The amount is 4 times the row plus the column, in the directions in which the grid counts them."""
+    with open_dataset(write(tmp_path / "a.grib2", (sample, {**grid, **RAIN}, values / 1000))) as dataset:
+        np.testing.assert_allclose(read_coarse(dataset, "tp").amount.ravel(), FIELD.ravel(), atol=1e-3)
+        south, north = (dataset["latitude"].values.flat[i] for i in ((0, -1) if "gridType" in grid else (-1, 0)))
+        west, east = (dataset["longitude"].values.flat[i] for i in (0, 3))
+    assert south < north
+    assert west < east
+
+
+@pytest.mark.parametrize("scan", [{"jScansPositively": 0}, {"iScansNegatively": 1}, {"jPointsAreConsecutive": 1}])
+def test_projected_grids_that_eccodes_would_misplace_are_refused(tmp_path, scan):
+    path = write(tmp_path / "a.grib2", ("GRIB2", {**LAMBERT, **scan, **RAIN}, FIELD / 1000))
+    with pytest.raises(SourceError, match="grid of type lambert whose points run .* would misplace them"):
+        open_dataset(path)
+
+
+def test_other_variables_of_a_file_do_not_keep_precipitation_from_being_read(tmp_path):
+    """Temperatures on two levels make no array, those near the ground have one time more than the rain."""
+    sample = "regular_ll_sfc_grib2"
+    warm = [(sample, {**BOX, "shortName": "2t", "step": hour}, 280 + FIELD) for hour in range(3)]
+    above = [
+        (sample, {**BOX, "shortName": "t", "typeOfLevel": "isobaricInhPa", "level": level, "step": 1}, 280 + FIELD)
+        for level in (500, 850)
+    ]
+    rain = [(sample, {**BOX, **RAIN, "endStep": hour}, hour * FIELD / 1000) for hour in (1, 2)]
+    with open_dataset(write(tmp_path / "a.grib2", *warm, *above, *rain)) as dataset:
+        np.testing.assert_allclose(read_coarse(dataset, "tp").amount, np.stack([FIELD, FIELD]), atol=2e-3)
+        for name, why in (("2t", "'2t' has other times, members or places than tp"), ("t", "'t' have several grids")):
+            with pytest.raises(SourceError, match=why):
+                read_coarse(dataset, name)

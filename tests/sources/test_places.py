@@ -111,6 +111,14 @@ def test_a_grid_mapping_that_contradicts_latitudes_and_longitudes_is_refused():
         read_coarse(data, "pr")
 
 
+def test_a_grid_mapping_that_lacks_its_pole_is_refused():
+    half = {k: v for k, v in ROTATED.items() if k != "grid_north_pole_longitude"}
+    variables = {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4), {"grid_mapping": "pole"}), "pole": ((), 0, half)}
+    data = timed(variables, {"rlat": np.arange(3.0), "rlon": np.arange(4.0)})
+    with pytest.raises(GridError, match=r"'pole' is not understood \(it lacks 'grid_north_pole_longitude'\).*`crs:`"):
+        read_coarse(data, "pr")
+
+
 def test_the_places_of_wrf_files_have_a_time_and_must_not_move():
     longitude, latitude = np.meshgrid(np.arange(4.2, 6.2, 0.1), np.arange(43.2, 44.7, 0.1))
     latitude = latitude + 0.01 * longitude
@@ -134,6 +142,18 @@ def test_axes_are_known_by_their_cf_units_whatever_their_names():
     coords = {"g0_lat_1": ("g0_lat_1", lat, north), "g0_lon_2": ("g0_lon_2", lon, east)}
     data = timed({"pr": (("time", "g0_lat_1", "g0_lon_2"), pr)}, coords)
     check(data, rectangles(edges(lon), edges(lat), CRS.from_epsg(4326)))
+
+
+def test_axes_may_lie_along_dimensions_under_other_names_but_not_contradict_them():
+    lat, lon = np.arange(43.0, 45.0, 0.25), np.arange(4.0, 7.0, 0.25)
+    north, east = {"units": "degrees_north"}, {"units": "degrees_east"}
+    variables = {"pr": (("time", "y", "x"), rain(2, lat.size, lon.size)), "lat": ("y", lat, north)}
+    data = timed({**variables, "lon": ("x", lon, east)})
+    check(data, rectangles(edges(lon), edges(lat), CRS.from_epsg(4326)))
+    swapped = data.rename(y="lat", x="lon").set_coords(["lat", "lon"])
+    swapped["lat"].attrs, swapped["lon"].attrs = east, north
+    with pytest.raises(GridError, match="Axis lon has the units or attributes of the other axis"):
+        read_coarse(swapped, "pr")
 
 
 def test_rotated_axes_without_their_pole_are_not_taken_for_latitudes():

@@ -1,0 +1,195 @@
+"""Files put together here as producers write theirs: each reads to amounts known beforehand, or is refused."""
+
+import gzip
+from datetime import datetime, timedelta
+
+import cftime
+import h5py
+import netCDF4
+import numpy as np
+import pytest
+import xarray as xr
+
+from stsr_core.configuration import Configuration, shipped_catalog
+from stsr_core.errors import SourceError
+from stsr_core.factors import Factor, Family
+from stsr_core.inspection import inspect
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.open import open_dataset
+
+MM = np.random.default_rng(5).gamma(0.5, 2.0, (4, 5, 6)).astype(np.float32)
+LAT, LON = 43.0 + 0.1 * np.arange(5), 4.0 + 0.1 * np.arange(6)
+LOOK = {"configuration": Configuration.load(shipped_catalog()), "family": Family((Factor(space=10, time=1),))}
+
+
+def lines(dataset, variable=None, declared=None):
+    """The lines that an inspection proposes, in order."""
+    found = inspect(dataset, variable, declared or Declared(), **LOOK)
+    return [d.line.partition(" #")[0].strip() for d in found.doubts]
+
+
+@pytest.fixture
+def imerg(tmp_path):
+    """Half an hour in mm/hr, longitudes first, in a group; its bounds end a second early."""
+    path = tmp_path / "3B-HHR.HDF5"
+    with h5py.File(path, "w") as file:
+        grid = file.create_group("Grid")
+        grid.create_group("Intermediate")
+        for name, values in (("time", np.array([662774400])), ("lon", LON), ("lat", LAT)):
+            grid[name] = values
+            grid[name].make_scale(name)
+        seconds = b"seconds since 1980-01-06 00:00:00 UTC"
+        grid["time"].attrs.update(units=np.bytes_(seconds), calendar=np.bytes_(b"julian"), bounds=np.bytes_(b"tb"))
+        grid["lat"].attrs["units"], grid["lon"].attrs["units"] = np.bytes_(b"degrees_north"), np.bytes_(b"degrees_east")
+        grid["tb"] = np.array([[662774400, 662776199]])
+        grid["precipitation"] = 2 * MM[:1].transpose(0, 2, 1)
+        grid["precipitation"].attrs["units"] = np.bytes_(b"mm/hr")
+        for axis, name in enumerate(("time", "lon", "lat")):
+            grid["precipitation"].dims[axis].attach_scale(grid[name])
+    return path
+
+
+def test_imerg_lies_in_a_group_and_its_bounds_leave_out_a_second(imerg):
+    with open_dataset(str(imerg)) as dataset:
+        with pytest.raises(
+            SourceError, match=r"leave out the last second. If steps last 0.5 h, declare `time_label: s"
+        ):
+            read_coarse(dataset, "precipitation")
+        assert lines(dataset) == ["time_label: start", "step_h: 0.5"]
+        cube = read_coarse(dataset, "precipitation", Declared(time_label="start", step_h=0.5))
+    np.testing.assert_allclose(cube.amount, MM[:1], rtol=1e-6)
+    assert cube.times.step == timedelta(minutes=30)
+
+
+def test_several_groups_are_named(imerg):
+    with h5py.File(imerg, "a") as file:
+        file.create_group("Other")
+    with pytest.raises(SourceError, match=r"no variables but in groups \(Grid, Other\). Copy the group"):
+        open_dataset(str(imerg))
+
+
+@pytest.mark.parametrize(("calendar", "kind"), [("proleptic_gregorian", datetime), ("365_day", cftime.datetime)])
+def test_dates_that_cdo_writes_as_numbers_of_days(tmp_path, calendar, kind):
+    """Running sums stamped with 20010228.0, .25, .5 and .75; the first of the sums has no known start."""
+    with netCDF4.Dataset(tmp_path / "icon.nc", "w") as file:
+        for name, values in (("time", 20010228 + np.arange(4) / 4), ("lat", LAT), ("lon", LON)):
+            file.createDimension(name, len(values))
+            file.createVariable(name, "f8", (name,))[:] = values
+        file["time"].setncatts({"units": "day as %Y%m%d.%f", "calendar": calendar})
+        file.createVariable("tot_prec", "f8", ("time", "lat", "lon"))[:] = MM.cumsum(axis=0)
+        file["tot_prec"].units = "kg m-2"
+    with open_dataset(str(tmp_path / "icon.nc")) as dataset:
+        cube = read_coarse(dataset, "tot_prec", Declared(accumulated="run"))
+        np.testing.assert_allclose(cube.amount, MM[1:], atol=1e-5)
+        assert isinstance(cube.times.start, kind)
+        assert str(cube.times.start) == "2001-02-28 00:00:00"
+        assert cube.times.step == timedelta(hours=6)
+        later = dataset.assign_coords(time=dataset["time"] + 1)
+        with pytest.raises(SourceError, match="20010229, which is no day as %Y%m%d.%f of calendar"):
+            read_coarse(later, "tot_prec", Declared(accumulated="run"))
+
+
+def test_forecasts_of_several_runs_make_no_series():
+    """Sums since 00 h and 12 h, at lead times of 3, 6, 9 and 12 h, as cfgrib writes them."""
+    run = np.datetime64("2001-01-01", "ns") + np.arange(2) * np.timedelta64(12, "h")
+    lead = np.arange(1, 5) * np.timedelta64(3, "h")
+    sums = np.stack([MM, 2 * MM]).cumsum(axis=1)
+    data = xr.Dataset(
+        {"tp": (("time", "step", "lat", "lon"), sums, {"units": "mm"})},
+        {"time": run, "step": np.arange(3, 13, 3), "lat": LAT, "lon": LON,
+         "valid_time": (("time", "step"), run[:, None] + lead)},
+    )  # fmt: skip
+    with pytest.raises(SourceError, match=r"several runs.*time \(2: 2001-01-01T00:00, 2001-01-01T12:00\)"):
+        read_coarse(data, "tp", Declared(time_label="end"))
+    with pytest.raises(SourceError, match="several runs"):  # 3 hours are no amount of 12
+        read_coarse(data, "tp", Declared(time_label="end", select={"step": 3}))
+    assert lines(data)[0] == "select: {time: 2001-01-01T00:00}"
+    cube = read_coarse(data, "tp", Declared(accumulated="run", select={"time": "2001-01-01T12:00"}))
+    np.testing.assert_allclose(cube.amount, 2 * MM[1:], atol=1e-5)
+    assert cube.times.start == datetime(2001, 1, 1, 15)
+    whole = Declared(time_label="end", step_h=12.0, select={"step": 12})
+    np.testing.assert_allclose(read_coarse(data, "tp", whole).amount, sums[:, 3], rtol=1e-6)
+
+
+def test_models_may_lie_behind_the_places_and_places_are_never_proposed_for_selection():
+    time = np.datetime64("2001-01-01", "ns") + np.arange(4) * np.timedelta64(1, "D")
+    data = xr.Dataset(
+        {"pr": (("time", "lat", "lon", "model", "run"), np.stack([MM, 2 * MM], -1)[..., None, :], {"units": "mm"})},
+        {"time": time, "lat": LAT, "lon": LON, "model": ["CNRM"]},
+    )
+    data = xr.concat([data, data.assign_coords(model=["ECHAM"])], "model")
+    assert lines(data) == ["select: {model: CNRM, run: 0}", "time_label: end"]
+    cube = read_coarse(data, "pr", Declared(time_label="end", select={"model": "CNRM", "run": 1}))
+    np.testing.assert_allclose(cube.amount, 2 * MM, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ("mm/3h", "with brackets, as 'mm"),
+        ("mm/3hr", "with brackets, as 'mm"),
+        ("kg m-2 / 6 hours", "with brackets, as 'mm"),
+        ("mm 3h-1", "with brackets, as 'mm"),
+        ("mm*10", "with the number in front, as '0.1 mm'"),
+        ("mm/s*86400", "with the number in front"),
+    ],
+)
+def test_units_that_are_read_in_two_ways_are_refused(units, message):
+    data = xr.DataArray(MM, (("time", np.arange(4)), ("lat", LAT), ("lon", LON)), name="pr").to_dataset()
+    data["time"] = np.datetime64("2001-01-01", "ns") + np.arange(4) * np.timedelta64(3, "h")
+    data["pr"].attrs["units"] = units
+    with pytest.raises(SourceError, match=message):
+        read_coarse(data, "pr", Declared(time_label="end"))
+    cube = read_coarse(data, "pr", Declared(time_label="end", units="mm (3 h)-1"))
+    np.testing.assert_allclose(cube.amount, MM, rtol=1e-6)
+
+
+def write_days(path, days, units="days since 1850-01-01", calendar="standard", extra=None):
+    """MM as a flux over bounds that are fractions of days, an hour each."""
+    with netCDF4.Dataset(path, "w") as file:
+        for name, values in (("time", days), ("lat", LAT), ("lon", LON)):
+            file.createDimension(name, len(values))
+            file.createVariable(name, "f8", (name,))[:] = values
+        file.createDimension("bnds", 2)
+        file.createVariable("time_bnds", "f8", ("time", "bnds"))[:] = np.stack([days - 1 / 48, days + 1 / 48], axis=1)
+        file["time"].setncatts({"units": units, "calendar": calendar, "bounds": "time_bnds"})
+        file.createVariable("pr", "f4", ("time", "lat", "lon"))[:] = MM / 3600
+        file["pr"].units = "kg m-2 s-1"
+        if extra is not None:
+            file.createVariable("extra", "f8", ())[...] = 1e30
+            file["extra"].units = extra
+    return str(path)
+
+
+@pytest.mark.parametrize("calendar", ["standard", "proleptic_gregorian", "noleap", "360_day", "julian"])
+def test_hours_as_fractions_of_days_are_even(tmp_path, calendar):
+    """50000 + 1/24 has no exact float64: as many days since 1850, stamps are off by a microsecond."""
+    with open_dataset(write_days(tmp_path / "a.nc", 50_000 + (np.arange(5, 9) + 0.5) / 24, calendar=calendar)) as data:
+        cube = read_coarse(data, "pr")
+    np.testing.assert_allclose(cube.amount, MM, rtol=1e-6)
+    assert cube.times.step == timedelta(hours=1)
+    assert (cube.times.start.hour, cube.times.start.minute, cube.times.start.microsecond) == (5, 0, 0)
+
+
+@pytest.mark.parametrize("extra", ["hours since analysis", "days since 1850-01-01"])
+def test_dates_that_nobody_can_read_do_no_harm_in_other_variables(tmp_path, extra):
+    with open_dataset(write_days(tmp_path / "a.nc", 50_000 + (np.arange(4) + 0.5) / 24, extra=extra)) as data:
+        np.testing.assert_allclose(read_coarse(data, "pr").amount, MM, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("units", "calendar"), [("months since 1850-01-01", "standard"), ("days since 1850-01-01", "lunar")]
+)
+def test_times_that_nobody_can_read_are_refused_with_what_they_are(tmp_path, units, calendar):
+    message = f"time axis holds float64 values in '{units}' of the calendar {calendar}, not dates"
+    path = write_days(tmp_path / "a.nc", np.arange(4.0), units, calendar)
+    with open_dataset(path) as data, pytest.raises(SourceError, match=message):
+        read_coarse(data, "pr")
+
+
+def test_a_file_that_is_compressed_as_a_whole_is_to_be_unpacked(tmp_path):
+    path = write_days(tmp_path / "a.nc", np.arange(4.0))
+    (tmp_path / "a.nc.gz").write_bytes(gzip.compress((tmp_path / "a.nc").read_bytes()))
+    with pytest.raises(SourceError, match="compressed by gzip.*`gunzip`"):
+        open_dataset(path + ".gz")
