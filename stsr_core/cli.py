@@ -418,7 +418,7 @@ def bench(
     workers: Annotated[list[int] | None, typer.Option(help="Local workers; several for several runs.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
-    source: Annotated[str | None, typer.Option("--input", help="Coarse file; without it the shipped forecast.")] = None,
+    source: Annotated[str | None, typer.Option("--input", help="Coarse file or URL; else the shipped forecast")] = None,
     variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
     declare: DeclareOption = None,
     training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
@@ -443,11 +443,13 @@ def bench(
         return
     settings = Settings()
     space, time = _factor(factor)
+    declared = Declarations.of(declare or []).declared
+    of = benchmark.Source(source or benchmark.SAMPLE, variable, declared, settings.source_options(source or ""))
     options = benchmark.Options(
         factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
         workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value,
         precision=settings.precision, output=output, storage_options=_options(output or "", settings),
-        source=benchmark.Source(source or benchmark.SAMPLE, variable, Declarations.of(declare or []).declared),
+        source=of,
     )  # fmt: skip
     if profile:
         say(benchmark.profile_shard(options, checkpoints=settings.checkpoints))

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from stsr_core.ensemble.noise import NOISE_TILE
-from stsr_core.ensemble.windows import WindowLattice
+from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import ConfigurationError
 from stsr_core.version import code_version
 
@@ -29,8 +29,6 @@ MEMBER_BLOCK = 4  # members of a shard; they share the mean
 SHARD_CELLS = 512  # fine cells along a tile, before rounding to whole coarse cells
 SHARD_STEPS = 24  # fine steps of a time block, before rounding to whole coarse steps
 MAX_MEMBERS = 10_000
-
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -247,9 +245,18 @@ class Plan:
         members = (first, first + numbers[1] - numbers[0])
         return Shard((index, t[0], y[0], x[0]), driving, numbers, members, (t[1], y[1], x[1]))
 
-    def windows(self, shard: Shard) -> tuple[Box, ...]:
+    def reach(self, shard: Shard) -> Box:
+        """Coarse steps, rows and columns of the cube that the windows of a shard cover."""
+        t, y, x = ((o, o + n) for o, n in zip(self.origin, self.cube.amount.shape, strict=True))
+        return shifted(self.lattice.reach(self._absolute(shard.box), (t, y, x)), self.origin)
+
+    def _absolute(self, box: Box) -> Box:
+        t, y, x = self.origin
+        return shifted(box, (-t, -y, -x))
+
+    def windows(self, shard: Shard) -> list[Box]:
         """Windows of a shard in absolute coarse indices."""
-        return shard_windows(self.lattice, shard.box, self.origin, self.cube.amount.shape)
+        return self.lattice.covering(self._absolute(self.reach(shard)))
 
     def _amount(self, shard: Shard) -> NDArray[np.float32]:
         return self.cubes[shard.driving].amount
@@ -317,13 +324,11 @@ class Plan:
         return json.dumps(self.recipe.identity(), sort_keys=True).encode()
 
     def _place(self, shard: Shard) -> _Place:
-        windows = self.windows(shard)
-        read = _grown(shifted(_hull(windows), self.origin), HALO)
+        read = grown(self.reach(shard), HALO)
         coarse = _padded(self._amount(shard), read)
         # Absolute places only: a longer period or a larger box changes no shard whose windows stay as they are.
-        t, y, x = self.origin
         digest = hashlib.sha256(self._identity)
-        digest.update(json.dumps([shifted(shard.box, (-t, -y, -x)), windows]).encode())
+        digest.update(json.dumps([self._absolute(shard.box), self.windows(shard)]).encode())
         digest.update(np.ascontiguousarray(coarse, dtype="<f4").tobytes())
         statics = self._below(read)
         if statics is not None:
@@ -348,28 +353,13 @@ def shifted(box: Box, by: tuple[int, int, int]) -> Box:
     return (t0 - by[0], t1 - by[0]), (y0 - by[1], y1 - by[1]), (x0 - by[2], x1 - by[2])
 
 
-@lru_cache(maxsize=1 << 16)  # members share their windows
-def shard_windows(
-    lattice: WindowLattice, box: Box, origin: tuple[int, int, int], shape: tuple[int, ...]
-) -> tuple[Box, ...]:
-    """Windows that a box of the cube needs, in absolute coarse indices."""
-    absolute = [(a + o, b + o) for (a, b), o in zip(box, origin, strict=True)]
-    domain = [(o, o + n) for o, n in zip(origin, shape, strict=True)]
-    return tuple(lattice.covering(tuple(absolute), tuple(domain)))  # type: ignore[arg-type]
-
-
 def _slices(box: Box) -> tuple[slice, slice, slice]:
     t, y, x = box
     return slice(*t), slice(*y), slice(*x)
 
 
-def _hull(windows: tuple[Box, ...]) -> Box:
-    """Box around windows, which come in ascending order on every axis."""
-    t, y, x = ((first[0], last[1]) for first, last in zip(windows[0], windows[-1], strict=True))
-    return t, y, x
-
-
-def _grown(box: Box, by: int) -> Box:
+def grown(box: Box, by: int) -> Box:
+    """Box with `by` cells and steps more on every side."""
     t, y, x = ((a - by, b + by) for a, b in box)
     return t, y, x
 

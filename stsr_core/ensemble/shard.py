@@ -17,8 +17,8 @@ from torch import Tensor
 from stsr_core.conservation import quantise
 from stsr_core.diffusion import sample
 from stsr_core.ensemble.noise import lattice_noise, stream_of
-from stsr_core.ensemble.plan import HALO, Box, ShardTask, shard_windows, shifted
-from stsr_core.ensemble.windows import WindowLattice
+from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
+from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import StoreError
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.statistics import WET_MM, sums
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.downscaler import Downscaler
+    from stsr_core.ensemble.windows import Weights
     from stsr_core.factors import Factor
 
 Progress = Callable[[int, float], None]  # network evaluations just done, and the seconds they took
@@ -89,12 +90,17 @@ class _Window:
     place: tuple[slice, slice, slice]
     read: tuple[slice, slice, slice]
     log_gain: Tensor
-    taper: Tensor
+    taper: tuple[Tensor, Tensor, Tensor]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Fine steps, rows and columns."""
-        return tuple(self.taper.shape)
+        return tuple(map(len, self.taper))
+
+    def weights(self) -> Tensor:
+        """Blending weights (t, y, x); those of all windows together would take more memory than the fields."""
+        t, y, x = self.taper
+        return t[:, None, None] * y[:, None] * x
 
 
 class _Block:
@@ -104,18 +110,18 @@ class _Block:
         self.task, self.downscaler = task, downscaler
         factor = downscaler.factor
         self.parts = (factor.time, factor.space, factor.space)
-        lattice = WindowLattice.of(downscaler.served.configuration)
-        boxes = [shifted(w, task.origin) for w in shard_windows(lattice, task.shard.box, task.origin, task.shape)]
+        self.lattice = lattice = WindowLattice.of(downscaler.served.configuration)
         coarse = torch.from_numpy(fill_missing(task.coarse))
         self.coarse = coarse.to(downscaler.device)
-        inner = tuple((a + HALO, b - HALO) for a, b in task.read)
-        self.start = tuple(a for a, _ in inner)
-        self.shape = tuple((b - a) * n for (a, b), n in zip(inner, self.parts, strict=True))
-        self.windows = [self._window(box, lattice) for box in boxes if self._is_wet(box)]
-        self.weight = torch.zeros(self.shape, device=downscaler.device)
-        for window in self.windows:
-            self.weight[window.place] += window.taper
-        self.weight.clamp_(min=torch.finfo(torch.float32).tiny)
+        reach = grown(task.read, -HALO)
+        self.start = tuple(a for a, _ in reach)
+        self.shape = tuple((b - a) * n for (a, b), n in zip(reach, self.parts, strict=True))
+        t, y, x = task.origin
+        absolute = shifted(reach, (-t, -y, -x))
+        boxes = [shifted(box, task.origin) for box in lattice.covering(absolute)]
+        tapers = lattice.weights(absolute, self.parts)
+        windows = [self._window(box, taper) for box, taper in zip(boxes, tapers, strict=True) if self._is_wet(box)]
+        self.windows = sorted(windows, key=lambda w: w.shape)  # those of one size side by side, see `groups`
         self.statics = None if task.statics is None else torch.from_numpy(task.statics).to(downscaler.device)
         self.evaluations = 0
 
@@ -125,21 +131,21 @@ class _Block:
         local = tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, self.task.read, strict=True))
         return bool((self.coarse[local] > 0).any())
 
-    def _window(self, box: Box, lattice: WindowLattice) -> _Window:
+    def _window(self, box: Box, weights: Weights) -> _Window:
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         rt, ry, rx = (slice(a - s, b - s + 2 * HALO) for (a, b), s in zip(box, self.start, strict=True))
-        taper = torch.from_numpy(lattice.taper(box, self.parts)).to(self.downscaler.device)
         gain = self.downscaler.pycnophylactic_gain(self.coarse[rt, ry, rx][None])
-        return _Window((t, y, x), (rt, ry, rx), gain, taper)
+        wt, wy, wx = (torch.from_numpy(axis).to(self.downscaler.device) for axis in weights)
+        return _Window((t, y, x), (rt, ry, rx), gain, (wt, wy, wx))
 
     def groups(self, members: int) -> Iterator[Sequence[_Window]]:
-        """Neighbouring windows of one size, as many as the device takes at once."""
+        """Windows of one size, as many as the device takes at once."""
         for shape, alike in groupby(self.windows, key=lambda w: w.shape):
             windows, count = list(alike), max(1, self.downscaler.batch_cells // (members * math.prod(shape)))
             yield from (windows[i : i + count] for i in range(0, len(windows), count))
 
     def blend(self, evaluate: Callable[[Sequence[_Window]], Tensor], members: int, progress: Progress) -> Tensor:
-        """Evaluate every wet window and blend them.
+        """Evaluate every wet window and blend them; dry ones, where there is no mean nor residual, count as zeros.
 
         Args:
             evaluate: maps W windows of one size to (W * members, T, 1, H, W), members fastest.
@@ -147,19 +153,21 @@ class _Block:
             progress: see `make_shard`.
 
         Returns:
-            (members, T, H, W) of the block; 0 where all windows are dry.
+            (members, T, H, W) of the block.
         """
         total = torch.zeros((members, *self.shape), device=self.downscaler.device)
         for windows in self.groups(members):
             started = time.perf_counter()
             found = evaluate(windows)
-            if found.is_cuda:
-                torch.cuda.synchronize()
             progress(len(found), time.perf_counter() - started)
             self.evaluations += len(found)
             for window, part in zip(windows, found[:, :, 0].split(members), strict=True):
-                total[:, *window.place] += window.taper * part
-        return total.div_(self.weight)
+                total[:, *window.place] += window.weights() * part
+        if total.is_cuda:  # waited for once: meanwhile the next windows were on their way to the device
+            started = time.perf_counter()
+            torch.cuda.synchronize()
+            progress(0, time.perf_counter() - started)
+        return total
 
     def window_conditions(self, windows: Sequence[_Window], members: int) -> Tensor:
         """Conditioning frames, made anew each time: held for the whole block they would be most of its memory.
@@ -178,8 +186,8 @@ class _Block:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""
         return self.blend(lambda windows: self.downscaler.mean(self.window_conditions(windows, 1)), 1, progress)
 
-    def members(self, members: range, mean: Tensor, progress: Progress) -> Tensor:
-        """Amounts [mm per fine step] of members in the whole block, (M, T, H, W), before conservation."""
+    def members(self, members: range, mean: Tensor, box: Box, progress: Progress) -> Tensor:
+        """Amounts [mm per fine step] of members in a box, (M, t, y, x), before conservation."""
         start = tuple((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
         seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
         noise = np.stack([lattice_noise(seed, m, start, self.shape, stream) for m in members])  # type: ignore[arg-type]
@@ -193,7 +201,13 @@ class _Block:
             return self.blend(expected, count, progress)
 
         residual = sample(denoise, torch.from_numpy(noise).to(mean.device), self.downscaler.angles())
-        return self.downscaler.amounts(mean, residual)
+        return self.downscaler.amounts(self.cut(mean, box), self.cut(residual, box))
+
+    def conserved(self) -> Box:
+        """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""
+        axes = zip(self.lattice.axes, self.task.shard.box, self.task.shape, strict=True)
+        t, y, x = ((max(0, a - axis.overlap), min(n, b + axis.overlap)) for axis, (a, b), n in axes)
+        return t, y, x
 
     def cut(self, fine: Tensor, box: Box) -> Tensor:
         """Cut a box (coarse indices of the cube) out of fine fields of the block."""
@@ -240,11 +254,11 @@ def compute_fields(task: ShardTask, downscaler: Downscaler, progress: Progress =
     if task.recipe.conserve and not bool((_core(task) > 0).any()):
         return Fields(fine, 0)
     block = _Block(task, downscaler)
-    mean = block.mean(progress)
+    mean, around = block.mean(progress), block.conserved()
     at_once = last - first if downscaler.batch_cells else 1
     for member in range(first, last, at_once):
         group = range(member, min(member + at_once, last))
-        fine[member - first :][: len(group)] = _finished(block, block.members(group, mean, progress))
+        fine[member - first :][: len(group)] = _finished(block, block.members(group, mean, around, progress), around)
     return Fields(fine, block.evaluations)
 
 
@@ -272,25 +286,15 @@ def _parts(factor: Factor) -> tuple[int, int, int]:
     return factor.time, factor.space, factor.space
 
 
-def _finished(block: _Block, fine: Tensor) -> NDArray[np.float32]:
-    """Conserve members and cut the shard out of them.
-
-    Conservation sees the blend around the shard, so that its gain passes smoothly into the neighbour's.
-    """
-    task, downscaler = block.task, block.downscaler
-    box = task.shard.box
-    if not task.recipe.conserve:
-        return block.cut(fine, box).cpu().numpy()
-    lattice = WindowLattice.of(downscaler.served.configuration)
-    overlaps = (lattice.time.overlap, lattice.space.overlap, lattice.space.overlap)
-    t, y, x = ((max(0, a - o), min(n, b + o)) for (a, b), o, n in zip(box, overlaps, task.shape, strict=True))
-    around = (t, y, x)
-    coarse = torch.from_numpy(task.coarse[_inside(around, task.read)]).to(fine.device)
-    closed = downscaler.conserve(block.cut(fine, around), coarse)
-    steps, rows, columns = (
-        slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in zip(box, around, block.parts, strict=True)
-    )
-    return closed[..., steps, rows, columns].cpu().numpy()
+def _finished(block: _Block, fine: Tensor, around: Box) -> NDArray[np.float32]:
+    """Conserve members in a box around the shard, and cut the shard out of them."""
+    task = block.task
+    if task.recipe.conserve:
+        coarse = torch.from_numpy(task.coarse[_inside(around, task.read)]).to(fine.device)
+        fine = block.downscaler.conserve(fine, coarse)
+    axes = zip(task.shard.box, around, block.parts, strict=True)
+    t, y, x = (slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in axes)
+    return fine[..., t, y, x].cpu().numpy()
 
 
 def _stored(fine: NDArray[np.float32], task: ShardTask) -> NDArray[np.uint16]:

@@ -249,11 +249,14 @@ def _exists(url: str, name: str, options: Options | None) -> bool:
 
 
 def finish(url: str, attributes: Mapping[str, str], options: Options | None = None) -> None:
-    """Write the group's metadata, consolidated: from now on the store opens and counts as whole."""
+    """Write the group's metadata, consolidated: from now on the store opens and counts as whole.
+
+    Another run of the same plan may have done so already.
+    """
     store = open_store(url, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.create_group(store, attributes={"Conventions": "CF-1.11", **attributes}, overwrite=False)
+        zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})
         zarr.consolidate_metadata(store)
 
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -8,13 +9,16 @@ import pytest
 import xarray as xr
 
 import stsr_core
+from stsr_core.checkpoint import Served
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import _Block, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, StoreError
+from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
+from stsr_core.factors import recipe as configured
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.cube import Cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -66,14 +70,16 @@ def test_members_and_windows_side_by_side_give_the_same_members(library, rain, w
 
 
 def test_the_windows_of_a_batch_are_alike_and_within_the_memory_of_the_device(library, rain):
-    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 1, 16))), members=3)
-    block = _Block(plan.task(plan.shards[0]), replace(downscaler, batch_cells=10**6))
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain, (6, 1, 7))), members=3)
+    limit = 2 * 3 * 12 * 36 * 192
+    block = _Block(plan.task(plan.shards[0]), replace(downscaler, batch_cells=limit))
     groups = list(block.groups(members=3))
     assert [w for group in groups for w in group] == block.windows
     assert max(map(len, groups)) > 1
+    assert len({group[0].shape for group in groups}) > 1
     for group in groups:
         assert len({w.shape for w in group}) == 1
-        assert len(group) * 3 * group[0].taper.numel() <= 10**6 or len(group) == 1
+        assert len(group) * 3 * math.prod(group[0].shape) <= limit
 
 
 @pytest.mark.slow
@@ -113,6 +119,20 @@ def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_
     across = [np.abs(q[..., seams] - q[..., seams - 1]).mean() for q in (parts, whole)]
     assert across[0] == pytest.approx(across[1], rel=0.05)
     np.testing.assert_array_equal(block_sums(parts, 4, 1), block_sums(whole, 4, 1))
+
+
+@pytest.mark.parametrize("factor", [(1, 6), (2, 1), (8, 3), (10, 1), (25, 6)])
+def test_what_a_shard_holds_in_memory_grows_neither_with_the_domain_nor_with_the_period(factor):
+    space, time = factor
+    served = Served(configuration=configured(Factor(space=space, time=time)), residual_scale=1.0, evaluations=8)
+
+    def most(steps: int, cells: int) -> int:
+        dry = np.broadcast_to(np.float32(0), (steps // time, cells // space, cells // space))
+        plan = Plan((as_cube(dry, Factor(space=space, time=time)),), Recipe(served, "0", seed=1, members=4))
+        return max(math.prod(b - a for a, b in plan.reach(shard)) * space**2 * time for shard in plan.shards)
+
+    assert most(720, 4000) == most(1440, 4000) <= 28e6  # fine cell-steps, 112 MB a field
+    assert most(720, 2000) <= most(720, 4000)
 
 
 def test_a_dry_cube_needs_no_network(library, rain):

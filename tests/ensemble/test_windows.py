@@ -6,42 +6,75 @@ from hypothesis import strategies as st
 from stsr_core.ensemble.windows import AxisLattice, WindowLattice
 from stsr_core.factors import Factor, recipe
 
+SPANS = st.tuples(st.integers(-100, 100), st.integers(1, 120)).map(lambda a: (a[0], a[0] + a[1]))
+
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(2, 30), st.data())
-def test_windows_cover_the_box_inside_the_domain(length, data):
-    lattice = AxisLattice(length, data.draw(st.integers(0, length // 2)))
-    low = data.draw(st.integers(-100, 100))
-    high = low + data.draw(st.integers(1, 120))
-    start = data.draw(st.integers(low, high - 1))
-    stop = data.draw(st.integers(start + 1, high))
-    windows = lattice.covering(start, stop, (low, high))
-    covered = np.zeros(high - low, bool)
-    for a, b in windows:
-        assert low <= a < b <= high
+@given(st.integers(2, 30), SPANS, st.data())
+def test_windows_cover_a_span_and_nothing_else(length, span, data):
+    lattice = AxisLattice(length, data.draw(st.integers(0, length // 2)), length)
+    covered = np.zeros(span[1] - span[0], bool)
+    for a, b in lattice.covering(span):
+        assert span[0] <= a < b <= span[1]
         assert b - a <= length
-        covered[a - low : b - low] = True
-    assert covered[start - low : stop - low].all()
+        covered[a - span[0] : b - span[0]] = True
+    assert covered.all()
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(-50, 50), st.integers(1, 60), st.integers(0, 40), st.integers(1, 40))
-def test_windows_do_not_depend_on_the_box_that_asks(low, size, offset, width):
-    lattice, domain = AxisLattice(20, 3), (low, low + size)
-    everything = lattice.covering(*domain, domain)
-    start = min(low + offset, low + size - 1)
-    stop = min(start + width, low + size)
-    assert set(lattice.covering(start, stop, domain)) <= set(everything)
+@given(SPANS, st.integers(0, 40), st.integers(1, 40))
+def test_windows_lie_on_one_lattice_whatever_span_asks_for_them(span, offset, width):
+    lattice = AxisLattice(20, 3, 20)
+    start = min(span[0] + offset, span[1] - 1)
+    part = start, min(start + width, span[1])
+    everything = lattice.covering(span)
+    assert {(max(a, part[0]), min(b, part[1])) for a, b in everything} >= set(lattice.covering(part))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 30), SPANS, st.integers(1, 6), st.data())
+def test_blending_weights_are_positive_and_add_up_to_one(length, span, parts, data):
+    lattice = AxisLattice(length, data.draw(st.integers(0, length // 2)), length)
+    total = np.zeros((span[1] - span[0]) * parts)
+    for (a, b), weights in zip(lattice.covering(span), lattice.weights(span, parts), strict=True):
+        assert len(weights) == (b - a) * parts
+        assert weights.min() > 0
+        total[(a - span[0]) * parts : (b - span[0]) * parts] += weights
+    np.testing.assert_allclose(total, 1.0, rtol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPANS, st.integers(10, 20))
+def test_a_box_reaches_as_far_as_its_windows_and_slivers_are_none_of_them(box, far):
+    lattice = AxisLattice(20, 3, far)
+    start, stop = lattice.reach(*box, (-1000, 1000))
+    assert 6 <= box[0] - start <= far + 3  # 3 are left where the next window, which is not there, would blend in
+    assert 6 <= stop - box[1] <= far + 3
+    assert start % 17 == 0 or box[0] - start >= far
+    assert (stop - 20) % 17 == 0 or stop - box[1] >= far
+    assert min(b - a for a, b in lattice.covering((start, stop))) >= far
+
+
+def test_a_box_reaches_no_further_than_the_domain():
+    assert AxisLattice(20, 3, 9).reach(5, 98, (0, 100)) == (0, 100)
 
 
 @pytest.mark.parametrize(("s", "t"), [(10, 1), (8, 3), (25, 6), (1, 3)])
-def test_blending_weights_are_positive_and_neighbours_add_up_evenly(s, t):
+def test_weights_fall_linearly_over_the_overlap_of_whole_windows(s, t):
     lattice = WindowLattice.of(recipe(Factor(space=s, time=t)))
-    n = lattice.space.length
-    window = ((0, lattice.time.length), (0, n), (0, n))
-    taper = lattice.taper(window, (t, s, s))
-    assert taper.shape == (lattice.time.length * t, n * s, n * s)
-    assert taper.min() > 0
-    overlap = lattice.space.overlap * s
-    row = taper[taper.shape[0] // 2, n * s // 2]
-    np.testing.assert_allclose(row[-overlap:] + row[:overlap], 1.0, rtol=1e-5)
+    n, overlap = lattice.space.length, lattice.space.overlap
+    assert lattice.space.far >= overlap  # for conservation, which sees the blend around a shard
+    stride = n - overlap
+    inner = lattice.space.weights((0, 4 * stride), s)[1]
+    assert len(inner) == n * s
+    np.testing.assert_allclose(np.diff(inner[: overlap * s]), 1 / (overlap * s), rtol=1e-3)
+    np.testing.assert_allclose(inner[overlap * s : stride * s], 1.0)
+
+
+def test_windows_of_a_box_and_their_weights_come_in_one_order():
+    lattice = WindowLattice.of(recipe(Factor(space=10, time=1)))
+    reach = lattice.reach(((0, 24), (0, 40), (5, 60)), ((0, 48), (0, 40), (0, 90)))
+    windows, weights = lattice.covering(reach), lattice.weights(reach, (1, 10, 10))
+    assert len(windows) > 9
+    for window, axes in zip(windows, weights, strict=True):
+        assert [len(a) for a in axes] == [(b - a) * n for (a, b), n in zip(window, (1, 10, 10), strict=True)]
