@@ -128,6 +128,7 @@ def _job_variables(infrastructure: Infrastructure, release: Release) -> dict[str
     environment = {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLIENT_METRICS_ENABLED": "false",  # of the worker; runs inherit it, and would fight for its port
         "DO_NOT_TRACK": "1",
     }
     if infrastructure.type is InfrastructureName.process:

@@ -54,7 +54,9 @@ class Child:
 
 
 @contextmanager
-def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterator[tuple[Addresses, list[Child]]]:
+def running(
+    folder: Path, *, port: int, s3_port: int, stac_port: int, metrics_port: int | None
+) -> Iterator[tuple[Addresses, list[Child]]]:
     """Start everything, register the deployments, and yield where it is; no process outlives the context.
 
     Args:
@@ -62,6 +64,7 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
         port: of the Prefect server and its UI.
         s3_port: of the S3 server; used only where `weed` is installed.
         stac_port: of the STAC API; used only where the extra `serve` is installed.
+        metrics_port: of the worker's metrics, None for none; Prefect serves them on every interface.
 
     Raises:
         ConfigurationError: a port is taken, or something does not start; the message ends with its log.
@@ -71,8 +74,9 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
     (folder / "logs").mkdir(exist_ok=True)
     weed = find_weed()
     served = find_spec("stac_fastapi") is not None
-    for wanted in (port, *([s3_port] if weed else []), *([stac_port] if served else [])):
-        _require_free(wanted)
+    for wanted in (port, s3_port if weed else None, stac_port if served else None, metrics_port):
+        if wanted is not None:
+            _require_free(wanted)
     catalogue, keys = (f"s3://{BUCKET}/catalogue", _keys(folder)) if weed else (str(folder / "catalogue"), None)
     environment = _environment(folder, port, catalogue, keys, s3_port)
     api = f"http://127.0.0.1:{port}/api"
@@ -88,7 +92,10 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
         _until(lambda: _answers(f"{api}/health"), children, "server")
         _deploy(folder, environment)
         worker = ["-m", "prefect", "worker", "start", "--pool", "stsr", "--type", "process", "--name", "stsr-up"]
-        children.append(_start("worker", [sys.executable, *worker], folder, environment))
+        metrics = {"PREFECT_CLIENT_METRICS_ENABLED": "true", "PREFECT_CLIENT_METRICS_PORT": str(metrics_port)}
+        children.append(
+            _start("worker", [sys.executable, *worker], folder, {**environment, **(metrics if metrics_port else {})})
+        )
         files = f"http://127.0.0.1:{s3_port}/{BUCKET}/catalogue" if keys else str(folder / "catalogue")
         browse = f"http://127.0.0.1:{stac_port}/" if served else f"{files}/catalog.json"
         if served:
