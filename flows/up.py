@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -81,6 +82,7 @@ def running(
     environment = _environment(folder, port, catalogue, keys, s3_port)
     api = f"http://127.0.0.1:{port}/api"
     with ExitStack() as stack:
+        stack.enter_context(_on_end(_interrupt))
         children: list[Child] = []
         stack.callback(stop, children)
         if weed and keys:
@@ -106,43 +108,54 @@ def running(
 
 
 def wait_for_end(children: list[Child]) -> None:
-    """Return on Ctrl-C or SIGTERM.
+    """Return on Ctrl-C, and on the other signals that end a command.
 
     Raises:
         ConfigurationError: a process ended by itself.
     """
-    ended = False
-
-    def end(_: int, __: FrameType | None) -> None:
-        nonlocal ended
-        ended = True
-
-    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        while not ended:
+        while True:
             for child in children:
                 _require_alive(child)
             time.sleep(LOOK_EVERY_S)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except KeyboardInterrupt:
+        return
 
 
 def stop(children: list[Child]) -> None:
-    """Ask all processes and theirs to end, the youngest first; kill what does not."""
-    for child in reversed(children):
-        try:
-            parent = psutil.Process(child.process.pid)
-            family = [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        child.process.terminate()
-        # SeaweedFS takes 10 s to end when asked politely, and holds nothing that is not on disk.
-        _, left = psutil.wait_procs(family, timeout=2.0 if child.name == "s3" else STOP_S)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=STOP_S)
-        child.process.wait()
+    """Ask all processes and theirs to end, the youngest first; kill what does not, and all at another Ctrl-C."""
+    hurried = threading.Event()
+    with _on_end(lambda *_: hurried.set()):
+        for child in reversed(children):
+            try:
+                parent = psutil.Process(child.process.pid)
+                left = [parent, *parent.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
+            child.process.terminate()
+            # SeaweedFS takes 10 s to end when asked politely, and holds nothing that is not on disk.
+            until = time.monotonic() + (2.0 if child.name == "s3" else STOP_S)
+            while left and not hurried.is_set() and time.monotonic() < until:
+                _, left = psutil.wait_procs(left, timeout=LOOK_EVERY_S)
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left, timeout=STOP_S)
+            child.process.wait()
+
+
+@contextmanager
+def _on_end(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle Ctrl-C and the other signals that end a command: as they come, a process of ours would be left behind."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def find_weed() -> str | None:
