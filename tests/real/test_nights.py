@@ -96,7 +96,7 @@ def versions(site: Site) -> list[str]:
 
 DRIVER = f"""
 import os, signal
-import flows.nightly as nights
+from flows import nightly as nights, versions
 
 whole = nights.stage
 
@@ -105,7 +105,7 @@ def stage(task, product):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(task, product)
 
-nights.stage = stage
+nights.stage = versions.stage = stage
 nights.nightly(product={PRODUCT!r}, force=True)
 """
 
