@@ -14,7 +14,7 @@ from flows.stages import show_plan, stage
 from flows.tasks import Job, generate_ensemble
 from flows.versions import NewVersion, conclude, prepare, summarise
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.errors import OperatorError, StsrError
+from stsr_core.errors import OperatorError
 from stsr_core.events import about
 from stsr_core.settings import Settings
 
@@ -48,17 +48,18 @@ def nightly(
         try:
             with about(product=job.name):
                 result = _publish_next(job, settings, force=force)
-        except StsrError as e:
-            if len(todo) == 1:
-                raise
+        except Exception as e:  # whatever it is, the other products have their night
             event("failed", level=logging.ERROR, product=job.name, why=e)
-            failed[job.name] = str(e)
+            failed[job.name] = e
         else:
             published += [result] if result is not None else []
     summarise("nightly", [job.name for job in todo], published, failed)
     if failed:
+        first, *_ = failed.values()
+        if len(todo) == 1:
+            raise first
         problems = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise OperatorError(f"{len(failed)} of {len(todo)} products failed. {problems}")
+        raise OperatorError(f"{len(failed)} of {len(todo)} products failed. {problems}") from first
     return published
 
 

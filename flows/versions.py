@@ -84,7 +84,7 @@ def conclude(begun: Begun) -> NewVersion | None:
     return NewVersion(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
 
 
-def summarise(key: str, names: list[str], published: list[NewVersion], failed: Mapping[str, str]) -> None:
+def summarise(key: str, names: list[str], published: list[NewVersion], failed: Mapping[str, Exception]) -> None:
     """Show what became of each product."""
     versions = {result.product: result for result in published}
     rows: list[dict[str, str | int | float]] = [
@@ -92,7 +92,7 @@ def summarise(key: str, names: list[str], published: list[NewVersion], failed: M
             "product": name,
             "outcome": "published" if name in versions else "failed" if name in failed else "nothing new",
             "version": versions[name].version if name in versions else "",
-            "detail": versions[name].item if name in versions else failed.get(name, ""),
+            "detail": versions[name].item if name in versions else str(failed.get(name, "")),
         }
         for name in names
     ]

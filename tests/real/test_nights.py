@@ -182,6 +182,22 @@ def test_a_source_that_shrinks_becomes_a_shorter_version_and_one_that_vanishes_n
     assert len(versions(site)) == len(before) + 1
 
 
+def test_a_product_that_cannot_be_written_does_not_keep_the_others_from_being_published(site: Site) -> None:
+    before = versions(site)
+    catalog = yaml.safe_load((site.folder / "catalog.yaml").read_text())
+    catalog["products"] = {"blocked": catalog["products"][PRODUCT], **catalog["products"]}
+    (site.folder / "two.yaml").write_text(yaml.safe_dump(catalog, sort_keys=False))
+    (site.catalogue / "blocked").write_text("a file where a folder has to be")
+    run = site.api.start("nightly/nightly", force=True, catalog_file=str(site.folder / "two.yaml"))
+    found = site.api.finished(run)
+    (site.catalogue / "blocked").unlink()
+    assert found["state_type"] == "FAILED"
+    assert "1 of 2 products failed. blocked: " in found["state"]["message"]
+    rows = json.loads(site.api.artifacts(run)["nightly"]["data"])
+    assert [(row["product"], row["outcome"]) for row in rows] == [("blocked", "failed"), (PRODUCT, "published")]
+    assert len(versions(site)) == len(before) + 1
+
+
 def set_gate(site: Site, name: str, value: float) -> None:
     catalog = yaml.safe_load((site.folder / "catalog.yaml").read_text())
     catalog["products"][PRODUCT]["gates"][name] = value
