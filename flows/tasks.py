@@ -229,7 +229,9 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
         shards_to_stderr(),
         cluster.client() as client,
         progress_bar("network evaluations", total) as advance,
-        artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
+        artifacts.live_progress(
+            key, total, f"Progress of {attempt.product}: shards {len(shards)}, network evaluations {total}"
+        ) as show,
     ):
 
         def progress(steps: int, seconds: float) -> None:
