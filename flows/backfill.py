@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -22,33 +23,18 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
 
 from flows import artifacts
-from flows.attempts import begin
 from flows.jobs import jobs
 from flows.log import event
-from flows.nightly import NightlyResult
-from flows.parameters import CatalogFile, Destination, Members, OneProduct, Order, Period, Pieces, PublishAs
-from flows.stages import HOUR_S, patient, show_plan, show_published, stage
-from flows.tasks import (
-    Job,
-    begun,
-    check,
-    complete,
-    make_plan,
-    make_shards,
-    match,
-    publish_version,
-    read,
-    resolve,
-    to_lattice,
-)
-from stsr_core.catalog.publish import Attempt
-from stsr_core.checkpoint import Library
+from flows.parameters import Members, Order, Period, Pieces, ProductName, PublishAs
+from flows.stages import HOUR_S, patient, show_plan
+from flows.tasks import Job, complete, make_shards, missing
+from flows.versions import Begun, NewVersion, conclude, prepare, summarise
 from stsr_core.ensemble.cluster import Cluster
+from stsr_core.events import about
 from stsr_core.settings import Settings
 
 if TYPE_CHECKING:
     from stsr_core.ensemble.plan import Plan, Shard
-    from stsr_core.factors import Match
 
 LIMIT = "stsr-backfill"  # global concurrency limit: pieces of all backfills that run at a time
 PATIENCE_S = 6 * HOUR_S  # seconds that a piece waits for nightly runs, at most
@@ -64,27 +50,16 @@ class Piece:
     keys: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a backfill makes and where."""
-
-    job: Job
-    plan: Plan
-    library: Library
-    attempt: Attempt
-    cluster: Cluster
-
-
 @flow(name="backfill", flow_run_name="backfill {product} {period}", validate_parameters=True)
 def backfill(
-    product: OneProduct,
+    product: ProductName,
     period: Period,
     pieces: Pieces = Pieces(),  # noqa: B008  it is frozen
     members: Members = None,
     publish_as: PublishAs = None,
-    catalog_file: CatalogFile = None,
-    destination: Destination = None,
-) -> NightlyResult | None:
+    catalog_file: Path | None = None,
+    destination: str | None = None,
+) -> NewVersion | None:
     """Make a period of a product in pieces and publish it as a product of its own; the nightly one stays as it is.
 
     The same parameters again go on where a run was interrupted. Nightly runs pass before each piece.
@@ -104,55 +79,41 @@ def backfill(
     settings = Settings()
     job = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)[0]
     named = _named(job, publish_as, period)
-    library = Library.open(settings.checkpoints)
-    new = stage(resolve, named.name)(named, library, settings, force=True)
-    assert new is not None
-    days = (period.first, period.last)
-    found = stage(match, named.name)(stage(read, named.name)(job, days), job.target, library, settings.match_limit)
-    lattice, fingerprint = stage(to_lattice, named.name)(job, found, days)
-    new = replace(new, fingerprint=fingerprint)
-    plan = stage(make_plan, named.name)(lattice, found, library, named, settings)
-    attempt = begin(named, plan, new.fingerprint, after="", sole_publisher=settings.sole_publisher)
-    if attempt is None:
-        event("nothing_new", product=named.name)
-        return None
-    cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers, settings.precision)
-    work = Work(named, plan, library, attempt, cluster)
-    _make_all(work, pieces, found, settings)
-    report = stage(check, named.name)(plan, attempt, named.product)
-    made = stage(publish_version, named.name)(named, plan, found, new, library, attempt, report)
-    if made is None:
-        return None
-    version, picture = made
-    show_published(named, version, picture)
-    return NightlyResult(product=version.product, version=version.version, item=version.item_url, quicklook=picture)
+    with about(product=named.name):
+        begun = prepare(named, settings, force=True, days=(period.first, period.last), once=True)
+        if begun is not None:
+            _make_all(begun, pieces, settings)
+        made = conclude(begun) if begun is not None else None
+    summarise("backfill", [named.name], [made] if made is not None else [], {})
+    return made
 
 
 @task(name="piece", cache_policy=NO_CACHE)
-def make_piece(work: Work, piece: Piece, shards: list[Shard]) -> None:
+def make_piece(work: Begun, shards: list[Shard], cluster: Cluster) -> None:
     """Make the shards of a piece that are not done yet."""
-    make_shards(work.plan, shards, work.library, work.attempt, work.cluster)
+    make_shards(work.plan, shards, work.library, work.attempt, cluster)
 
 
 @task(name="complete", cache_policy=NO_CACHE)
-def complete_ensemble(work: Work) -> None:
+def complete_ensemble(work: Begun) -> None:
     """Close the ensemble and write what readers get beside it."""
     complete(work.plan, work.attempt)
 
 
-def _make_all(work: Work, pieces: Pieces, found: Match, settings: Settings) -> None:
-    plan, attempt, name = work.plan, work.attempt, work.job.name
-    todo = begun(plan, attempt)
-    show_plan(name, plan, found, settings, len(todo))
+def _make_all(work: Begun, pieces: Pieces, settings: Settings) -> None:
+    plan, name = work.plan, work.job.name
+    cluster = Cluster(settings.scheduler_address, settings.device, pieces.workers, settings.precision)
+    todo = missing(plan, work.attempt)
+    show_plan(name, plan, work.found, settings, len(todo))
     cut = list(cut_pieces(plan, pieces.days, pieces.order))
-    for number, piece in enumerate(cut):
+    for number, piece in enumerate(cut, 1):
         shards = [shard for shard in todo if shard.key in piece.keys]
         if shards:
             _let_nightly_pass()
             with concurrency(LIMIT, lease_duration=LEASE_S):
-                patient(make_piece, f"piece {piece.name} of {name}", hours=168)(work, piece, shards)
-            time.sleep(pieces.pause_s if number + 1 < len(cut) else 0)
-        _show_pieces(name, cut, number + 1)
+                patient(make_piece, f"piece {piece.name} of {name}", hours=168)(work, shards, cluster)
+            time.sleep(pieces.pause_s if number < len(cut) else 0)
+        _show_pieces(name, cut, number)
     patient(complete_ensemble, f"complete {name}", hours=24)(work)
 
 

@@ -28,7 +28,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 from prefect.variables import Variable
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 
 from flows.declared import MARK, Automation, Declared, Deployment, Infrastructure, InfrastructureName
 from flows.parameters import ALL
@@ -46,21 +46,15 @@ RELEASE = "stsr_release"  # variable: what is deployed
 
 
 class Release(BaseModel):
-    """What is deployed on a server: a folder of code, or an image.
+    """What is deployed on a server: a folder of code, or an image."""
 
-    Attributes:
-        reference: what people call it: a git commit, an image tag, or "working tree".
-        infrastructure: where runs take place.
-        code: folder of the code, None for an image.
-        image: image, None for a folder.
-        home: folder that runs take place in; relative paths of the settings start there.
-    """
-
-    reference: str
-    infrastructure: InfrastructureName = InfrastructureName.process
-    code: str | None = None
-    image: str | None = None
-    home: str | None = None
+    reference: str = Field(description="What people call it: a git commit, an image tag, or `working tree`.")
+    infrastructure: InfrastructureName = Field(InfrastructureName.process, description="Kind of the work pool.")
+    code: str | None = Field(None, description="Folder of the code, empty for an image.")
+    image: str | None = Field(None, description="Image, empty for a folder.")
+    home: str | None = Field(
+        None, description="Folder that runs take place in; relative paths of the settings start there."
+    )
 
 
 @dataclass
@@ -128,6 +122,7 @@ def _job_variables(infrastructure: Infrastructure, release: Release) -> dict[str
     environment = {
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLIENT_METRICS_ENABLED": "false",  # of the worker; runs inherit it, and would fight for its port
         "DO_NOT_TRACK": "1",
     }
     if infrastructure.type is InfrastructureName.process:

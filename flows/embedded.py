@@ -10,10 +10,10 @@ from stsr_core.configuration import Configuration, shipped_catalog
 from stsr_core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from flows.nightly import NightlyResult
+    from flows.versions import NewVersion
 
 
-def run_embedded(to: Path, *, force: bool, members: int | None, device: str, workers: int) -> NightlyResult | None:
+def run_embedded(to: Path, *, force: bool, members: int | None, device: str, workers: int) -> NewVersion | None:
     """Run the nightly flow of the shipped product in this process, whatever server the user is logged in to.
 
     Args:

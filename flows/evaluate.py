@@ -14,7 +14,7 @@ from pydantic import Field
 from flows import artifacts
 from flows.log import event
 from flows.parameters import FactorParameter
-from flows.stages import HOUR_S
+from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import evaluate_checkpoint
 from stsr_core.evaluation.evaluate import Evaluation, Options
@@ -68,14 +68,14 @@ def evaluate(
         reference=reference, warming=warming,
         statics=named_sources(statics or [], choose_catalog(settings.catalog_file), settings.source_options),
     )  # fmt: skip
-    named = score.with_options(task_run_name=f"score ({factor.space},{factor.time}) on {len(data)} inputs")
+    named = patient(score, f"score ({factor.space},{factor.time}) on {len(data)} inputs", hours=7 * 24)
     evaluation = named(data, factor, options, record=record, report=report)
     key = artifacts.key_of("scores", f"{factor.space}x{factor.time}")
     artifacts.table(key, score_rows(evaluation.table), f"Scores of ({factor.space},{factor.time})")
     return {method: dict(scores) for method, scores in evaluation.table.items()}
 
 
-@task(name="score", cache_policy=NO_CACHE, timeout_seconds=7 * 24 * HOUR_S)
+@task(name="score", cache_policy=NO_CACHE)
 def score(
     data: list[Path], factor: FactorParameter, options: Options, *, record: bool, report: Path | None
 ) -> Evaluation:

@@ -19,15 +19,14 @@ def event(name: str, *, level: int = logging.INFO, **fields: object) -> None:
 
 @contextmanager
 def shards_to_stderr() -> Iterator[None]:
-    """Write the engine's events to the process's own log: a line per shard is too much for a server's database."""
-    logger, handler = logging.getLogger("stsr"), logging.StreamHandler()
+    """Let the engine's events reach stderr, by the handler of Prefect's root logger, and nothing else: a line per shard
+    is too much for a server's database.
+    """
+    logger = logging.getLogger("stsr")
     before = logger.level
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         with events.about(run=flow_run.id):
             yield
     finally:
-        logger.removeHandler(handler)
         logger.setLevel(before)

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from datetime import date
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ALL = "all"
 
-ProductName = Annotated[
-    str, Field(min_length=1, title="Product", description='Name of a product in catalog.yaml, or "all".')
-]
-OneProduct = Annotated[str, Field(min_length=1, title="Product", description="Name of a product in catalog.yaml.")]
-Members = Annotated[
-    int | None, Field(ge=1, le=10_000, title="Members", description="Members; empty for those of the product.")
-]
-PublishAs = Annotated[
-    str | None,
-    Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Publish as", description="Empty for the product and the period."),
-]
-SmokeMembers = Annotated[int, Field(ge=1, le=8, title="Members", description="Members of the smoke run.")]
-CatalogFile = Annotated[
-    Path | None, Field(title="Catalogue file", description="catalog.yaml to use; empty for the one of the settings.")
-]
-Destination = Annotated[
-    str | None, Field(title="Destination", description="Folder or s3://bucket/prefix; empty for that of the settings.")
-]
+# Titles and help of a form come from the names and docstrings of the flow; bounds and nested forms from here.
+ProductName = Annotated[str, Field(min_length=1)]
+Members = Annotated[int | None, Field(ge=1, le=10_000)]
+PublishAs = Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+SmokeMembers = Annotated[int, Field(ge=1, le=8)]
 
 
 class Order(StrEnum):

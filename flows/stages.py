@@ -38,7 +38,7 @@ TIMEOUT_S = {
     "verify": 24 * HOUR_S,
     "publish": 6 * HOUR_S,
 }
-RETRIES = {"resolve": 2, "read": 2, "generate": 1, "verify": 1, "publish": 1}
+RETRIES = {"resolve": 2, "read": 2, "regrid": 2, "plan": 2, "generate": 1, "verify": 1, "publish": 1}
 PASSING = (SourceError, StoreError, PublicationError, ShardError)  # may be gone a moment later
 
 

@@ -1,4 +1,7 @@
-"""One Prefect task per stage: call stsr_core, log, return. Workers on the cluster never call Prefect."""
+"""One Prefect task per stage: call stsr_core, log, return. Workers on the cluster never call Prefect.
+
+How often and how long each is tried is said in stages.py.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ class New:
     after: str
 
 
-@task(name="resolve", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+@task(name="resolve", cache_policy=NO_CACHE)
 def resolve(job: Job, library: Library, settings: Settings, *, force: bool) -> New | None:
     """Look whether there is something to do: a new source, or another way to make it; None if there is not.
 
@@ -137,7 +140,7 @@ def _found(job: Job, days: Days) -> Iterator[Reading]:
         yield find(dataset, source.variable, source.declared, near=reach(job.target), days=days)
 
 
-@task(name="read", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+@task(name="read", cache_policy=NO_CACHE)
 def read(job: Job, days: Days = None) -> Reading:
     """Find what the source holds near the target; its values are read when they are regridded."""
     with _found(job, days) as reading:
@@ -154,7 +157,7 @@ def match(source: Reading, target: TargetGrid, library: Library, limit: float) -
     return found
 
 
-@task(name="regrid", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5)
+@task(name="regrid", cache_policy=NO_CACHE)
 def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[tuple[Cube, ...], str]:
     """Read the source and regrid it conservatively onto the coarse lattice of the matched factor, block by block.
 
@@ -201,14 +204,14 @@ def generate_ensemble(
 
     A retry, or a run that goes on with a dead one's attempt, makes what is missing; `show` is told how many shards.
     """
-    todo = begun(plan, attempt)
+    todo = missing(plan, attempt)
     show(len(todo))
     if todo:
         make_shards(plan, todo, library, attempt, cluster)
     complete(plan, attempt)
 
 
-def begun(plan: Plan, attempt: Attempt) -> list[Shard]:
+def missing(plan: Plan, attempt: Attempt) -> list[Shard]:
     """Write an ensemble's metadata unless it is whole, and return the shards that are missing."""
     options = attempt.documents.options
     if not is_whole(attempt.ensemble_url, options):
@@ -226,7 +229,9 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
         shards_to_stderr(),
         cluster.client() as client,
         progress_bar("network evaluations", total) as advance,
-        artifacts.live_progress(key, total, f"{len(shards)} shards, {total} network evaluations") as show,
+        artifacts.live_progress(
+            key, total, f"Progress of {attempt.product}: shards {len(shards)}, network evaluations {total}"
+        ) as show,
     ):
 
         def progress(steps: int, seconds: float) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from flows import artifacts
 from flows.log import event
 from flows.parameters import FactorParameter, Preset, RecipeName
-from flows.stages import HOUR_S
+from flows.stages import patient
 from stsr_core.checkpoint import Checkpoint
 from stsr_core.configuration import choose_catalog
 from stsr_core.settings import Settings
@@ -61,7 +61,7 @@ def train(
     Returns:
         Path of the checkpoint's card.
     """
-    chosen = fit.with_options(task_run_name=f"fit {name} ({preset.value})")
+    chosen = patient(fit, f"fit {name} ({preset.value})", hours=30 * 24)
     catalog_file = choose_catalog(Settings().catalog_file)
     data = Data.of(archive, train_on or [], validate_on or [], catalog_file, statics or [])
     checkpoint = chosen(
@@ -80,7 +80,7 @@ def train(
     return str(card)
 
 
-@task(name="fit", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=60, timeout_seconds=30 * 24 * HOUR_S)
+@task(name="fit", cache_policy=NO_CACHE)
 def fit(
     data: Data,
     factors: list[tuple[int, int]],

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -54,7 +55,9 @@ class Child:
 
 
 @contextmanager
-def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterator[tuple[Addresses, list[Child]]]:
+def running(
+    folder: Path, *, port: int, s3_port: int, stac_port: int, metrics_port: int | None
+) -> Iterator[tuple[Addresses, list[Child]]]:
     """Start everything, register the deployments, and yield where it is; no process outlives the context.
 
     Args:
@@ -62,6 +65,7 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
         port: of the Prefect server and its UI.
         s3_port: of the S3 server; used only where `weed` is installed.
         stac_port: of the STAC API; used only where the extra `serve` is installed.
+        metrics_port: of the worker's metrics, None for none; Prefect serves them on every interface.
 
     Raises:
         ConfigurationError: a port is taken, or something does not start; the message ends with its log.
@@ -71,12 +75,14 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
     (folder / "logs").mkdir(exist_ok=True)
     weed = find_weed()
     served = find_spec("stac_fastapi") is not None
-    for wanted in (port, *([s3_port] if weed else []), *([stac_port] if served else [])):
-        _require_free(wanted)
+    for wanted in (port, s3_port if weed else None, stac_port if served else None, metrics_port):
+        if wanted is not None:
+            _require_free(wanted)
     catalogue, keys = (f"s3://{BUCKET}/catalogue", _keys(folder)) if weed else (str(folder / "catalogue"), None)
     environment = _environment(folder, port, catalogue, keys, s3_port)
     api = f"http://127.0.0.1:{port}/api"
     with ExitStack() as stack:
+        stack.enter_context(_on_end(_interrupt))
         children: list[Child] = []
         stack.callback(stop, children)
         if weed and keys:
@@ -88,7 +94,10 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
         _until(lambda: _answers(f"{api}/health"), children, "server")
         _deploy(folder, environment)
         worker = ["-m", "prefect", "worker", "start", "--pool", "stsr", "--type", "process", "--name", "stsr-up"]
-        children.append(_start("worker", [sys.executable, *worker], folder, environment))
+        metrics = {"PREFECT_CLIENT_METRICS_ENABLED": "true", "PREFECT_CLIENT_METRICS_PORT": str(metrics_port)}
+        children.append(
+            _start("worker", [sys.executable, *worker], folder, {**environment, **(metrics if metrics_port else {})})
+        )
         files = f"http://127.0.0.1:{s3_port}/{BUCKET}/catalogue" if keys else str(folder / "catalogue")
         browse = f"http://127.0.0.1:{stac_port}/" if served else f"{files}/catalog.json"
         if served:
@@ -99,43 +108,54 @@ def running(folder: Path, *, port: int, s3_port: int, stac_port: int) -> Iterato
 
 
 def wait_for_end(children: list[Child]) -> None:
-    """Return on Ctrl-C or SIGTERM.
+    """Return on Ctrl-C, and on the other signals that end a command.
 
     Raises:
         ConfigurationError: a process ended by itself.
     """
-    ended = False
-
-    def end(_: int, __: FrameType | None) -> None:
-        nonlocal ended
-        ended = True
-
-    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        while not ended:
+        while True:
             for child in children:
                 _require_alive(child)
             time.sleep(LOOK_EVERY_S)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except KeyboardInterrupt:
+        return
 
 
 def stop(children: list[Child]) -> None:
-    """Ask all processes and theirs to end, the youngest first; kill what does not."""
-    for child in reversed(children):
-        try:
-            parent = psutil.Process(child.process.pid)
-            family = [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        child.process.terminate()
-        # SeaweedFS takes 10 s to end when asked politely, and holds nothing that is not on disk.
-        _, left = psutil.wait_procs(family, timeout=2.0 if child.name == "s3" else STOP_S)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=STOP_S)
-        child.process.wait()
+    """Ask all processes and theirs to end, the youngest first; kill what does not, and all at another Ctrl-C."""
+    hurried = threading.Event()
+    with _on_end(lambda *_: hurried.set()):
+        for child in reversed(children):
+            try:
+                parent = psutil.Process(child.process.pid)
+                left = [parent, *parent.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
+            child.process.terminate()
+            # SeaweedFS takes 10 s to end when asked politely, and holds nothing that is not on disk.
+            until = time.monotonic() + (2.0 if child.name == "s3" else STOP_S)
+            while left and not hurried.is_set() and time.monotonic() < until:
+                _, left = psutil.wait_procs(left, timeout=LOOK_EVERY_S)
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left, timeout=STOP_S)
+            child.process.wait()
+
+
+@contextmanager
+def _on_end(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle Ctrl-C and the other signals that end a command: as they come, a process of ours would be left behind."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def find_weed() -> str | None:

@@ -78,6 +78,10 @@ def up(
     port: Annotated[int, typer.Option(help="Port of the Prefect server and its UI.", min=1, max=65535)] = 4200,
     s3_port: Annotated[int, typer.Option(help="Port of the S3 server.", min=1, max=65535)] = 8333,
     stac_port: Annotated[int, typer.Option(help="Port of the STAC API.", min=1, max=65535)] = 8080,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the worker's Prometheus metrics, open on every interface.", min=1, max=65535),
+    ] = None,
 ) -> None:
     """Start a Prefect server with its UI, an S3 server, a worker, the deployments and the STAC API, until Ctrl-C.
 
@@ -86,7 +90,8 @@ def up(
     from flows.up import running, wait_for_end
 
     typer.echo("Starting; this takes half a minute.")
-    with running(folder, port=port, s3_port=s3_port, stac_port=stac_port) as (addresses, children):
+    started = running(folder, port=port, s3_port=s3_port, stac_port=stac_port, metrics_port=metrics_port)
+    with started as (addresses, children):
         typer.echo(f"Prefect UI      {addresses.ui}")
         typer.echo(f"Prefect API     PREFECT_API_URL={addresses.api}")
         typer.echo(f"Catalogue       {addresses.catalogue}")

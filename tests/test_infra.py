@@ -199,6 +199,12 @@ def test_kubernetes_is_consistent():
     worker = deployed["stsr-worker"]
     assert worker["serviceAccountName"] in accounts
     assert kubernetes.work_pool in worker["containers"][0]["args"]
+    metrics = next(d for d in found if d["metadata"]["name"] == "metrics")["spec"]
+    assert metrics["podSelector"]["matchLabels"] == {"app": "stsr-worker"}
+    ports = {p["name"]: p["containerPort"] for p in worker["containers"][0]["ports"]}
+    told = {e["name"]: e["value"] for e in worker["containers"][0]["env"]}
+    assert metrics["ingress"][0]["ports"][0]["port"] == ports["metrics"] == int(told["PREFECT_CLIENT_METRICS_PORT"])
+    assert ports["health"] == int(told["PREFECT_WORKER_WEBSERVER_PORT"])
     dask = next(d for d in found if d["kind"] == "DaskCluster")
     address = next(x for x in kustomization["configMapGenerator"][0]["literals"] if "SCHEDULER" in x)
     assert address.endswith(f"tcp://{dask['metadata']['name']}-scheduler.{kustomization['namespace']}.svc:8786")

@@ -1,5 +1,6 @@
 """Parameters, pieces of a backfill, artifacts without a server, and the declaration; no server runs here."""
 
+import importlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows import tasks
@@ -122,6 +124,15 @@ def test_the_declaration_is_valid_and_complete():
     flows = {p.stem for p in (ROOT / "flows").glob("*.py") if "\n@flow(" in p.read_text()}
     assert {d.module.split(".")[1] for d in declared.deployments} == flows
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
+
+
+def test_every_field_of_every_form_says_what_it_is():
+    for deployment in Declared.load(shipped_declaration()).deployments:
+        flow = getattr(importlib.import_module(deployment.module), deployment.function)
+        schema = parameter_schema(flow).model_dump()
+        nested = [model["properties"] for model in schema["definitions"].values() if "properties" in model]
+        for properties in (schema["properties"], *nested):
+            assert [name for name, field in properties.items() if not field.get("description")] == []
 
 
 def test_schedules_are_in_utc_so_that_a_clock_change_neither_skips_nor_repeats_a_night():

@@ -43,6 +43,7 @@ class Site:
     folder: Path
     port: int
     stac_port: int
+    metrics_port: int
     environment: dict[str, str]
 
     @property
@@ -58,6 +59,11 @@ class Site:
     def stac(self) -> str:
         """Address of the STAC API."""
         return f"http://127.0.0.1:{self.stac_port}"
+
+    @property
+    def metrics(self) -> str:
+        """Address of the worker's metrics."""
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
 
     @property
     def catalogue(self) -> str:
@@ -158,10 +164,10 @@ def start(folder: Path, checkpoints: Path) -> Iterator[Site]:
         "STSR_WORKERS": "1",
         "STSR_REPOSITORY": str(repository(folder / "repository")),
     }
-    port, s3_port, stac_port = free_port(), free_port(), free_port()
+    port, s3_port, stac_port, metrics_port = (free_port() for _ in range(4))
     process = subprocess.Popen(
         [sys.executable, "-m", "stsr_core.cli", "up", "--folder", str(folder), "--port", str(port),
-         "--s3-port", str(s3_port), "--stac-port", str(stac_port)],
+         "--s3-port", str(s3_port), "--stac-port", str(stac_port), "--metrics-port", str(metrics_port)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
     )  # fmt: skip
     assert process.stdout is not None
@@ -172,7 +178,7 @@ def start(folder: Path, checkpoints: Path) -> Iterator[Site]:
             break
     else:
         raise RuntimeError(f"stsr up did not start: {said}")
-    yield Site(process, folder, port, stac_port, environment)
+    yield Site(process, folder, port, stac_port, metrics_port, environment)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         process.wait(60)

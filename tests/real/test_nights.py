@@ -4,7 +4,6 @@ that shrinks or vanishes."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,11 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 import xarray as xr
 import yaml
@@ -25,78 +22,11 @@ import yaml
 from stsr_core.catalog import find, ls
 from stsr_core.catalog.integrity import verify_version
 from tests.real import postgres
-from tests.real.prefect_api import Api
-from tests.real.site import PRODUCT, ROOT, engine_of, free_port, small_catalog
+from tests.real.servers import Site, start, wait_for
+from tests.real.site import PRODUCT, ROOT, engine_of, small_catalog
 
 pytestmark = pytest.mark.slow
 AWAY_S = 10.0  # seconds that a server is away
-WAIT_S = 240.0
-
-
-@dataclass
-class Site:
-    """Database, Prefect server and worker as processes that can be killed one by one."""
-
-    folder: Path
-    database: postgres.Postgres
-    environment: dict[str, str]
-    port: int
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    @property
-    def api(self) -> Api:
-        return Api(f"http://127.0.0.1:{self.port}/api")
-
-    @property
-    def catalogue(self) -> Path:
-        return self.folder / "catalogue"
-
-    def deploy(self, *arguments: str, **settings: str) -> None:
-        command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(self.folder), *arguments]
-        environment = self.environment | settings
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def run(self, name: str, *arguments: str) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-
-    def run_server(self) -> None:
-        self.run("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        wait_for(lambda: answers(f"{self.api.url}/health"), "the server to answer")
-
-    def run_worker(self) -> None:
-        self.run("worker", "prefect", "worker", "start", "--pool", "stsr", "--type", "process", "--name", "test")
-
-    def kill(self, name: str) -> None:
-        """Kill a process at once, and only that one."""
-        self.processes[name].kill()
-        self.processes[name].wait()
-
-    def attempts(self) -> set[str]:
-        return {path.name for path in (self.catalogue / PRODUCT / "data").glob("*")}
-
-    def receipts(self) -> int:
-        return len(list((self.catalogue / PRODUCT / "data").rglob("receipts/*.json")))
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).is_success
-    except httpx.HTTPError:
-        return False
-
-
-def wait_for(happens: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + WAIT_S
-    while not happens():
-        assert time.monotonic() < until, f"waited {WAIT_S:.0f} s for {what}"
-        time.sleep(0.1)
 
 
 def own_source(folder: Path) -> None:
@@ -122,32 +52,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
         pytest.skip("PostgreSQL is not installed")
     folder = tmp_path_factory.mktemp("operations")
     own_source(folder)
-    port = free_port()
-    with postgres.start() as database:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "STSR_"))} | {
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "STSR_CATALOG_FILE": str(folder / "catalog.yaml"),
-            "STSR_CHECKPOINTS": str(checkpoints),
-            "STSR_DESTINATION": str(folder / "catalogue"),
-            "STSR_DEVICE": "cpu",
-            "STSR_WORKERS": "1",
-            "PREFECT_HOME": str(folder),
-            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-            "PREFECT_API_DATABASE_CONNECTION_URL": database.url.replace("postgresql:", "postgresql+asyncpg:"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
-            "DO_NOT_TRACK": "1",
-        }
-        site = Site(folder, database, environment, port)
-        try:
-            site.run_server()
-            site.deploy()
-            site.run_worker()
-            yield site
-        finally:
-            for process in site.processes.values():
-                os.killpg(process.pid, signal.SIGKILL)
+    with start(folder, checkpoints) as running:
+        yield running
 
 
 def kill_worker(site: Site) -> None:
@@ -190,7 +96,7 @@ def versions(site: Site) -> list[str]:
 
 DRIVER = f"""
 import os, signal
-import flows.nightly as nights
+from flows import nightly as nights, versions
 
 whole = nights.stage
 
@@ -199,7 +105,7 @@ def stage(task, product):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(task, product)
 
-nights.stage = stage
+nights.stage = versions.stage = stage
 nights.nightly(product={PRODUCT!r}, force=True)
 """
 
@@ -273,6 +179,22 @@ def test_a_source_that_shrinks_becomes_a_shorter_version_and_one_that_vanishes_n
     (site.folder / "gone.nc").rename(site.folder / "source.nc")
     assert vanished["state_type"] == "FAILED"
     assert "source.nc" in vanished["state"]["message"]
+    assert len(versions(site)) == len(before) + 1
+
+
+def test_a_product_that_cannot_be_written_does_not_keep_the_others_from_being_published(site: Site) -> None:
+    before = versions(site)
+    catalog = yaml.safe_load((site.folder / "catalog.yaml").read_text())
+    catalog["products"] = {"blocked": catalog["products"][PRODUCT], **catalog["products"]}
+    (site.folder / "two.yaml").write_text(yaml.safe_dump(catalog, sort_keys=False))
+    (site.catalogue / "blocked").write_text("a file where a folder has to be")
+    run = site.api.start("nightly/nightly", force=True, catalog_file=str(site.folder / "two.yaml"))
+    found = site.api.finished(run)
+    (site.catalogue / "blocked").unlink()
+    assert found["state_type"] == "FAILED"
+    assert "1 of 2 products failed. blocked: " in found["state"]["message"]
+    rows = json.loads(site.api.artifacts(run)["nightly"]["data"])
+    assert [(row["product"], row["outcome"]) for row in rows] == [("blocked", "failed"), (PRODUCT, "published")]
     assert len(versions(site)) == len(before) + 1
 
 

@@ -22,6 +22,7 @@ from flows.up import find_weed
 from stsr_core.catalog import ls
 from stsr_core.catalog.search import find
 from stsr_core.checkpoint import Checkpoint
+from tests.real.prefect_api import FINAL
 from tests.real.site import PRODUCT, ROOT, Site, engine_of, start
 
 
@@ -114,6 +115,26 @@ def test_a_killed_run_is_marked_and_the_next_one_goes_on_publishes_and_shows_its
 def test_server_and_catalogue_say_how_they_are_to_prometheus(site: Site) -> None:
     assert "prefect_" in httpx.get(f"{site.api.url}/metrics", follow_redirects=True).text
     assert f'stsr_versions{{product="{PRODUCT}"}} 1.0' in httpx.get(f"{site.stac}/metrics").text
+
+
+def test_the_worker_says_how_it_is_to_prometheus_and_its_runs_leave_the_port_alone(site: Site) -> None:
+    started = metric(site.metrics, "process_start_time_seconds")
+    run = site.api.start("nightly/nightly", product=PRODUCT, members=48)
+    states = set()
+    while (state := site.api.get(f"/flow_runs/{run}")["state_type"]) not in FINAL:
+        states.add(state)
+        assert metric(site.metrics, "process_start_time_seconds") == started
+        time.sleep(0.3)
+    assert state == "COMPLETED"
+    assert "RUNNING" in states
+    assert metric(site.metrics, "prefect_events_emitted_total") > 0
+
+
+def metric(url: str, name: str) -> float:
+    """Sum of a Prometheus metric."""
+    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", httpx.get(url).text, re.MULTILINE)
+    assert values
+    return sum(map(float, values))
 
 
 def test_nothing_new_takes_a_moment_and_writes_one_task_run(site: Site) -> None:

@@ -1,0 +1,52 @@
+"""`stsr up` ends what it started; the processes here stand in for servers that do not want to end."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+UP = f"""
+import subprocess, sys
+from pathlib import Path
+from flows.up import Child, _interrupt, _on_end, stop, wait_for_end
+
+def stubborn():
+    process = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    return process
+
+with _on_end(_interrupt):
+    children = [Child(name, stubborn(), Path("log")) for name in ("server", "worker")]
+    try:
+        print("up", flush=True)
+        wait_for_end(children)
+    except KeyboardInterrupt:
+        pass  # it came before the wait began
+    finally:
+        print("stopping", flush=True)
+        stop(children)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_kills_at_once_and_leaves_no_process(number):
+    up = subprocess.Popen([sys.executable, "-c", UP], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert up.stdout.readline() == "up\n"
+    family = psutil.Process(up.pid).children()
+    assert len(family) == 2
+    up.send_signal(number)
+    assert up.stdout.readline() == "stopping\n"
+    began = time.monotonic()
+    time.sleep(1)
+    assert all(p.is_running() for p in family)  # the first signal waits for them
+    up.send_signal(number)
+    assert up.wait(15) == 0
+    assert time.monotonic() - began < 15
+    assert not [p for p in family if p.is_running()]
+    up.stdout.close()
