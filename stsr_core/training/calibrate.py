@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stsr_core.downscaler import Downscaler
 
 MEMBERS = 4
-SPREADS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0)  # factors on the residual that are tried
+SPREADS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.3, 2.6)  # factors on the residual that are tried
 
 
 def _crps(members: Tensor, truth: Tensor) -> float:
