@@ -26,7 +26,7 @@ from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import make_shard
-from stsr_core.evaluation.baselines import has_rainfarm, rainfarm
+from stsr_core.evaluation.baselines import rainfarm, without_rainfarm
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import recipe
 from stsr_core.sources.declared import Declared
@@ -199,7 +199,7 @@ def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
 
 
 def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
-    if not has_rainfarm():
+    if without_rainfarm(plan.cube.amount.shape):
         return None
     started = time.perf_counter()
     rainfarm(plan.cube.amount, options.factor, members=1, seed=1)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stsr_core.factors import Factor
 
 
+RAINFARM_CELLS = 4  # coarse cells along the longer side that pysteps needs to fit a slope
+
+
 def even_spreading(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
     """Spread every coarse amount (T, Y, X) evenly over its block; one member (1, T*t, Y*s, X*s)."""
     s, t = factor.space, factor.time
@@ -34,6 +37,19 @@ def linear(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
 def has_rainfarm() -> bool:
     """Whether pysteps is installed (extra `evaluate`)."""
     return importlib.util.find_spec("pysteps") is not None
+
+
+def without_rainfarm(coarse_shape: tuple[int, ...]) -> str | None:
+    """Why RainFARM cannot be run on a coarse grid (..., Y, X), and what to do; None where it can."""
+    if not has_rainfarm():
+        return "install it with pip install 'stsr[evaluate]'."
+    rows, columns = coarse_shape[-2:]
+    if max(rows, columns) < RAINFARM_CELLS:
+        return (
+            f"it fits the slope of a spectrum, and {rows} x {columns} coarse cells have none; {RAINFARM_CELLS} along "
+            "one side are needed. Ask for more cells."
+        )
+    return None
 
 
 def rainfarm(coarse: NDArray[np.float32], factor: Factor, members: int, seed: int) -> NDArray[np.float32]:

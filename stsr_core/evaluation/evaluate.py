@@ -14,7 +14,7 @@ import numpy as np
 
 from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.evaluation.baselines import even_spreading, has_rainfarm, linear, rainfarm
+from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
 from stsr_core.evaluation.bootstrap import block_means, ratio_interval
 from stsr_core.evaluation.reference import reference_ensemble
 from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, scores
@@ -237,11 +237,11 @@ def _baselines(
         "even": np.stack([even_spreading(c, factor) for c in truth.coarse], axis=1),
         "linear": np.stack([linear(c, factor) for c in truth.coarse], axis=1),
     }
-    if has_rainfarm():
+    if why := without_rainfarm(truth.coarse.shape):
+        report(f"RainFARM is left out: {why}")
+    else:
         members = [rainfarm(c, factor, options.members, options.seed) for c in truth.coarse]
         fields["rainfarm"] = np.stack(members, axis=1)
-    else:
-        report("RainFARM is left out: install it with pip install 'stsr[evaluate]'.")
     hole = np.isnan(truth.fine)
     for field_ in fields.values():
         field_[:, hole] = np.nan

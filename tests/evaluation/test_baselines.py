@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm
+from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
 
@@ -19,6 +19,13 @@ def test_even_spreading_conserves(coarse):
 
 def test_linear_keeps_what_is_even():
     np.testing.assert_allclose(linear(np.full((3, 5, 6), 2.0, np.float32), FACTOR), 1.0, rtol=1e-5)
+
+
+def test_rainfarm_is_left_out_where_a_grid_is_too_small_for_a_spectrum():
+    wet = np.random.default_rng(0).gamma(0.5, 2.0, (2, 4, 3)).astype(np.float32)
+    assert without_rainfarm(wet.shape) is None
+    assert np.isfinite(rainfarm(wet, FACTOR, members=1, seed=0)).all()
+    assert "more cells" in str(without_rainfarm((2, 3, 3)))
 
 
 def test_rainfarm_conserves_varies_and_repeats(coarse):
