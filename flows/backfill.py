@@ -91,7 +91,7 @@ def backfill(
 @task(name="piece", cache_policy=NO_CACHE)
 def make_piece(work: Begun, shards: list[Shard], cluster: Cluster) -> None:
     """Make the shards of a piece that are not done yet."""
-    make_shards(work.plan, shards, work.library, work.attempt, cluster)
+    make_shards(work.plan, shards, work.checkpoints, work.attempt, cluster)
 
 
 @task(name="complete", cache_policy=NO_CACHE)

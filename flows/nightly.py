@@ -70,5 +70,5 @@ def _publish_next(job: Job, settings: Settings, *, force: bool) -> NewVersion | 
         return None
     plan, show = begun.plan, partial(show_plan, job.name, begun.plan, begun.found, settings)
     cluster = Cluster(settings.scheduler_address, settings.device, settings.workers, settings.precision)
-    stage(generate_ensemble, job.name)(plan, begun.library, begun.attempt, cluster, show)
+    stage(generate_ensemble, job.name)(plan, begun.checkpoints, begun.attempt, cluster, show)
     return conclude(begun)

@@ -36,7 +36,7 @@ class Begun:
     job: Job
     new: New
     found: Match
-    library: Library
+    checkpoints: Library
     plan: Plan
     attempt: Attempt
 
@@ -76,7 +76,7 @@ def conclude(begun: Begun) -> NewVersion | None:
     """Run the stages after the shards; None where another run has published the same meanwhile."""
     job, plan, attempt, name = begun.job, begun.plan, begun.attempt, begun.job.name
     report = stage(check, name)(plan, attempt, job.product)
-    made = stage(publish_version, name)(job, plan, begun.found, begun.new, begun.library, attempt, report)
+    made = stage(publish_version, name)(job, plan, begun.found, begun.new, begun.checkpoints, attempt, report)
     if made is None:
         return None
     version, picture = made

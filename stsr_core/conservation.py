@@ -38,7 +38,7 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
         raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
 
 
-def _refined(coarse: Tensor, factor: Factor) -> Tensor:
+def refined(coarse: Tensor, factor: Factor) -> Tensor:
     """Interpolate (N, T, Y, X) linearly to (N, T*t, Y*s, X*s); the edges are repeated."""
     s, t = factor.space, factor.time
     padded = F.pad(coarse[:, None], (1, 1, 1, 1, 1, 1), mode="replicate")
@@ -79,7 +79,7 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
             .log()
             .clamp(-LARGEST_PASS, LARGEST_PASS)
         )
-        change = RELAXATION * _refined(_filled(ratio, known), factor)
+        change = RELAXATION * refined(_filled(ratio, known), factor)
         log_gain = (log_gain + change).clamp(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
     return log_gain.exp()
 

@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 
-import eccodes
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+
+from tests.grib_files import REGULAR, write_grib
 
 
 def stsr(*arguments, checkpoints=None, cwd=None):
@@ -66,22 +67,19 @@ def ensemble_netcdf(path, rain):
 def ensemble_grib(path, rain):
     """Three perturbed forecasts of a GRIB file; amounts come back as it packs them."""
     values = np.stack([np.roll(rain, i, axis=0) for i in range(3)])
-    with path.open("wb") as file:
-        for step in range(len(rain)):
-            for member, number in enumerate(MEMBERS):
-                handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
-                settings = {
-                    "productDefinitionTemplateNumber": 11, "Ni": 11, "Nj": 9, "iDirectionIncrementInDegrees": 0.5,
-                    "jDirectionIncrementInDegrees": 0.5, "latitudeOfFirstGridPointInDegrees": 36,
-                    "latitudeOfLastGridPointInDegrees": 32, "longitudeOfFirstGridPointInDegrees": 141,
-                    "longitudeOfLastGridPointInDegrees": 146, "dataDate": 20200101, "dataTime": 0, "shortName": "tp",
-                    "perturbationNumber": number, "stepRange": f"{step}-{step + 1}", "bitsPerValue": 24,
-                }  # fmt: skip
-                for key, value in settings.items():
-                    eccodes.codes_set(handle, key, value)
-                eccodes.codes_set_values(handle, values[member, step].ravel() / 1000)
-                eccodes.codes_write(handle, file)
-                eccodes.codes_release(handle)
+    shared = {
+        "productDefinitionTemplateNumber": 11, "Ni": 11, "Nj": 9, "iDirectionIncrementInDegrees": 0.5,
+        "jDirectionIncrementInDegrees": 0.5, "latitudeOfFirstGridPointInDegrees": 36,
+        "latitudeOfLastGridPointInDegrees": 32, "longitudeOfFirstGridPointInDegrees": 141,
+        "longitudeOfLastGridPointInDegrees": 146, "dataDate": 20200101, "dataTime": 0, "shortName": "tp",
+        "bitsPerValue": 24,
+    }  # fmt: skip
+    messages = [
+        (REGULAR, {**shared, "perturbationNumber": number, "stepRange": f"{step}-{step + 1}"}, values[i, step] / 1000)
+        for step in range(len(rain))
+        for i, number in enumerate(MEMBERS)
+    ]
+    write_grib(path, *messages)
     return values
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stsr_core.conservation import refined
 from stsr_core.factors import Factor
 
 HALO = 1  # coarse cells and steps on every side that `condition` needs for its interpolation
@@ -57,21 +58,16 @@ def pycnophylactic_gain(coarse: Tensor, space: int) -> Tensor:
     linear, wanted = linear_interpolation(coarse, factor), coarse[:, HALO:-HALO, HALO:-HALO, HALO:-HALO]
     log_gain = torch.zeros_like(wanted)
     for _ in range(GAIN_PASSES):
-        found = F.avg_pool2d(linear * _refined_gain(log_gain, factor), space)
+        found = F.avg_pool2d(linear * refined(log_gain, factor).exp(), space)
         log_gain += ((wanted + TRACE_MM) / (found + TRACE_MM)).log().clamp(-LARGEST_PASS, LARGEST_PASS)
     return log_gain
-
-
-def _refined_gain(log_gain: Tensor, factor: Factor) -> Tensor:
-    padded = F.pad(log_gain[:, None], (HALO,) * 6, mode="replicate")[:, 0]
-    return linear_interpolation(padded, factor).exp()
 
 
 def _pycnophylactic(coarse: Tensor, factor: Factor, log_gain: Tensor | None) -> Tensor:
     """Pycnophylactic interpolation in space, spread evenly over the fine steps [mm per fine step]."""
     s, t = factor.space, factor.time
     flat = Factor(space=s, time=1)
-    gain = _refined_gain(pycnophylactic_gain(coarse, s) if log_gain is None else log_gain, flat)
+    gain = refined(pycnophylactic_gain(coarse, s) if log_gain is None else log_gain, flat).exp()
     return (linear_interpolation(coarse, flat) * gain / t).repeat_interleave(t, dim=1)
 
 

@@ -16,6 +16,7 @@ from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import ALL, Declared
 from stsr_core.sources.driving import Driving, labels_of, selected
+from stsr_core.sources.grib import LEFT_OUT
 from stsr_core.sources.period import period_of, within
 from stsr_core.sources.places import Place, is_horizontal, place_of
 from stsr_core.sources.remote import patiently
@@ -35,7 +36,6 @@ PROVENANCE = ("title", "source", "institution", "license", "attribution", "refer
 ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
-LEFT_OUT = "left_out"  # attribute in which it says why variables are not there
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import scoringrules
 import torch
 
 from stsr_core.diffusion import sample
+from stsr_core.evaluation.scores import crps_field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,7 @@ TOLERANCE = 1e-3  # of the least CRPS
 
 def _crps(members: Tensor, truth: Tensor) -> float:
     """Fair CRPS of members (M, T, H, W) against truth (T, H, W) [mm per fine step], summed over cells."""
-    found, wanted = members.double().cpu().numpy(), truth.double().cpu().numpy()
-    return float(scoringrules.crps_ensemble(wanted, found, m_axis=0, estimator="fair", backend="numpy").sum())
+    return float(crps_field(members[:, None].cpu().numpy(), truth[None].cpu().numpy()).sum(dtype="float64"))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import eccodes
 import numpy as np
 import pytest
 import s3fs
@@ -19,6 +18,7 @@ from stsr_core.catalog.integrity import verify_version
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import open_dataset
+from tests.grib_files import REGULAR, write_grib
 from tests.real import seaweed
 from tests.real.site import PRODUCT, ROOT, small_catalog
 
@@ -36,24 +36,16 @@ def ensemble() -> xr.Dataset:
     return data
 
 
-def write_grib(path: Path) -> None:
-    """Amounts of each day and member as centres write them: a message each, with its perturbation number."""
-    with path.open("wb") as file:
-        for day, member in np.ndindex(4, 3):
-            handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
-            settings = {
-                "dataDate": 20010101, "dataTime": 0, "Ni": 5, "Nj": 3, "latitudeOfFirstGridPointInDegrees": 45.0,
-                "latitudeOfLastGridPointInDegrees": 43.0, "longitudeOfFirstGridPointInDegrees": 3.0,
-                "longitudeOfLastGridPointInDegrees": 7.0, "iDirectionIncrementInDegrees": 1.0,
-                "jDirectionIncrementInDegrees": 1.0, "productDefinitionTemplateNumber": 11, "shortName": "tp",
-                "perturbationNumber": member, "numberOfForecastsInEnsemble": 3, "startStep": 24 * day,
-                "endStep": 24 * (day + 1), "bitsPerValue": 24,
-            }  # fmt: skip
-            for key, value in settings.items():
-                eccodes.codes_set(handle, key, value)
-            eccodes.codes_set_values(handle, RAIN[member, day].ravel().astype(np.float64) / 1000)  # metres
-            eccodes.codes_write(handle, file)
-            eccodes.codes_release(handle)
+def message(day: int, member: int) -> tuple[str, dict[str, object], np.ndarray]:
+    """Amounts of a day and member in metres, as centres write them with their perturbation number."""
+    return REGULAR, {
+        "dataDate": 20010101, "dataTime": 0, "Ni": 5, "Nj": 3, "latitudeOfFirstGridPointInDegrees": 45.0,
+        "latitudeOfLastGridPointInDegrees": 43.0, "longitudeOfFirstGridPointInDegrees": 3.0,
+        "longitudeOfLastGridPointInDegrees": 7.0, "iDirectionIncrementInDegrees": 1.0,
+        "jDirectionIncrementInDegrees": 1.0, "productDefinitionTemplateNumber": 11, "shortName": "tp",
+        "perturbationNumber": member, "numberOfForecastsInEnsemble": 3, "startStep": 24 * day,
+        "endStep": 24 * (day + 1), "bitsPerValue": 24,
+    }, RAIN[member, day].astype(np.float64) / 1000  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +56,7 @@ def bucket(s3: seaweed.S3Server, tmp_path_factory: pytest.TempPathFactory) -> st
     ensemble().to_zarr(folder / "whole.zarr", zarr_format=3, consolidated=False)
     for number in range(3):
         ensemble().isel(realization=number, drop=True).to_netcdf(folder / f"pr_day_{number}_gn.nc", engine="h5netcdf")
-    write_grib(folder / "whole.grib2")
+    write_grib(folder / "whole.grib2", *(message(day, member) for day, member in np.ndindex(4, 3)))
     url = s3.make_bucket("ensembles")
     s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).put(f"{folder}/", f"{url}/", recursive=True)
     return url

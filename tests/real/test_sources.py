@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import eccodes
 import numpy as np
 import pytest
 import s3fs
@@ -18,6 +17,7 @@ from stsr_core.settings import Settings
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
+from tests.grib_files import REGULAR, write_grib
 
 START = Declared(time_label="start", accumulated="none")
 VALUES = np.arange(6 * 3 * 4, dtype=np.float32).reshape(6, 3, 4) % 11
@@ -31,24 +31,15 @@ def days(first=0, count=6):
     return data
 
 
-def write_grib(path):
-    """Metres since the start of the forecast, a message per day."""
-    with path.open("wb") as file:
-        for step in range(6):
-            handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
-            settings = {
-                "dataDate": 20010101, "dataTime": 0, "Ni": 4, "Nj": 3, "latitudeOfFirstGridPointInDegrees": 47.0,
-                "latitudeOfLastGridPointInDegrees": 45.0, "longitudeOfFirstGridPointInDegrees": 3.0,
-                "longitudeOfLastGridPointInDegrees": 6.0, "iDirectionIncrementInDegrees": 1.0,
-                "jDirectionIncrementInDegrees": 1.0, "productDefinitionTemplateNumber": 8, "shortName": "tp",
-                "startStep": 0, "endStep": 24 * (step + 1), "bitsPerValue": 24,
-            }  # fmt: skip
-            for key, value in settings.items():
-                eccodes.codes_set(handle, key, value)
-            metres = VALUES[: step + 1].sum(axis=0, dtype=np.float64)[::-1].ravel() / 1000
-            eccodes.codes_set_values(handle, metres)
-            eccodes.codes_write(handle, file)
-            eccodes.codes_release(handle)
+def message(step):
+    """Metres from the start of the forecast to the end of a day."""
+    return REGULAR, {
+        "dataDate": 20010101, "dataTime": 0, "Ni": 4, "Nj": 3, "latitudeOfFirstGridPointInDegrees": 47.0,
+        "latitudeOfLastGridPointInDegrees": 45.0, "longitudeOfFirstGridPointInDegrees": 3.0,
+        "longitudeOfLastGridPointInDegrees": 6.0, "iDirectionIncrementInDegrees": 1.0,
+        "jDirectionIncrementInDegrees": 1.0, "productDefinitionTemplateNumber": 8, "shortName": "tp",
+        "startStep": 0, "endStep": 24 * (step + 1), "bitsPerValue": 24,
+    }, VALUES[: step + 1].sum(axis=0, dtype=np.float64)[::-1] / 1000  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +52,7 @@ def bucket(s3, tmp_path_factory):
     days(2, 4).to_netcdf(folder / "part-b.nc")
     days().to_zarr(folder / "v2.zarr", zarr_format=2, consolidated=True)
     days().to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False)
-    write_grib(folder / "sums.grib2")
+    write_grib(folder / "sums.grib2", *map(message, range(6)))
     url = s3.make_bucket("inputs")
     fs = s3fs.S3FileSystem(**s3.options, skip_instance_cache=True)
     fs.put(str(folder) + "/", url + "/", recursive=True)

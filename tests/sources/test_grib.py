@@ -16,6 +16,7 @@ from stsr_core.sources.declared import Declared
 from stsr_core.sources.grib import _outlines
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
+from tests.grib_files import REGULAR, write_grib
 
 LATLON = CRS.from_epsg(4326).to_wkt()
 
@@ -101,23 +102,16 @@ def forecast(tmp_path):
     """Write messages (start, end, amounts [mm]) of a forecast of 2020-01-01, east of Japan; return the path."""
 
     def write(*messages, name="tp"):
-        path = tmp_path / "forecast.grib2"
-        with path.open("wb") as file:
-            for start, end, values in messages:
-                handle = eccodes.codes_grib_new_from_samples("regular_ll_sfc_grib2")
-                settings = {
-                    "Ni": 4, "Nj": 3, "iDirectionIncrementInDegrees": 0.5, "jDirectionIncrementInDegrees": 0.5,
-                    "latitudeOfFirstGridPointInDegrees": 36, "latitudeOfLastGridPointInDegrees": 35,
-                    "longitudeOfFirstGridPointInDegrees": 141, "longitudeOfLastGridPointInDegrees": 142.5,
-                    "dataDate": 20200101, "dataTime": 0, "shortName": name, "bitsPerValue": 24,
-                    "stepRange": f"{start}-{end}" if name == "tp" else str(end),
-                }  # fmt: skip
-                for key, value in settings.items():
-                    eccodes.codes_set(handle, key, value)
-                eccodes.codes_set_values(handle, np.ravel(values) / 1000)
-                eccodes.codes_write(handle, file)
-                eccodes.codes_release(handle)
-        return str(path)
+        def message(start, end, values):
+            return REGULAR, {
+                "Ni": 4, "Nj": 3, "iDirectionIncrementInDegrees": 0.5, "jDirectionIncrementInDegrees": 0.5,
+                "latitudeOfFirstGridPointInDegrees": 36, "latitudeOfLastGridPointInDegrees": 35,
+                "longitudeOfFirstGridPointInDegrees": 141, "longitudeOfLastGridPointInDegrees": 142.5,
+                "dataDate": 20200101, "dataTime": 0, "shortName": name, "bitsPerValue": 24,
+                "stepRange": f"{start}-{end}" if name == "tp" else str(end),
+            }, np.asarray(values) / 1000  # fmt: skip
+
+        return write_grib(tmp_path / "forecast.grib2", *(message(*m) for m in messages))
 
     return write
 
@@ -164,18 +158,6 @@ RAIN = {"productDefinitionTemplateNumber": 8, "shortName": "tp", "startStep": 0,
 FIELD = np.arange(12.0).reshape(3, 4)  # mm, in rows and columns as the grid has them
 
 
-def write(path, *messages):
-    with path.open("wb") as file:
-        for sample, settings, values in messages:
-            handle = eccodes.codes_grib_new_from_samples(sample)
-            for key, value in settings.items():
-                eccodes.codes_set(handle, key, value)
-            eccodes.codes_set_values(handle, values.ravel())
-            eccodes.codes_write(handle, file)
-            eccodes.codes_release(handle)
-    return str(path)
-
-
 def turned(field):
     """Every second row from its end, as NDFD writes them."""
     rows = field.copy()
@@ -196,7 +178,7 @@ def turned(field):
 )
 def test_points_in_whatever_order_lie_where_the_grid_says(tmp_path, sample, grid, values):
     """The amount is 4 times the row plus the column, in the directions in which the grid counts them."""
-    with open_dataset(write(tmp_path / "a.grib2", (sample, {**grid, **RAIN}, values / 1000))) as dataset:
+    with open_dataset(write_grib(tmp_path / "a.grib2", (sample, {**grid, **RAIN}, values / 1000))) as dataset:
         np.testing.assert_allclose(read_coarse(dataset, "tp").amount.ravel(), FIELD.ravel(), atol=1e-3)
         south, north = (dataset["latitude"].values.flat[i] for i in ((0, -1) if "gridType" in grid else (-1, 0)))
         west, east = (dataset["longitude"].values.flat[i] for i in (0, 3))
@@ -206,7 +188,7 @@ def test_points_in_whatever_order_lie_where_the_grid_says(tmp_path, sample, grid
 
 @pytest.mark.parametrize("scan", [{"jScansPositively": 0}, {"iScansNegatively": 1}, {"jPointsAreConsecutive": 1}])
 def test_projected_grids_that_eccodes_would_misplace_are_refused(tmp_path, scan):
-    path = write(tmp_path / "a.grib2", ("GRIB2", {**LAMBERT, **scan, **RAIN}, FIELD / 1000))
+    path = write_grib(tmp_path / "a.grib2", ("GRIB2", {**LAMBERT, **scan, **RAIN}, FIELD / 1000))
     with pytest.raises(SourceError, match="grid of type lambert whose points run .* would misplace them"):
         open_dataset(path)
 
@@ -220,7 +202,7 @@ def test_other_variables_of_a_file_do_not_keep_precipitation_from_being_read(tmp
         for level in (500, 850)
     ]
     rain = [(sample, {**BOX, **RAIN, "endStep": hour}, hour * FIELD / 1000) for hour in (1, 2)]
-    with open_dataset(write(tmp_path / "a.grib2", *warm, *above, *rain)) as dataset:
+    with open_dataset(write_grib(tmp_path / "a.grib2", *warm, *above, *rain)) as dataset:
         np.testing.assert_allclose(read_coarse(dataset, "tp").amount, np.stack([FIELD, FIELD]), atol=2e-3)
         for name, why in (("2t", "'2t' has other times, members or places than tp"), ("t", "'t' have several grids")):
             with pytest.raises(SourceError, match=why):
