@@ -273,7 +273,7 @@ def bench_training(factor: Factor, *, preset: str, device: str, steps: int = 3) 
     with tempfile.TemporaryDirectory() as folder:
         training = Training([region], [region], [recipe(factor)], chosen, Path(folder), run)
         for number, (name, (network, loss)) in enumerate(losses.items()):
-            patches = len(training.batch(number, 0)[0])
+            patches = len(training.draw(number, 0).fine)
             started = time.perf_counter()
             training.advance(Stage(name, number, network, steps, chosen.learning_rate), loss)
             found[f"{name}_patches_per_s"] = steps * patches / (time.perf_counter() - started)

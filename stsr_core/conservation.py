@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +12,6 @@ from torch import Tensor
 from stsr_core.errors import ClosureError, ShapeError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from stsr_core.factors import ConservationFunction, Factor
 
 SMOOTH_PASSES = 14  # passes of the smooth gain; more change less than the members differ
@@ -23,6 +20,7 @@ FILLING_PASSES = 3  # passes that hand what capped cells may not hold to the oth
 CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few times in the world
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
 LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
+PARTS = 2**20  # of a quantum, in which the amounts of a block are added up before they are rounded to quanta
 
 
 def _blocks(fine: Tensor, factor: Factor) -> Tensor:
@@ -30,6 +28,11 @@ def _blocks(fine: Tensor, factor: Factor) -> Tensor:
     s, t = factor.space, factor.time
     *lead, nt, ny, nx = fine.shape
     return fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
+
+
+def block_sums(fine: Tensor, factor: Factor) -> Tensor:
+    """Sum (..., T*t, Y*s, X*s) over every coarse cell and step, (..., T, Y, X)."""
+    return _blocks(fine, factor).sum(dim=(-5, -3, -1))
 
 
 def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: Factor) -> None:
@@ -72,7 +75,7 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
     """
     log_gain = torch.zeros_like(shape)
     for _ in range(SMOOTH_PASSES):
-        found = _blocks(shape * log_gain.exp(), factor).sum(dim=(-5, -3, -1)) / factor.space**2
+        found = block_sums(shape * log_gain.exp(), factor) / factor.space**2
         known = (found > 0) & (wanted > 0)
         ratio = (
             torch.where(known, wanted / found.clamp(min=torch.finfo(found.dtype).tiny), 1.0)
@@ -148,13 +151,16 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     return result.reshape(fine.shape)
 
 
-def quantise(
-    fine: NDArray[np.float32], coarse: NDArray[np.float32] | None, factor: Factor, quantum_mm: float
-) -> NDArray[np.int64]:
+def wanted_quanta(coarse: Tensor, factor: Factor, quantum_mm: float) -> Tensor:
+    """Quanta that the cells of each block sum to: rint(s * s * coarse / quantum), int64, 0 where NaN."""
+    return (factor.space**2 * coarse.nan_to_num().double() / quantum_mm).round_().long()
+
+
+def quantise(fine: Tensor, coarse: Tensor | None, factor: Factor, quantum_mm: float) -> Tensor:
     """Round fine amounts to whole quanta that sum exactly to the rounded coarse total of their block.
 
     Each cell is the difference of the rounded running sum inside its block, so no cell is off by more
-    than one and a half quanta, and a dry cell stays dry.
+    than one and a half quanta, and a dry cell stays dry. Sums are of integers: no device rounds them in another order.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), >= 0 or NaN.
@@ -164,28 +170,27 @@ def quantise(
         quantum_mm: storage quantum [mm].
 
     Returns:
-        Quanta, shaped like `fine`; -1 where `fine` is NaN. With `coarse`, a block sums to
-        rint(s * s * coarse / quantum).
+        Quanta, int64, shaped like `fine`; -1 where `fine` is NaN, and in all of its block. With `coarse`, a block sums
+        to `wanted_quanta`.
 
     Raises:
         ShapeError: `fine` is not `coarse` refined by `factor`.
     """
-    s, t = factor.space, factor.time
-    *lead, nt, ny, nx = fine.shape
     if coarse is not None:
-        _check(fine.shape, coarse.shape, factor)
-    blocks = fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
-    n = len(lead)
-    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)
-    rows = blocks.transpose(order).reshape(*lead, nt // t, ny // s, nx // s, t * s * s)
-    missing = np.isnan(rows).any(axis=-1, keepdims=True)
-    running = np.cumsum(np.where(missing, 0.0, rows), axis=-1, dtype=np.float64) / quantum_mm
+        _check(tuple(fine.shape), tuple(coarse.shape), factor)
+    blocks = _blocks(fine, factor)
+    n, last = fine.ndim - 3, blocks.ndim
+    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)  # cells of a block side by side
+    rows = blocks.permute(order).flatten(last - 3)
+    missing = rows.isnan().any(dim=-1, keepdim=True)
+    parts = (rows.nan_to_num() * (PARTS / quantum_mm)).double().round_().long()
+    running = parts.cumsum_(dim=-1).double()
+    scale = torch.full_like(running[..., -1:], 1 / PARTS)
     if coarse is not None:
-        target = np.rint(s * s * np.nan_to_num(coarse).astype(np.float64) / quantum_mm)[..., None]
-        last = running[..., -1:]
-        running *= np.divide(target, last, out=np.zeros_like(last), where=last > 0)
-    whole = np.rint(running).astype(np.int64)
-    quanta = np.where(missing, -1, np.diff(whole, axis=-1, prepend=0))
-    unblocked = quanta.reshape(*lead, nt // t, ny // s, nx // s, t, s, s)
-    back = np.argsort(order)
-    return np.ascontiguousarray(unblocked.transpose(tuple(back)).reshape(fine.shape))
+        target = wanted_quanta(coarse, factor, quantum_mm).double()[..., None]
+        total = running[..., -1:]
+        scale = torch.where(total > 0, target / total.clamp(min=1), 0.0)
+    whole = running.mul_(scale).round_().long()
+    quanta = whole.diff(dim=-1, prepend=torch.zeros_like(whole[..., :1])).masked_fill_(missing, -1)
+    back = [order.index(axis) for axis in range(last)]
+    return quanta.unflatten(-1, (factor.time, factor.space, factor.space)).permute(back).reshape(fine.shape)

@@ -148,7 +148,8 @@ class Downscaler:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         half = self.precision is not torch.float32
-        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
+        # Not inference_mode: its tensors are another kind to torch.compile, which would translate for both.
+        with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=half):
             yield
 
     def condition(self, coarse: Tensor, statics: Tensor | None = None, log_gain: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from distributed.comm.core import CommClosedError
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import RESOURCE, SLOT
-from stsr_core.ensemble.shard import Progress, ShardResult, compute_fields, quantised
+from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.store.layout import write_shard
@@ -96,9 +96,9 @@ def _on_worker(task: ShardTask, run: _Run) -> _Outcome:
         worker.log_event(run.topic, (evaluations, seconds))
 
     try:
-        fields = compute_fields(task, plugin.downscaler, progress)
+        result = make_shard(task, plugin.downscaler, progress)
         secede()
-        return _written(task, quantised(task, fields), run.target)
+        return _written(task, result, run.target)
     except StsrError as e:
         return _Failed(worker.address, e)
     except Exception as e:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import math
 
-import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-NOISE_TILE = 64  # fine cells along one tile of the noise lattice; part of what a seed means
-MASK = (1 << 64) - 1
-MEMBER_BITS = 16  # of the key that count members; the others tell driving members apart
+LANES = 4  # numbers that one counter of the generator gives; they lie side by side along x
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85
+WORD = (1 << 32) - 1
 
 
 def stream_of(driving: str) -> int:
@@ -20,38 +20,77 @@ def stream_of(driving: str) -> int:
     return int.from_bytes(hashlib.sha256(driving.encode()).digest()[:6]) if driving else 0
 
 
-def lattice_noise(
-    seed: int, member: int, start: tuple[int, int, int], shape: tuple[int, int, int], stream: int = 0
-) -> NDArray[np.float32]:
-    """Standard normal noise on a box of the absolute fine lattice.
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four random words of 32 bits for every counter, by Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers:
+    as easy as 1, 2, 3").
 
-    Any two boxes agree where they overlap: each tile of the lattice has its own Philox counter.
+    Args:
+        counter: four words of 32 bits each as int64, of shapes that broadcast.
+        key: two words of 32 bits.
+
+    Returns:
+        Four words of 32 bits each as int64.
+    """
+    a, b, c, d = counter
+    for i in range(ROUNDS):
+        k, m = ((word + i * step) & WORD for word, step in zip(key, WEYL, strict=True))
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # their low 64 bits are right, sign or not
+        a, b, c, d = (second >> 32 & WORD) ^ b ^ k, second & WORD, (first >> 32 & WORD) ^ d ^ m, first & WORD
+    return torch.broadcast_tensors(a, b, c, d)
+
+
+def lattice_noise(
+    seed: int,
+    member: int,
+    start: tuple[int, int, int],
+    shape: tuple[int, int, int],
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal noise on a box of the absolute fine lattice, made on the device where it is needed.
+
+    Any two boxes agree where they overlap: the generator counts by place and time. Devices agree but for rounding.
 
     Args:
         seed: product seed.
-        member: number of the member, from 0, below 2^16.
-        start: absolute fine index of the first step, row and column; may be negative.
+        member: number of the member, from 0.
+        start: absolute fine index of the first step, row and column, each within 31 bits; may be negative.
         shape: (T, Y, X) of the box.
         stream: number of the driving member's stream, see `stream_of`.
+        device: where to make it.
 
     Returns:
         (T, Y, X), float32.
     """
-    t0, y0, x0 = start
-    nt, ny, nx = shape
-    noise = np.empty(shape, np.float32)
-    n = NOISE_TILE
-    key = np.array([seed & MASK, stream << MEMBER_BITS | member], dtype=np.uint64)
-    for ty in range(y0 // n, (y0 + ny - 1) // n + 1):
-        for tx in range(x0 // n, (x0 + nx - 1) // n + 1):
-            ya, yb = max(y0, ty * n), min(y0 + ny, (ty + 1) * n)
-            xa, xb = max(x0, tx * n), min(x0 + nx, (tx + 1) * n)
-            for t in range(nt):
-                counter = np.array([0, (t0 + t) & MASK, ty & MASK, tx & MASK], dtype=np.uint64)
-                tile = np.random.Generator(np.random.Philox(key=key, counter=counter)).standard_normal(
-                    (n, n), dtype=np.float32
-                )
-                noise[t, ya - y0 : yb - y0, xa - x0 : xb - x0] = tile[
-                    ya - ty * n : yb - ty * n, xa - tx * n : xb - tx * n
-                ]
-    return noise
+    digest = hashlib.sha256(f"{seed} {stream}".encode()).digest()
+    key = int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
+    t, y, x = ((first, first + n) for first, n in zip(start, shape, strict=True))
+    groups = x[0] // LANES, -(-x[1] // LANES)
+    noise = torch.empty((shape[0], shape[1], groups[1] - groups[0], LANES), device=device)
+    # Step by step a CPU works in its caches; a GPU has none that would help, and calls of kernels to lose.
+    at_once = shape[0] if noise.is_cuda else 1
+
+    def words(first: int, stop: int, axis: int) -> Tensor:
+        index = torch.arange(first, stop, device=device) & WORD
+        return index.reshape([-1 if n == axis else 1 for n in range(3)])
+
+    for first in range(*t, at_once):
+        last = min(first + at_once, t[1])
+        counter = words(*groups, 2), words(*y, 1), words(first, last, 0), torch.tensor(member, device=device)
+        for pair, (a, b) in enumerate(_pairs(philox(counter, key))):
+            part = noise[first - t[0] : last - t[0], ..., 2 * pair : 2 * pair + 2]
+            part[..., 0], part[..., 1] = _normal(a, b)
+    offset = x[0] - groups[0] * LANES
+    return noise.reshape(*shape[:2], -1)[..., offset : offset + shape[2]].contiguous()
+
+
+def _pairs(words: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    a, b, c, d = words
+    return (a, b), (c, d)
+
+
+def _normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals of two random words (Box and Muller 1958)."""
+    radius = ((a.float() + 0.5) / 2**32).log_().mul_(-2).sqrt_()
+    angle = b.float().mul_(2 * math.pi / 2**32)
+    return radius * angle.cos(), radius * angle.sin_()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from stsr_core.ensemble.noise import NOISE_TILE
 from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import ConfigurationError
 from stsr_core.version import code_version
@@ -70,7 +69,6 @@ class Recipe:
             "checkpoint": self.checkpoint_digest,
             "seed": self.seed,
             "conserve": self.conserve,
-            "noise_tile": NOISE_TILE,
             "code": code_version(),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from stsr_core.conservation import quantise
+from stsr_core.conservation import block_sums, quantise, wanted_quanta
 from stsr_core.diffusion import sample
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
@@ -70,26 +70,11 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class Fields:
-    """What the device makes of a shard: amounts that are conserved, but not stored yet.
-
-    Attributes:
-        fine: amount [mm per fine step], (M, t, y, x), float32.
-        evaluations: network evaluations on windows, those of the mean included.
-    """
-
-    fine: NDArray[np.float32]
-    evaluations: int
-
-
-@dataclass(frozen=True)
 class _Window:
-    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, the gain that makes their
-    interpolation pycnophylactic, and its blending weights."""
+    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, its blending weights."""
 
     place: tuple[slice, slice, slice]
     read: tuple[slice, slice, slice]
-    log_gain: Tensor
     taper: tuple[Tensor, Tensor, Tensor]
 
     @property
@@ -103,6 +88,22 @@ class _Window:
         return t[:, None, None] * y[:, None] * x
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Windows of one size that go through a network together, and what they see.
+
+    Attributes:
+        windows: W of them.
+        log_gain: makes the interpolation of their coarse amounts pycnophylactic, (W, T, Y, X).
+        conditions: conditioning frames (W, T*t, C, Y*s, X*s); None where memory is dearer than making them anew for
+            every network evaluation, which takes 1 % of its time on a CPU.
+    """
+
+    windows: Sequence[_Window]
+    log_gain: Tensor
+    conditions: Tensor | None
+
+
 class _Block:
     """The part of the domain that one shard computes: its windows, and the fields shared by all members."""
 
@@ -111,8 +112,8 @@ class _Block:
         factor = downscaler.factor
         self.parts = (factor.time, factor.space, factor.space)
         self.lattice = lattice = WindowLattice.of(downscaler.served.configuration)
-        coarse = torch.from_numpy(fill_missing(task.coarse))
-        self.coarse = coarse.to(downscaler.device)
+        filled = fill_missing(task.coarse)
+        self.coarse = torch.from_numpy(filled).to(downscaler.device)
         reach = grown(task.read, -HALO)
         self.start = tuple(a for a, _ in reach)
         self.shape = tuple((b - a) * n for (a, b), n in zip(reach, self.parts, strict=True))
@@ -120,31 +121,54 @@ class _Block:
         absolute = shifted(reach, (-t, -y, -x))
         boxes = [shifted(box, task.origin) for box in lattice.covering(absolute)]
         tapers = lattice.weights(absolute, self.parts)
-        windows = [self._window(box, taper) for box, taper in zip(boxes, tapers, strict=True) if self._is_wet(box)]
-        self.windows = sorted(windows, key=lambda w: w.shape)  # those of one size side by side, see `groups`
+        every = not task.recipe.conserve
+        windows = [
+            self._window(box, taper)
+            for box, taper in zip(boxes, tapers, strict=True)
+            if every or (filled[_inside(box, task.read)] > 0).any()
+        ]
         self.statics = None if task.statics is None else torch.from_numpy(task.statics).to(downscaler.device)
+        first, last = task.shard.numbers
+        self.at_once = last - first if downscaler.batch_cells else 1
+        self.groups = [self._group(alike) for alike in self._alike(windows)]
         self.evaluations = 0
-
-    def _is_wet(self, box: Box) -> bool:
-        if not self.task.recipe.conserve:
-            return True
-        local = tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, self.task.read, strict=True))
-        return bool((self.coarse[local] > 0).any())
 
     def _window(self, box: Box, weights: Weights) -> _Window:
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         rt, ry, rx = (slice(a - s, b - s + 2 * HALO) for (a, b), s in zip(box, self.start, strict=True))
-        gain = self.downscaler.pycnophylactic_gain(self.coarse[rt, ry, rx][None])
         wt, wy, wx = (torch.from_numpy(axis).to(self.downscaler.device) for axis in weights)
-        return _Window((t, y, x), (rt, ry, rx), gain, (wt, wy, wx))
+        return _Window((t, y, x), (rt, ry, rx), (wt, wy, wx))
 
-    def groups(self, members: int) -> Iterator[Sequence[_Window]]:
-        """Windows of one size, as many as the device takes at once."""
-        for shape, alike in groupby(self.windows, key=lambda w: w.shape):
-            windows, count = list(alike), max(1, self.downscaler.batch_cells // (members * math.prod(shape)))
-            yield from (windows[i : i + count] for i in range(0, len(windows), count))
+    def _alike(self, windows: Sequence[_Window]) -> Iterator[Sequence[_Window]]:
+        """Windows of one size, as many as the device takes at once with all members that go side by side."""
+        for shape, alike in groupby(sorted(windows, key=lambda w: w.shape), key=lambda w: w.shape):
+            same, count = list(alike), max(1, self.downscaler.batch_cells // (self.at_once * math.prod(shape)))
+            yield from (same[i : i + count] for i in range(0, len(same), count))
 
-    def blend(self, evaluate: Callable[[Sequence[_Window]], Tensor], members: int, progress: Progress) -> Tensor:
+    def _group(self, windows: Sequence[_Window]) -> _Group:
+        gain = self.downscaler.pycnophylactic_gain(self._cut(self.coarse, [w.read for w in windows]))
+        group = _Group(windows, gain, None)
+        return replace(group, conditions=self._conditions(group)) if self.downscaler.batch_cells else group
+
+    @staticmethod
+    def _cut(field: Tensor, places: Sequence[tuple[slice, slice, slice]]) -> Tensor:
+        """Cut W places out of a field (T, H, W)."""
+        return torch.stack([field[place] for place in places])
+
+    def _conditions(self, group: _Group) -> Tensor:
+        statics = None
+        if self.statics is not None:
+            statics = torch.stack([self.statics[:, *w.place[1:]] for w in group.windows])
+        return self.downscaler.condition(
+            self._cut(self.coarse, [w.read for w in group.windows]), statics, group.log_gain
+        )
+
+    def conditions(self, group: _Group, members: int) -> Tensor:
+        """Conditioning frames of a group, (W * members, ...), members fastest."""
+        found = self._conditions(group) if group.conditions is None else group.conditions
+        return found if members == 1 else found.repeat_interleave(members, dim=0)
+
+    def blend(self, evaluate: Callable[[_Group], Tensor], members: int, progress: Progress) -> Tensor:
         """Evaluate every wet window and blend them; dry ones, where there is no mean nor residual, count as zeros.
 
         Args:
@@ -156,51 +180,40 @@ class _Block:
             (members, T, H, W) of the block.
         """
         total = torch.zeros((members, *self.shape), device=self.downscaler.device)
-        for windows in self.groups(members):
+        for group in self.groups:
             started = time.perf_counter()
-            found = evaluate(windows)
+            found = evaluate(group)
             progress(len(found), time.perf_counter() - started)
             self.evaluations += len(found)
-            for window, part in zip(windows, found[:, :, 0].split(members), strict=True):
-                total[:, *window.place] += window.weights() * part
+            for window, part in zip(group.windows, found[:, :, 0].split(members), strict=True):
+                total[:, *window.place].addcmul_(window.weights(), part)
         if total.is_cuda:  # waited for once: meanwhile the next windows were on their way to the device
             started = time.perf_counter()
             torch.cuda.synchronize()
             progress(0, time.perf_counter() - started)
         return total
 
-    def window_conditions(self, windows: Sequence[_Window], members: int) -> Tensor:
-        """Conditioning frames, made anew each time: held for the whole block they would be most of its memory.
-
-        Making them takes 1 % of the time of a network evaluation on a CPU.
-        """
-        parts = [self._conditions(window) for window in windows]
-        return _stacked([part.expand(members, *part.shape[1:]) for part in parts])
-
-    def _conditions(self, window: _Window) -> Tensor:
-        _, y, x = window.place
-        statics = None if self.statics is None else self.statics[None, :, y, x]
-        return self.downscaler.condition(self.coarse[window.read][None], statics, window.log_gain)
-
     def mean(self, progress: Progress) -> Tensor:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""
-        return self.blend(lambda windows: self.downscaler.mean(self.window_conditions(windows, 1)), 1, progress)
+        return self.blend(lambda group: self.downscaler.mean(self.conditions(group, 1)), 1, progress)
 
     def members(self, members: range, mean: Tensor, box: Box, progress: Progress) -> Tensor:
         """Amounts [mm per fine step] of members in a box, (M, t, y, x), before conservation."""
-        start = tuple((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
+        t, y, x = ((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
+        nt, ny, nx = self.shape
         seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
-        noise = np.stack([lattice_noise(seed, m, start, self.shape, stream) for m in members])  # type: ignore[arg-type]
+        noise = torch.stack([lattice_noise(seed, m, (t, y, x), (nt, ny, nx), stream, mean.device) for m in members])
         means = mean.expand(count, *self.shape)
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
-            def expected(windows: Sequence[_Window]) -> Tensor:
-                cut = [_stacked([field[:, *w.place] for w in windows])[:, :, None] for field in (noisy, means)]
-                return self.downscaler.expected_residual(cut[0], angle, cut[1], self.window_conditions(windows, count))
+            def expected(group: _Group) -> Tensor:
+                places = [w.place for w in group.windows]
+                seen = (torch.stack([f[:, *p] for p in places]).flatten(0, 1)[:, :, None] for f in (noisy, means))
+                return self.downscaler.expected_residual(next(seen), angle, next(seen), self.conditions(group, count))
 
             return self.blend(expected, count, progress)
 
-        residual = sample(denoise, torch.from_numpy(noise).to(mean.device), self.downscaler.angles())
+        residual = sample(denoise, noise, self.downscaler.angles())
         return self.downscaler.amounts(self.cut(mean, box), self.cut(residual, box))
 
     def conserved(self) -> Box:
@@ -213,11 +226,6 @@ class _Block:
         """Cut a box (coarse indices of the cube) out of fine fields of the block."""
         t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
         return fine[..., t, y, x]
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis; one alone is not copied."""
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -233,13 +241,8 @@ def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return filled
 
 
-def make_shard(task: ShardTask, downscaler: Downscaler) -> ShardResult:
-    """Make one shard, see `compute_fields` and `quantised`."""
-    return quantised(task, compute_fields(task, downscaler))
-
-
-def compute_fields(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> Fields:
-    """Make the amounts of one shard: all that needs the device.
+def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> ShardResult:
+    """Make one shard.
 
     Deterministic: the same task gives the same bytes on one kind of device, whatever ran before.
 
@@ -247,29 +250,21 @@ def compute_fields(task: ShardTask, downscaler: Downscaler, progress: Progress =
         task: what to make.
         downscaler: networks for the task's checkpoint and factor.
         progress: called with the number of network evaluations just done and the seconds they took.
-    """
-    first, last = task.shard.numbers
-    shape = [(b - a) * n for (a, b), n in zip(task.shard.box, _parts(downscaler.factor), strict=True)]
-    fine = np.zeros((last - first, *shape), np.float32)
-    if task.recipe.conserve and not bool((_core(task) > 0).any()):
-        return Fields(fine, 0)
-    block = _Block(task, downscaler)
-    mean, around = block.mean(progress), block.conserved()
-    at_once = last - first if downscaler.batch_cells else 1
-    for member in range(first, last, at_once):
-        group = range(member, min(member + at_once, last))
-        fine[member - first :][: len(group)] = _finished(block, block.members(group, mean, around, progress), around)
-    return Fields(fine, block.evaluations)
-
-
-def quantised(task: ShardTask, fields: Fields) -> ShardResult:
-    """Round the amounts of a shard to what is stored; needs no device.
 
     Raises:
         StoreError: an amount beyond what 16 bits hold at the storage quantum.
     """
-    quanta = np.stack([_stored(member, task) for member in fields.fine])
-    return ShardResult(quanta, _closure(quanta, task), fields.evaluations)
+    if task.recipe.conserve and not bool((_core(task) > 0).any()):
+        return _dry(task)
+    block = _Block(task, downscaler)
+    mean, around = block.mean(progress), block.conserved()
+    first, last = task.shard.numbers
+    parts = []
+    for member in range(first, last, block.at_once):
+        group = range(member, min(member + block.at_once, last))
+        parts.append(_stored(task, _finished(block, block.members(group, mean, around, progress), around)))
+    quanta, closures = zip(*parts, strict=True)
+    return ShardResult(np.concatenate(quanta), max(closures), block.evaluations)
 
 
 def _core(task: ShardTask) -> NDArray[np.float32]:
@@ -286,7 +281,17 @@ def _parts(factor: Factor) -> tuple[int, int, int]:
     return factor.time, factor.space, factor.space
 
 
-def _finished(block: _Block, fine: Tensor, around: Box) -> NDArray[np.float32]:
+def _dry(task: ShardTask) -> ShardResult:
+    """A shard without rain: zeros, and what is missing in the input."""
+    first, last = task.shard.numbers
+    hole = np.isnan(_core(task))
+    for axis, parts in enumerate(_parts(task.recipe.served.configuration.factor)):
+        hole = hole.repeat(parts, axis=axis)
+    quanta = np.where(hole, np.uint16(MISSING), np.uint16(0))
+    return ShardResult(np.repeat(quanta[None], last - first, axis=0), 0, 0)
+
+
+def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
     """Conserve members in a box around the shard, and cut the shard out of them."""
     task = block.task
     if task.recipe.conserve:
@@ -294,30 +299,24 @@ def _finished(block: _Block, fine: Tensor, around: Box) -> NDArray[np.float32]:
         fine = block.downscaler.conserve(fine, coarse)
     axes = zip(task.shard.box, around, block.parts, strict=True)
     t, y, x = (slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in axes)
-    return fine[..., t, y, x].cpu().numpy()
+    return fine[..., t, y, x]
 
 
-def _stored(fine: NDArray[np.float32], task: ShardTask) -> NDArray[np.uint16]:
-    """Quantise one member, and mark what is missing in the input."""
-    coarse, factor = _core(task), task.recipe.served.configuration.factor
+def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:
+    """Quanta of members (M, t, y, x), MISSING where the input is missing, and their largest closure."""
+    factor = task.recipe.served.configuration.factor
+    coarse = torch.from_numpy(_core(task)).to(fine.device)
     quanta = quantise(fine, coarse if task.recipe.conserve else None, factor, QUANTUM_MM)
-    most = int(quanta.max(initial=0))
+    most = int(quanta.max())
     if most >= MISSING:
         raise StoreError(
             f"Shard {task.shard.key} holds {most * QUANTUM_MM:.0f} mm in one fine cell and step; the store holds up "
             f"to {(MISSING - 1) * QUANTUM_MM:.2f} mm. Check the unit of the input."
         )
-    hole = np.isnan(coarse)
+    hole = coarse.isnan()
     for axis, parts in enumerate(_parts(factor)):
-        hole = hole.repeat(parts, axis=axis)
-    return np.where(hole | (quanta < 0), MISSING, quanta).astype(np.uint16)
-
-
-def _closure(quanta: NDArray[np.uint16], task: ShardTask) -> int:
-    coarse, factor = _core(task), task.recipe.served.configuration.factor
-    amount = np.where(quanta == MISSING, 0, quanta).astype(np.float64)
-    s, t = factor.space, factor.time
-    m, nt, ny, nx = amount.shape
-    sums = amount.reshape(m, nt // t, t, ny // s, s, nx // s, s).sum(axis=(2, 4, 6))
-    wanted = np.rint(s * s * np.nan_to_num(coarse).astype(np.float64) / QUANTUM_MM)
-    return int(np.abs(sums - wanted).max(initial=0))
+        hole = hole.repeat_interleave(parts, dim=axis)
+    absent = hole | (quanta < 0)
+    closure = block_sums(quanta.masked_fill(absent, 0), factor) - wanted_quanta(coarse, factor, QUANTUM_MM)
+    stored = quanta.masked_fill_(absent, MISSING).to(torch.uint16)
+    return stored.cpu().numpy(), int(closure.abs().max())

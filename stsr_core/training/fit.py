@@ -11,16 +11,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
@@ -36,7 +39,9 @@ from stsr_core.training.patches import Patch, Region, draw_patch
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 WARMUP_STEPS = 100
+CHECKED_EVERY = 20  # steps between looks at the loss; every look waits for the device
 SCALE_PATCHES = 24  # patches that the residual scale is measured on
+MOST_LOADERS = 12  # processes that draw patches for a GPU; each draws some twenty million cells a second
 VALIDATION_PATCHES = 3  # patches per factor of the validation loss
 
 
@@ -133,7 +138,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
 
@@ -153,8 +158,8 @@ class Stage:
         self.optimiser.step()
         self.step += 1
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        for k, v in self.network.state_dict().items():
-            self.average[k].lerp_(v, 1 - decay)
+        now = self.network.state_dict()
+        torch._foreach_lerp_([self.average[k] for k in now], list(now.values()), 1 - decay)
 
     def save(self, folder: Path) -> None:
         """Save everything needed to go on; the previous state stays until the new one is whole."""
@@ -177,7 +182,7 @@ class Stage:
 
         with safe_open(path, "pt") as opened:
             meta = opened.metadata()
-        tensors = load_file(path)
+        tensors = load_file(path, device=str(next(self.network.parameters()).device))
         try:
             self.network.load_state_dict(_part(tensors, "network."))
         except RuntimeError as e:
@@ -195,6 +200,32 @@ class Stage:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Draw(NamedTuple):
+    """What a training step sees of the archive.
+
+    Attributes:
+        fine: amounts [mm per fine step], (B, L*t, Y*s, X*s).
+        coarse: amounts [mm per coarse step] with halo, (B, L+2, Y+2, X+2).
+        statics: static fields in their units, (B, S, Y*s, X*s).
+        number: of the factor configuration.
+        seed: of the noise.
+    """
+
+    fine: Tensor
+    coarse: Tensor
+    statics: Tensor
+    number: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, patches: Sequence[Patch], number: int = 0, seed: int = 0) -> Draw:
+        """Stack patches of one shape."""
+        fine, coarse, statics = (
+            torch.from_numpy(np.stack([getattr(p, name) for p in patches])) for name in ("fine", "coarse", "statics")
+        )
+        return cls(fine, coarse, statics, number, seed)
 
 
 Loss = Callable[[nn.Module, Tensor, Tensor, FactorConfiguration, torch.Generator], Tensor]
@@ -226,9 +257,10 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
         residual = (fine - expected) / scales[str(factor)]
         # One stratified draw per patch covers the schedule evenly even in small batches.
         n = len(fine)
-        u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-        angle = sampling_angle(u, configuration.beta).to(fine.device)
-        noise = torch.randn(residual.shape, generator=generator).to(fine.device)
+        device = fine.device
+        u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
+        angle = sampling_angle(u, configuration.beta)
+        noise = torch.randn(residual.shape, generator=generator, device=device)
         levels = angle[:, None, None, None, None]
         found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor).float()
         return (loss_weight(levels) * (found - residual).square()).mean()
@@ -256,45 +288,67 @@ class Training:
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
 
-    def batch(self, stage: int, step: int) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
-        """Draw the batch of one step on this rank: fine, conditions, configuration and noise generator."""
+    def draw(self, stage: int, step: int) -> Draw:
+        """Draw what one step on this rank sees."""
         shared = np.random.default_rng([self.seed, stage, step])
         # Factors with more missing detail have more to learn; the root leaves enough for those that refine time alone.
         shares = np.array([math.sqrt(max(1.0, c.factor.underdetermination)) for c in self.configurations])
-        configuration = self.configurations[int(shared.choice(len(shares), p=shares / shares.sum()))]
+        number = int(shared.choice(len(shares), p=shares / shares.sum()))
         rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
-        first = draw_patch(self.train, configuration, rng)
+        first = draw_patch(self.train, self.configurations[number], rng)
         count = max(1, round(self.preset.cells_per_step / first.fine.size))
-        patches = [first, *(draw_patch(self.train, configuration, rng) for _ in range(count - 1))]
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return *self._tensors(patches, configuration), configuration, generator
+        patches = [first, *(draw_patch(self.train, self.configurations[number], rng) for _ in range(count - 1))]
+        return Draw.of(patches, number, int(rng.integers(2**62)))
 
-    def _tensors(self, patches: Sequence[Patch], configuration: FactorConfiguration) -> tuple[Tensor, Tensor]:
-        device, scale = self.run.device, self.transform.scale_mm
-        fine = torch.from_numpy(np.stack([p.fine for p in patches])).to(device)[:, :, None]
-        coarse = torch.from_numpy(np.stack([p.coarse for p in patches])).to(device)
-        statics = self._statics(patches) if self.statics else None
-        return to_transformed(fine, scale), condition(coarse, configuration.factor, scale, statics)
+    def draws(self, stage: int, first: int, stop: int) -> Iterable[Draw]:
+        """Draw what steps see, ahead of them in processes of their own where a GPU computes."""
+        ahead = (
+            0 if self.run.device.type == "cpu" else max(1, min(MOST_LOADERS, (os.cpu_count() or 1) // self.run.world))
+        )
+        return DataLoader(
+            _Steps(self, stage, stop), batch_size=None, sampler=range(first, stop), num_workers=ahead,
+            pin_memory=ahead > 0, multiprocessing_context="fork" if ahead else None,
+        )  # fmt: skip
 
-    def _statics(self, patches: Sequence[Patch]) -> Tensor:
+    def batch(self, drawn: Draw) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
+        """What networks see of a draw: fine, conditions, configuration and noise generator, on the device."""
+        configuration, device = self.configurations[drawn.number], self.run.device
+        generator = torch.Generator(device).manual_seed(drawn.seed)
+        return *self._tensors(drawn, configuration), configuration, generator
+
+    def _tensors(self, drawn: Draw, configuration: FactorConfiguration) -> tuple[Tensor, Tensor]:
+        scale = self.transform.scale_mm
+        fine, coarse, statics = (part.to(self.run.device, non_blocking=True) for part in drawn[:3])
+        fields = self._scaled(statics) if self.statics else None
+        return to_transformed(fine[:, :, None], scale), condition(coarse, configuration.factor, scale, fields)
+
+    def _scaled(self, statics: Tensor) -> Tensor:
         """Static fields as the networks see them, (B, S, Y*s, X*s)."""
-        offsets, widths = (np.array([getattr(s, n) for s in self.statics], np.float32) for n in ("offset", "scale"))
-        seen = (np.stack([p.statics for p in patches]) - offsets[:, None, None]) / widths[:, None, None]
-        return torch.from_numpy(seen).to(self.run.device)
+        offsets, widths = (
+            torch.tensor([getattr(s, n) for s in self.statics], device=statics.device)[:, None, None]
+            for n in ("offset", "scale")
+        )
+        return (statics - offsets) / widths
 
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
         """Loss of the averaged weights on fixed validation patches, averaged over the factors."""
         network = _with_weights(stage.network, stage.average)
         values = []
-        for configuration in self.configurations:
+        for drawn in self._watched:
+            with torch.no_grad(), self.run.mixed():
+                values.append(loss(network, *self.batch(drawn)))
+        return float(torch.stack(values).mean())
+
+    @cached_property
+    def _watched(self) -> list[Draw]:
+        """The fixed validation patches, one at a time."""
+        draws = []
+        for number, configuration in enumerate(self.configurations):
             rng = np.random.default_rng([self.seed, 99])
-            generator = torch.Generator().manual_seed(self.seed)
-            for _ in range(VALIDATION_PATCHES):
+            for i in range(VALIDATION_PATCHES):
                 patch = draw_patch(self.validation, configuration, rng, augment=False)
-                with torch.no_grad(), self.run.mixed():
-                    value = loss(network, *self._tensors([patch], configuration), configuration, generator)
-                values.append(float(value))
-        return float(np.mean(values))
+                draws.append(Draw.of([patch], number, self.seed + i))
+        return draws
 
     def advance(self, stage: Stage, loss: Loss, saved: Callable[[], None] = lambda: None) -> nn.Module:
         """Train a stage to its end and return the network with averaged weights; `saved` is called at each save.
@@ -304,18 +358,17 @@ class Training:
         """
         stage.resume(self.folder)
         started, first = time.monotonic(), stage.step
-        while stage.step < stage.steps:
-            fine, conditions, configuration, generator = self.batch(stage.number, stage.step)
+        unseen: list[Tensor] = []
+        for drawn in self.draws(stage.number, first, stage.steps):
             with self.run.mixed():
-                value = loss(stage.network, fine, conditions, configuration, generator)
-            if not math.isfinite(value.item()):
-                raise TrainingError(
-                    f"The {stage.name} loss is {value.item()} at step {stage.step}. The state of the last save is "
-                    f"kept in {self.folder}; lower the learning rate and start again from it."
-                )
+                value = loss(stage.network, *self.batch(drawn))
             stage.update(value, self.run)
-            stage.losses.append(value.item())
-            if stage.step % self.preset.save_every == 0 and self.run.rank == 0:
+            unseen.append(value.detach())
+            saving = stage.step % self.preset.save_every == 0
+            if saving or stage.step == stage.steps or len(unseen) == CHECKED_EVERY:
+                stage.losses += self._finite(torch.stack(unseen).tolist(), stage)
+                unseen.clear()
+            if saving and self.run.rank == 0:
                 stage.save(self.folder)
                 saved()
                 rate = (time.monotonic() - started) / (stage.step - first)
@@ -326,6 +379,16 @@ class Training:
                 )
         return _with_weights(stage.network, stage.average)
 
+    def _finite(self, losses: list[float], stage: Stage) -> list[float]:
+        """The losses up to a stage's step, which are finite, or TrainingError."""
+        for ago, value in zip(range(len(losses), 0, -1), losses, strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The {stage.name} loss is {value} at step {stage.step - ago}. The state of the last save is "
+                    f"kept in {self.folder}; lower the learning rate and start again from it."
+                )
+        return losses
+
     def residual_scales(self, mean: nn.Module) -> dict[str, float]:
         """Standard deviation of the transformed residual per factor, on patches that all ranks share."""
         scales = {}
@@ -334,7 +397,7 @@ class Training:
             squares = []
             for _ in range(SCALE_PATCHES):
                 patch = draw_patch(self.train, configuration, rng)
-                fine, conditions = self._tensors([patch], configuration)
+                fine, conditions = self._tensors(Draw.of([patch]), configuration)
                 with torch.no_grad():
                     squares.append(float((fine - mean(conditions, configuration.factor)).square().mean()))
             scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
@@ -356,9 +419,24 @@ class Training:
 
     def _example(self, configuration: FactorConfiguration, rng: np.random.Generator) -> Example:
         patch = draw_patch(self.validation, configuration, rng, augment=False)
-        _, conditions = self._tensors([patch], configuration)
+        _, conditions = self._tensors(Draw.of([patch]), configuration)
         truth, coarse = (torch.from_numpy(x).to(self.run.device) for x in (patch.fine, patch.coarse))
         return Example(truth, coarse[HALO:-HALO, HALO:-HALO, HALO:-HALO], conditions)
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[Draw]):
+    """The draws of a stage by step; a process that draws ahead has a copy of it."""
+
+    training: Training
+    stage: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __getitem__(self, step: int) -> Draw:
+        return self.training.draw(self.stage, step)
 
 
 def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -13,7 +13,7 @@ from stsr_core.ensemble import generate as engine
 from stsr_core.ensemble.cluster import MANY, ONE
 from stsr_core.ensemble.generate import ShardError, Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.ensemble.shard import Fields, ShardResult
+from stsr_core.ensemble.shard import ShardResult
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
@@ -69,14 +69,13 @@ def run(plan, library, client, progress=lambda *_: None):
 
 
 def made(*_):
-    return Fields(np.zeros((1, 1, 1, 1), np.float32), 0)
+    return ShardResult(np.zeros((1, 1, 4, 4), np.uint16), 0, 0)
 
 
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch):
     """Shards of nothing, packed and written in no time."""
-    monkeypatch.setattr(engine, "compute_fields", made)
-    monkeypatch.setattr(engine, "quantised", lambda *_: ShardResult(np.zeros((1, 1, 4, 4), np.uint16), 0, 0))
+    monkeypatch.setattr(engine, "make_shard", made)
     monkeypatch.setattr(engine, "write_shard", lambda *_: "digest")
 
 
@@ -95,7 +94,7 @@ def test_a_worker_computes_the_next_shard_while_it_writes_some_and_holds_no_more
             time.sleep((written - 2) * SLOW_S)  # the more slots, the slower the store that they make up for
             return "digest"
 
-    monkeypatch.setattr(engine, "compute_fields", compute)
+    monkeypatch.setattr(engine, "make_shard", compute)
     monkeypatch.setattr(engine, "write_shard", write)
     with dask(1, resources) as client:
         submitted = client.submit
@@ -123,7 +122,7 @@ def test_a_shard_that_fails_on_one_worker_is_tried_on_another(plan, library, mon
             raise OSError("a broken card")
         return made()
 
-    monkeypatch.setattr(engine, "compute_fields", compute)
+    monkeypatch.setattr(engine, "make_shard", compute)
     with dask(2, ONE) as client:
         run(plan, library, client)
     assert len(tried) == len(plan.shards)
@@ -141,7 +140,7 @@ def test_workers_that_come_later_get_their_share(plan, library, client, monkeypa
             client.cluster.scale(3)
         return made()
 
-    monkeypatch.setattr(engine, "compute_fields", compute)
+    monkeypatch.setattr(engine, "make_shard", compute)
     run(plan, library, client)
     assert len(names) == 3
 
@@ -171,7 +170,7 @@ def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library
                 break
         return made()
 
-    monkeypatch.setattr(engine, "compute_fields", compute)
+    monkeypatch.setattr(engine, "make_shard", compute)
     with pytest.raises(ShardError, match=rf"{failing} failed: ValueError: out of luck"):
         run(plan, library, client)
     assert stopped.wait(10)

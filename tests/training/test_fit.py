@@ -99,7 +99,7 @@ def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path
     (tmp_path / "killed").mkdir()
     torch.manual_seed(0)
     stage = first_stage(steps=TINY.mean_steps)
-    batches = interrupted.batch
+    draw = interrupted.draw
 
     class KilledError(Exception):
         pass
@@ -107,9 +107,9 @@ def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path
     def dying(stage_number: int, step: int):
         if step == 5:
             raise KilledError
-        return batches(stage_number, step)
+        return draw(stage_number, step)
 
-    object.__setattr__(interrupted, "batch", dying)
+    object.__setattr__(interrupted, "draw", dying)
     with pytest.raises(KilledError):
         interrupted.advance(stage, mean_loss)
     resumed = fit(training(regions, tmp_path / "killed"), "x", {})
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
 
 def test_mixed_precision_gives_the_loss_of_single_precision(regions):
     configured = training(regions, Path())
-    fine, conditions, configuration, generator = configured.batch(1, 0)
+    fine, conditions, configuration, generator = configured.batch(configured.draw(1, 0))
     network = first_stage(steps=1).network
     with torch.autocast("cpu", torch.bfloat16):
         mixed = mean_loss(network, fine, conditions, configuration, generator)
