@@ -7,9 +7,11 @@ import io
 import platform
 import pstats
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,16 +159,25 @@ def _run(
 
     store_options = options.storage_options or {}
     cluster = Cluster(device=options.device, workers=workers)  # type: ignore[arg-type]
+    target = Target(url, ARRAY, store_options)
     with cluster.client() as client:
         client.wait_for_workers(1)
         started = time.perf_counter()
         create_ensemble(url, layout_of(plan), array=ARRAY, options=store_options)
-        generate(
-            plan, plan.shards, downscaler, Target(url, ARRAY, store_options), client, device=options.device,
-            precision=options.precision, progress=progress,
-        )  # fmt: skip
-        finish(url, {}, store_options)
-        seconds = time.perf_counter() - started
+        gpu = choose_device(options.device).type == "cuda"
+        if gpu:  # which a worker translates the networks for, once
+            wettest = max(plan.shards, key=plan.evaluations)
+            generate(plan, [wettest], downscaler, target, client, device=options.device, precision=options.precision,
+                     progress=lambda *_: None)  # fmt: skip
+        translating = time.perf_counter() - started
+        with _busy(gpu) as busy:
+            started = time.perf_counter()
+            generate(
+                plan, plan.shards, downscaler, target, client, device=options.device, precision=options.precision,
+                progress=progress,
+            )  # fmt: skip
+            finish(url, {}, store_options)
+            seconds = time.perf_counter() - started
         deadline = time.monotonic() + 5
         while evaluations < sum(plan.evaluations(s) for s in plan.shards) and time.monotonic() < deadline:
             time.sleep(0.05)  # the last progress events arrive after the futures
@@ -178,7 +189,9 @@ def _run(
     window_cells = float(sum(plan.cell_evaluations(shard) for shard in plan.shards))
     return {
         "workers": workers,
+        "translating_seconds": translating,
         "seconds": seconds,
+        **busy,
         "fine_cell_steps_per_s": cells / seconds,
         "network_evaluations": evaluations,
         "share_outside_networks": 1 - seconds_in_networks / ((reading + seconds) * workers),
@@ -188,6 +201,29 @@ def _run(
         "compression": 2 * cells / max(1, written),
         "bytes_written_per_s": written / seconds,
     }
+
+
+@contextmanager
+def _busy(gpu: bool, every: float = 0.1) -> Iterator[dict[str, float]]:
+    """Share of the time in which a GPU ran a kernel, as its driver counts it, put into a dict at the end."""
+    found: dict[str, float] = {}
+    if not gpu:
+        yield found
+        return
+    samples: list[int] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every):
+            samples.append(torch.cuda.utilization())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield found
+    ended.set()
+    thread.join()
+    if samples:
+        found["device_busy"] = float(np.mean(samples)) / 100
 
 
 def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
@@ -244,7 +280,8 @@ def peak_flops(device: torch.device, precision: torch.dtype, tries: int = 5) -> 
 def _line(run: Mapping[str, float]) -> str:
     return (
         f"{run['workers']} workers: {run['seconds']:.1f} s, {run['fine_cell_steps_per_s']:.3g} fine cell-steps/s, "
-        f"{run['share_outside_networks']:.1%} outside the networks, "
+        + (f"GPU busy {run['device_busy']:.0%}, " if "device_busy" in run else "")
+        + f"{run['share_outside_networks']:.1%} outside the networks, "
         f"{run['peak_memory_per_worker'] / 1e9:.2f} GB at most per worker, "
         f"{run['bytes_written'] / 1e6:.1f} MB written (compression {run['compression']:.1f})"
     )
@@ -263,11 +300,12 @@ def profile_shard(options: Options, *, checkpoints: str | None = None, lines: in
     return text.getvalue()
 
 
-def bench_training(factor: Factor, *, preset: str, device: str, steps: int = 3) -> dict[str, float]:
+def bench_training(factor: Factor, *, preset: str, device: str) -> dict[str, float]:
     """Patches per second of training steps of either network, on synthetic rain."""
     rain = np.random.default_rng(0).gamma(0.3, 2.0, (72, 400, 400)).astype(np.float32)
     region, chosen, run = region_of("synthetic", rain), PRESETS[preset], Run.join(choose_device(device))
     mean, denoiser = (network.to(run.device) for network in build_networks(chosen.architecture))
+    steps = 3 if run.device.type == "cpu" else 300
     losses = {"mean": (mean, mean_loss), "denoiser": (denoiser, denoiser_loss(mean, {str(factor): 1.0}))}
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -133,6 +133,8 @@ class Downscaler:
             if compiled or (compiled is None and gpu and find_spec("triton") is not None):
                 _compile(network.unet)
         chosen = PRECISIONS["bfloat16" if gpu else "float32"] if precision == "auto" else PRECISIONS[precision]
+        if chosen is torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # as on CPUs, to the last digits
         memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
         return replace(self, device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES)
 
