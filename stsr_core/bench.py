@@ -140,7 +140,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
         **_flops(
             plan,
-            downscaler.on(device, precision=options.precision, compiled=False),
+            downscaler.on(device, precision=options.precision),
             float(first["cell_evaluations_per_s_in_networks"]),
         ),
     }

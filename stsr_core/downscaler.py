@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from stsr_core.diffusion import sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
-from stsr_core.networks.layers import VideoUNet
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_amount
 
@@ -70,14 +68,6 @@ def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
     return networks
 
 
-def _compile(unet: VideoUNet) -> None:
-    """Have torch.compile translate a network, once for windows of any size, at its first call."""
-    from torch._dynamo import config
-
-    config.suppress_errors = True
-    unet.body = torch.compile(unet.body, dynamic=True)  # type: ignore[method-assign]
-
-
 @dataclass(frozen=True)
 class Downscaler:
     """Networks of one checkpoint, ready for one factor on one device.
@@ -118,20 +108,16 @@ class Downscaler:
         loaded = cls(card.serving(factor), card.transform.scale_mm, *networks, torch.device("cpu"))
         return loaded.on(device, precision=precision)
 
-    def on(self, device: torch.device, *, precision: str = "auto", compiled: bool | None = None) -> Downscaler:
+    def on(self, device: torch.device, *, precision: str = "auto") -> Downscaler:
         """Put the networks on a device.
 
         Args:
             device: where they are to be.
             precision: "float32", "bfloat16", or "auto" for bfloat16 on GPUs only.
-            compiled: whether torch.compile translates them for the device; None does so on GPUs. What it cannot
-                translate runs as it is.
         """
         gpu = device.type == "cuda"
         for network in (self.mean_network, self.denoiser):
             network.to(device)
-            if compiled or (compiled is None and gpu and find_spec("triton") is not None):
-                _compile(network.unet)
         chosen = PRECISIONS["bfloat16" if gpu else "float32"] if precision == "auto" else PRECISIONS[precision]
         if chosen is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # as on CPUs, to the last digits
@@ -150,7 +136,7 @@ class Downscaler:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         half = self.precision is not torch.float32
-        # Not inference_mode: its tensors are another kind to torch.compile, which would translate for both.
+        # Not inference_mode: torch.compile would translate again for its kind of tensors.
         with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=half):
             yield
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +18,67 @@ from torch import Tensor, nn
 
 PATCH = 2  # fine cells per network cell along y and x
 STEM_CHANNELS = 8  # channels at full resolution before the last convolution
+MOST_SEQUENCES = 2**15  # that go through one kernel of attention
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """3 x 3 convolution that mirrors its input at the borders.
+    """3 x 3 convolution of what `_grown` has grown by a cell on every side."""
+    return nn.Conv2d(inputs, outputs, 3, stride=stride)
 
-    With zeros instead, steps between the outermost cells of a domain were up to 2.5 times those inside.
+
+def _grown(x: Tensor) -> Tensor:
+    """Mirror (N, C, H, W) at its borders, one cell wide.
+
+    With zeros there instead, steps between the outermost cells of a domain were up to 2.5 times those inside.
     """
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, padding_mode="reflect")
+    with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; CPUs would do so in single precision
+        return F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
 
 
-class PixelNorm(nn.Module):
-    """Normalise the channels of every pixel to zero mean and unit variance."""
+def _normalised(x: Tensor) -> Tensor:
+    """Normalise the channels of every pixel of (N, C, H, W) to zero mean and unit variance."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4).permute(0, 3, 1, 2).to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (N, C, H, W) along C."""
-        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4).permute(0, 3, 1, 2)
+
+def _entered(x: Tensor) -> Tensor:
+    """Frames (N, C, H, W) as the first convolution takes them."""
+    return _grown(F.pixel_unshuffle(x, PATCH))
+
+
+def _normed(x: Tensor) -> Tensor:
+    """What comes before the first convolution of a block."""
+    return _grown(F.silu(_normalised(x)))
+
+
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """What comes before the second convolution of a block; scale and shift (N, C)."""
+    modulated = torch.addcmul(shift[:, :, None, None], _normalised(x), 1 + scale[:, :, None, None])
+    return _grown(F.silu(modulated.to(x.dtype)))
+
+
+def _left(x: Tensor) -> Tensor:
+    """What comes before the last convolution."""
+    return _grown(F.silu(F.pixel_shuffle(x, PATCH)))
+
+
+class _Fused:
+    """A function between two convolutions; on a GPU torch.compile makes one or two kernels of it.
+
+    Whole networks would take it minutes to translate for windows of any size, at every start of a worker.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor]) -> None:
+        self.plain = plain
+        self.fused = torch.compile(plain, dynamic=True)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        fused = tensors[0].is_cuda and HAS_TRITON
+        return self.fused(*tensors) if fused else self.plain(*tensors)
+
+
+HAS_TRITON = find_spec("triton") is not None
+normalised, grown, entered = _Fused(_normalised), _Fused(_grown), _Fused(_entered)
+normed, modulated, left = _Fused(_normed), _Fused(_modulated), _Fused(_left)
 
 
 class ResidualBlock(nn.Module):
@@ -39,7 +86,6 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
-        self.norm = PixelNorm()
         self.first = _convolution(channels, channels)
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.second = _convolution(channels, channels)
@@ -49,16 +95,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Transform (N, C, H, W) with an embedding (N, E)."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.first(F.silu(self.norm(x)))
-        h = torch.addcmul(shift, self.norm(h), 1 + scale)
-        return x + self.second(F.silu(h))
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        return x + self.second(modulated(self.first(normed(x)), scale, shift))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention; in single precision on CPUs, where the backward pass in half precision takes ten times as long."""
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
+        # Kernels of GPUs take fewer sequences at once than a batch of windows has pixels.
+        parts = zip(*(x.split(MOST_SEQUENCES) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
 
@@ -69,7 +115,6 @@ class TemporalAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int = 32) -> None:
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = PixelNorm()
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         nn.init.normal_(self.out.weight, std=1e-2 / math.sqrt(channels))
@@ -88,7 +133,7 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """Attend over time in (B * T, C, H, W), T = `frames`."""
         n, c, h, w = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c)
+        tokens = normalised(x).permute(0, 2, 3, 1).reshape(n // frames, frames, h * w, c)
         qkv = self.qkv(tokens).permute(0, 2, 1, 3).reshape(-1, frames, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = _attend(self._rotate(q), self._rotate(k), v)
@@ -166,18 +211,14 @@ class VideoUNet(nn.Module):
         """
         b, t, c, h, w = frames.shape
         x = _mirrored(frames.reshape(b * t, c, h, w), self.stride)
-        return self.body(x, self.embed(context), t)[..., :h, :w].reshape(b, t, self.outputs, h, w)
-
-    def body(self, x: Tensor, embedding: Tensor, t: int) -> Tensor:
-        """Transform (B * T, C, H, W) of whole strides with embeddings (B, E), T = `t`; what torch.compile sees."""
-        embedding = embedding.repeat_interleave(t, dim=0)
-        x = self.stem(F.pixel_unshuffle(x, PATCH).contiguous(memory_format=torch.channels_last))
+        embedding = self.embed(context).repeat_interleave(t, dim=0)
+        x = self.stem(entered(x))
         skips = []
         for i, level in enumerate(self.down):
-            x = level(x if i == 0 else self.reduce[i - 1](x), embedding, t)
+            x = level(x if i == 0 else self.reduce[i - 1](grown(x)), embedding, t)
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
                 x = skips[i] + F.interpolate(self.expand[i](x), size=skips[i].shape[-2:], mode="nearest")
             x = self.up[i](x, embedding, t)
-        return self.last(F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH)))
+        return self.last(left(self.head(grown(F.silu(x)))))[..., :h, :w].reshape(b, t, self.outputs, h, w)
