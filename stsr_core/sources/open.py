@@ -19,6 +19,7 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.sources import geotiff
 from stsr_core.sources.remote import patiently, shown
+from stsr_core.sources.times import with_written_times
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -174,10 +175,10 @@ def _decoded(raw: xr.Dataset) -> xr.Dataset:
     import xarray as xr
 
     try:
-        return xr.decode_cf(raw, decode_timedelta=False)
+        return with_written_times(xr.decode_cf(raw, decode_timedelta=False))
     except ValueError:
         numbers = {n: v for n, v in raw.variables.items() if not _is_decodable(v)}
-        return xr.decode_cf(raw.drop_vars(numbers), decode_timedelta=False).assign(numbers)
+        return with_written_times(xr.decode_cf(raw.drop_vars(numbers), decode_timedelta=False).assign(numbers))
 
 
 def _is_decodable(variable: xr.Variable) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Time: TypeAlias = datetime | cftime.datetime
 ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
+WRITTEN, WRITTEN_AS = "Times", "%Y-%m-%d_%H:%M:%S"  # variable of WRF files, and the dates that it holds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
@@ -80,6 +81,27 @@ def stamps_of(coordinate: xr.DataArray) -> list[Time]:
         f"The time axis holds {values.dtype} values{written}, not dates. Give it CF units such as 'hours since "
         "2000-01-01', and a calendar that CF knows."
     )
+
+
+def with_written_times(dataset: xr.Dataset) -> xr.Dataset:
+    """Give a dataset the time axis that its variable Times writes in characters, as every WRF file does.
+
+    Raises:
+        SourceError: characters that are no date.
+    """
+    written = dataset.get(WRITTEN)
+    if written is None or written.ndim != 1 or written.dtype.kind not in "SUO" or "time" in dataset.variables:
+        return dataset  # the axis of other files that have such a variable is their own
+    stamps = [_date_written(v.decode() if isinstance(v, bytes) else str(v)) for v in written.values]
+    along = dataset.drop_vars(WRITTEN).rename({str(written.dims[0]): "time"})
+    return along.assign_coords(time=("time", np.array(stamps, "datetime64[ns]"), {"axis": "T"}))
+
+
+def _date_written(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, WRITTEN_AS)
+    except ValueError as e:
+        raise SourceError(f"{WRITTEN} holds {text!r}; dates such as 2001-01-31_06:00:00 are needed. Mend it.") from e
 
 
 def _rounded(time: Time) -> Time:
