@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Cells, Grid, TimeAxis
+from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import ALL, Declared
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
+HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
 SAME = 1e-5  # relative difference of values that are the same but for packing
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
@@ -393,7 +396,11 @@ class Reading:
 
         Returns:
             (R, T, *shape), and how many negatives became 0 in each driving member.
+
+        Raises:
+            SourceError: more than memory holds.
         """
+        _check_memory(len(self.labels), self.times.size, math.prod(shape))
         out = np.empty((len(self.labels), self.times.size, *shape), np.float32)
         first, negatives = 0, [0] * len(out)
         for block in self.blocks():
@@ -471,6 +478,18 @@ def with_negatives(attributes: Mapping[str, str], negatives: int) -> dict[str, s
 def negatives_of(coarse: Coarse) -> int:
     """Return how many negative amounts were set to 0."""
     return int(coarse.attributes.get(ZEROED, "0"))
+
+
+def _check_memory(members: int, steps: int, cells: int) -> None:
+    """Refuse what would not fit, which would else be killed by the system in the middle of reading."""
+    needed, free = np.dtype(np.float32).itemsize * members * steps * cells, available()
+    if needed > HELD_SHARE * free:
+        driving = f"{members} driving members x " if members > 1 else ""
+        raise SourceError(
+            f"{driving}{steps} steps x {cells} cells take {needed / 1e9:.1f} GB; of the "
+            f"{free / 1e9:.1f} GB of memory that are free, {HELD_SHARE:.0%} may be taken. Read a shorter `period:` "
+            "(a backfill goes in pieces), fewer driving members by `select:`, or a smaller area."
+        )
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
