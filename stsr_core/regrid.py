@@ -18,6 +18,7 @@ from pyproj import CRS, Geod, Transformer
 from scipy import sparse
 
 from stsr_core.errors import GridError
+from stsr_core.factors import LARGEST
 from stsr_core.grids import Axis, Cells, Grid, TimeAxis
 from stsr_core.overlap import shares
 from stsr_core.sources.box import Box, crs_of, part_of
@@ -35,7 +36,6 @@ AnyCube = TypeVar("AnyCube", "Cube", "CellCube")
 COVERED = 1 - 1e-6  # share of a target cell that source cells must cover
 MISSING_SHARE = 1e-6  # share of missing source area above which a target cell is missing
 OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
-LARGEST_FACTOR = 25
 KEPT_WEIGHTS = 8  # pairs of grids whose weights a process keeps
 BLOCK_VALUES = 1 << 20  # values that are regridded at a time: what a processor keeps close
 
@@ -62,7 +62,7 @@ def coarse_grid(target: TargetGrid, factor: Factor) -> Grid:
 
 def reach(target: TargetGrid) -> Box:
     """Return the box that the coarse lattices of all factors need: the target grown by the largest coarse cell."""
-    grow = target.spacing_m * LARGEST_FACTOR
+    grow = target.spacing_m * LARGEST[0]
     return Box(
         target.x_min - grow, target.y_min - grow, target.x_max + grow, target.y_max + grow,
         CRS.from_user_input(target.crs).to_wkt(),

@@ -22,6 +22,7 @@ Time: TypeAlias = datetime | cftime.datetime
 ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
 WRITTEN, WRITTEN_AS = "Times", "%Y-%m-%d_%H:%M:%S"  # variable of WRF files, and the dates that it holds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")
+MIDDLES = "They lie half a step from whole multiples of it, as middles do."
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
@@ -140,7 +141,7 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     if declared.time_label is None:
         raise SourceError(
             f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
-            "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare."
+            f"`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare.{_hint(stamps)}"
         )
     if declared.step_h is not None:
         step = timedelta(hours=declared.step_h)
@@ -155,6 +156,14 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     intervals = [Interval(s, s + step) for s in starts]
     _check_even(stamps, step)
     return _joined(intervals, declared.time_label)
+
+
+def _hint(stamps: list[Time]) -> str:
+    """What the stamps suggest that they stand for; nothing where they may stand for anything."""
+    if len(stamps) < 2:
+        return ""
+    step, since = stamps[1] - stamps[0], stamps[0] - stamps[0].replace(hour=0, minute=0, second=0, microsecond=0)
+    return f" {MIDDLES}" if 2 * (since % step) == step else ""
 
 
 def _accumulated(stamps: list[Time], since: str) -> list[Interval]:
