@@ -80,8 +80,9 @@ class Inspection:
         if not self.doubts:
             return "\n".join([*lines, "", "No doubts: it reads as it is."])
         lines += ["", "Doubts, and the lines for catalog.yaml (or --declare) that settle them:"]
-        for doubt in self.doubts:
-            lines += [f"- {doubt.what}", *([f"      {doubt.line}"] if doubt.line else [])]
+        for before, doubt in zip([None, *self.doubts], self.doubts, strict=False):
+            what = [] if before is not None and before.what == doubt.what else [f"- {doubt.what}"]
+            lines += [*what, *([f"      {doubt.line}"] if doubt.line else [])]
         return "\n".join(lines)
 
 
@@ -227,12 +228,13 @@ def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
     for key, text in re.findall(r"(?:declare|and) `(units|time_label|step_h): ([^`]+)`", message):
         if getattr(declared, key) is None:
             return key, float(text) if key == "step_h" else text
-    if MIDDLES in message:
-        return "time_label", "middle"
     if "put a cell" in message:
         return None  # only the producer knows the right projection
-    if "evenly spaced steps" in message:
-        return "accumulated", "day"
+    for phrase, settled in ((MIDDLES, ("time_label", "middle")), ("evenly spaced steps", ("accumulated", "day"))):
+        if phrase in message:
+            return settled
+    if bracketed := re.search(r"with brackets, as '([^']+)'", message):
+        return "units", bracketed.group(1)
     for key in re.findall(r"`(\w+):?", message):
         if key in PROVISIONAL and not getattr(declared, key, None):
             return key, PROVISIONAL[key]

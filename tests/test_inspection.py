@@ -80,6 +80,23 @@ def test_stamps_of_running_sums_need_no_declaration_of_their_own(bare):
     assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["time_label: middle"]
 
 
+def test_broken_bounds_are_settled_by_two_lines_under_one_doubt(bare):
+    rain = bare.where(bare >= 0).assign_coords(time=bare["time"].values[0] + np.arange(6) * np.timedelta64(3, "h"))
+    rain["rain"].attrs["units"] = "mm"
+    rain["time"].attrs["bounds"] = "time_bnds"
+    rain["time_bnds"] = ("time", "nv"), np.stack([rain["time"].values] * 2, axis=1)
+    found = look(rain, declared=Declared(crs="EPSG:2154"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["step_h: 3.0", "time_label: end"]
+    assert found.text().count("have no length") == 1
+
+
+def test_units_that_are_read_in_two_ways_are_proposed_in_brackets(bare):
+    rain = bare.where(bare >= 0)
+    rain["rain"].attrs["units"] = "mm/3h"
+    found = look(rain, declared=Declared(crs="EPSG:2154", time_label="end"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["units: mm (3 h)-1"]
+
+
 def test_precipitation_is_known_by_its_description_where_names_say_nothing(bare):
     declared = Declared(time_label="end", crs="EPSG:2154", units="mm", missing_values=(-999.0,))
     described = bare.rename(rain="RAINNC").assign(t2=bare["rain"])

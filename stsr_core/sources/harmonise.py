@@ -314,6 +314,9 @@ def _units(array: xr.DataArray, declared: Declared) -> str:
             "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), "
             "or by --declare."
         )
+    called = " ".join(str(array.attrs.get(key, "")) for key in ("standard_name", "long_name", "description"))
+    if "anomal" in called.lower():
+        raise SourceError(f"{array.name!r} is an anomaly ({called.strip()}), no amount. Name the amounts themselves.")
     check_agreement(units, str(array.attrs.get("standard_name", "")), str(array.attrs.get("cell_methods", "")))
     return units
 

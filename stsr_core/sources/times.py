@@ -239,11 +239,12 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
 
 
 def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
+    apart = "" if len(stamps) < 2 else f" {(stamps[1] - stamps[0]) / timedelta(hours=1):g}"
     for stamp, (start, end) in zip(stamps, bounds, strict=True):
         if end <= start:
             raise SourceError(
-                f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
-                "the source in catalog.yaml, or by --declare, which then replace them."
+                f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and "
+                f"`step_h:{apart}` of the source in catalog.yaml, or by --declare, which then replace them."
             )
         if timedelta(0) < (short := -(end - start) % MINUTE) <= SECOND:
             hours = (end - start + short) / timedelta(hours=1)
@@ -254,8 +255,8 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
             )
         if not start <= stamp <= end:
             raise SourceError(
-                f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare "
-                "`time_label:` and `step_h:` of the source in catalog.yaml, or by --declare, which then replace them."
+                f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare `time_label:` "
+                f"and `step_h:{apart}` of the source in catalog.yaml, or by --declare, which then replace them."
             )
 
 

@@ -166,10 +166,10 @@ def test_models_may_lie_behind_the_places_and_places_are_never_proposed_for_sele
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ("mm/3h", "with brackets, as 'mm"),
+        ("mm/3h", r"with brackets, as 'mm \(3 h\)-1'"),
         ("mm/3hr", "with brackets, as 'mm"),
-        ("kg m-2 / 6 hours", "with brackets, as 'mm"),
-        ("mm 3h-1", "with brackets, as 'mm"),
+        ("kg m-2 / 6 hours", r"with brackets, as 'kg m-2 \(6 h\)-1'"),
+        ("mm 3h-1", r"with brackets, as 'mm \(3 h\)-1'"),
         ("mm*10", "with the number in front, as '0.1 mm'"),
         ("mm/s*86400", "with the number in front"),
     ],
