@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stsr_core.errors import FactorError
 
 ATTENTION_HORIZON_H = 12.0  # hours that a window's attention spans; reference settings span 10 to 18 h
+LARGEST = (25, 6)  # factor in space and in time
 
 
 class Factor(BaseModel):
@@ -21,8 +22,8 @@ class Factor(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    space: int = Field(ge=1, le=25)
-    time: int = Field(ge=1, le=6)
+    space: int = Field(ge=1, le=LARGEST[0])
+    time: int = Field(ge=1, le=LARGEST[1])
 
     def __str__(self) -> str:
         return f"({self.space},{self.time})"
@@ -136,6 +137,24 @@ class Match:
         return self.distance < 1e-9
 
 
+def _instead(space: float, time: float) -> str:
+    """What to do about a factor (space, time) that is not served."""
+    whole = max(1, round(space)), max(1, round(time))
+    if whole[0] <= LARGEST[0] and whole[1] <= LARGEST[1]:
+        return (
+            f"Train ({whole[0]},{whole[1]}) with `stsr train --space {whole[0]} --time {whole[1]}`, or ask for another "
+            "spacing or cadence."
+        )
+    wider, longer = max(1.0, space / LARGEST[0]), max(1.0, time / LARGEST[1])
+    changes = [f"a spacing {wider:.3g} times as wide"] * (wider > 1) + [f"steps {longer:.3g} times as long"] * (
+        longer > 1
+    )
+    return (
+        f"No factor goes beyond ({LARGEST[0]},{LARGEST[1]}), so none can be trained: the target grid needs "
+        f"{' and '.join(changes)}, or the source must be finer."
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """All factors that can be served."""
@@ -162,9 +181,8 @@ class Family:
         best = min(self.factors, key=lambda f: (math.hypot(*off(f)), f.space, f.time))
         if max(abs(d) for d in off(best)) > math.log(limit) + 1e-9:
             raise FactorError(
-                f"Factor ({space:g},{time:g}) is asked for; the nearest that is served is {best}, further than "
-                f"a ratio of {limit:g} on an axis. Served: {self}. Train ({round(space)},{round(time)}) with "
-                f"`stsr train --space {round(space)} --time {round(time)}`, or ask for another spacing or cadence."
+                f"Factor ({space:.3g},{time:.3g}) is asked for; the nearest that is served is {best}, further than "
+                f"a ratio of {limit:g} on an axis. Served: {self}. {_instead(space, time)}"
             )
         return Match(space, time, best, math.hypot(*off(best)))
 

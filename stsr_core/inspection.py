@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,7 @@ from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import find, layout_of, names_of, negatives_of
+from stsr_core.sources.times import MIDDLES
 from stsr_core.sources.units import measured
 
 if TYPE_CHECKING:
@@ -31,14 +34,14 @@ MAP_ROWS, MAP_COLUMNS = 14, 56
 INK = " .:-=+*#%@"
 NAMES = (
     "pr", "tp", "precip", "precipitation", "rain", "precrate", "pre", "prate", "rr", "ppt", "prec", "prcp", "rainfall",
-    "tot_prec", "unknown",
+    "tot_prec", "prect", "precipitation_amount", "precipitation_flux", "apcp", "unknown",
 )  # fmt: skip
 PROVISIONAL: Mapping[str, object] = {
     "units": "mm", "time_label": "end", "step_h": 1.0, "accumulated": "run",
 }  # fmt: skip
 MEANING = {
     "units": "or kg m-2 s-1, mm/h, m: ask the producer",
-    "time_label": "or start, middle: what a time stamp names",
+    "time_label": "start, middle or end: what a time stamp names",
     "step_h": "or what the producer says: hours of a step",
     "crs": "EPSG:4326 where x and y are degrees east and north, else an EPSG code or PROJ string",
     "accumulated": "or day; none where amounts are per step",
@@ -77,8 +80,9 @@ class Inspection:
         if not self.doubts:
             return "\n".join([*lines, "", "No doubts: it reads as it is."])
         lines += ["", "Doubts, and the lines for catalog.yaml (or --declare) that settle them:"]
-        for doubt in self.doubts:
-            lines += [f"- {doubt.what}", *([f"      {doubt.line}"] if doubt.line else [])]
+        for before, doubt in zip([None, *self.doubts], self.doubts, strict=False):
+            what = [] if before is not None and before.what == doubt.what else [f"- {doubt.what}"]
+            lines += [*what, *([f"      {doubt.line}"] if doubt.line else [])]
         return "\n".join(lines)
 
 
@@ -117,7 +121,7 @@ def inspect(
     layout = layout_of(dataset, names_of(dataset, name)[0], used)
     total = layout.steps.axis
     found.facts.append(
-        ("steps", f"{total.size} of {total.step}, {total.start} to {total.start + total.step * total.size}")
+        ("steps", f"{total.size} of {_hours(total.step)}, {total.start} to {total.start + total.step * total.size}")
     )
     found.facts.append(("calendar", f"{getattr(total.start, 'calendar', 'standard')}, stamps name the {total.label}"))
     if coarse.driving:
@@ -138,18 +142,29 @@ def inspect(
 
 
 def _precipitation(dataset: xr.Dataset) -> str:
-    likely = [str(n) for n in dataset.data_vars if str(n).lower() in NAMES or _standard(dataset, str(n))]
-    if len(likely) == 1:
-        return likely[0]
+    for is_likely in (_is_named, _is_described):
+        likely = sorted(str(n) for n in dataset.data_vars if dataset[n].ndim >= 2 and is_likely(dataset[n]))
+        if len(likely) == 1:
+            return likely[0]
+        if likely:
+            raise SourceError(
+                f"{', '.join(likely)} look like precipitation. Name one with --variable; those that add up as "
+                f"'{' + '.join(likely[:2])}'."
+            )
     have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
     raise SourceError(
-        f"{len(likely) or 'None'} of the variables look{'s' if len(likely) < 2 else ''} like precipitation; there "
-        f"are {have}. Name one with --variable; several that add up as 'cp + lsp'."
+        f"None of the variables looks like precipitation; there are {have}. Name one with --variable; several that "
+        "add up as 'cp + lsp'."
     )
 
 
-def _standard(dataset: xr.Dataset, name: str) -> bool:
-    return "precipitation" in str(dataset[name].attrs.get("standard_name", "")) and dataset[name].ndim >= 2
+def _is_named(array: xr.DataArray) -> bool:
+    return str(array.name).lower() in NAMES or "precipitation" in str(array.attrs.get("standard_name", ""))
+
+
+def _is_described(array: xr.DataArray) -> bool:
+    said = " ".join(str(array.attrs.get(key, "")) for key in ("long_name", "description")).lower()
+    return any(word in said for word in ("precip", "rain"))
 
 
 def _variable_text(dataset: xr.Dataset, name: str) -> str:
@@ -177,6 +192,8 @@ def _read(dataset: xr.Dataset, name: str, declared: Declared, found: Inspection)
             shown = list(value) if isinstance(value, tuple) else value
             found.doubts.append(Doubt(str(e), f"{key}: {str(shown).replace(chr(39), '')}   # {MEANING[key]}"))
             declared = replace(declared, **{key: value})  # type: ignore[arg-type]
+            if key == "accumulated" and value != "none":  # the stamps of running sums name their ends
+                found.doubts = [d for d in found.doubts if not d.line.startswith("time_label")]
     return (), declared
 
 
@@ -213,19 +230,28 @@ def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:
             return key, float(text) if key == "step_h" else text
     if "put a cell" in message:
         return None  # only the producer knows the right projection
-    if "evenly spaced steps" in message:
-        return "accumulated", "day"
+    for phrase, settled in ((MIDDLES, ("time_label", "middle")), ("evenly spaced steps", ("accumulated", "day"))):
+        if phrase in message:
+            return settled
+    if bracketed := re.search(r"with brackets, as '([^']+)'", message):
+        return "units", bracketed.group(1)
     for key in re.findall(r"`(\w+):?", message):
         if key in PROVISIONAL and not getattr(declared, key, None):
             return key, PROVISIONAL[key]
     return None
 
 
+def _hours(step: timedelta) -> str:
+    minutes = step / timedelta(minutes=1)
+    return f"{minutes:g} min" if minutes < 60 else f"{minutes / 60:g} h"
+
+
 def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
     crs = None if place.crs_wkt is None else CRS.from_wkt(place.crs_wkt)
     name = "no CRS stated" if crs is None else crs.name if crs.name != "undefined" else crs.to_cf()["grid_mapping_name"]
+    unit = "" if crs is None else " degrees" if crs.is_geographic else f" {crs.axis_info[0].unit_name}"
     if isinstance(place, Grid):
-        size = f"{abs(place.y.step):.6g} x {abs(place.x.step):.6g}"
+        size = f"{abs(place.y.step):.6g} x {abs(place.x.step):.6g}{unit}"
         text = f"{place.y.size} x {place.x.size} regular cells of {size}, {name}"
         x, y = place.x.edges, place.y.edges
     else:
@@ -277,7 +303,7 @@ def _map(coarse: Coarse) -> list[str]:
     known = ~np.isnan(coarse.amount).all(axis=0).ravel() & np.isfinite(x.ravel()) & np.isfinite(y.ravel())
     mean = np.nanmean(coarse.amount.reshape(len(coarse.amount), -1)[:, known], axis=0)
     x, y = x.ravel()[known], y.ravel()[known]
-    wide = MAP_COLUMNS if isinstance(coarse, CellCube) else min(MAP_COLUMNS, coarse.grid.x.size)
+    wide = min(MAP_COLUMNS, max(1, math.isqrt(x.size)) if isinstance(coarse, CellCube) else coarse.grid.x.size)
     rows, columns = _bins(-y, MAP_ROWS), _bins(x, wide)
     total, count = np.zeros((2, MAP_ROWS, MAP_COLUMNS))
     np.add.at(total, (rows, columns), mean)

@@ -18,7 +18,9 @@ from pyproj import CRS, Geod, Transformer
 from scipy import sparse
 
 from stsr_core.errors import GridError
+from stsr_core.factors import LARGEST
 from stsr_core.grids import Axis, Cells, Grid, TimeAxis
+from stsr_core.overlap import shares
 from stsr_core.sources.box import Box, crs_of, part_of
 from stsr_core.sources.cube import Coarse, Cube
 from stsr_core.sources.harmonise import Reading, with_negatives
@@ -34,7 +36,6 @@ AnyCube = TypeVar("AnyCube", "Cube", "CellCube")
 COVERED = 1 - 1e-6  # share of a target cell that source cells must cover
 MISSING_SHARE = 1e-6  # share of missing source area above which a target cell is missing
 OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
-LARGEST_FACTOR = 25
 KEPT_WEIGHTS = 8  # pairs of grids whose weights a process keeps
 BLOCK_VALUES = 1 << 20  # values that are regridded at a time: what a processor keeps close
 
@@ -61,7 +62,7 @@ def coarse_grid(target: TargetGrid, factor: Factor) -> Grid:
 
 def reach(target: TargetGrid) -> Box:
     """Return the box that the coarse lattices of all factors need: the target grown by the largest coarse cell."""
-    grow = target.spacing_m * LARGEST_FACTOR
+    grow = target.spacing_m * LARGEST[0]
     return Box(
         target.x_min - grow, target.y_min - grow, target.x_max + grow, target.y_max + grow,
         CRS.from_user_input(target.crs).to_wkt(),
@@ -84,7 +85,7 @@ def native_factor(coarse: Coarse | Reading, target: TargetGrid) -> tuple[float, 
     corners = cells_of(nearby.grid).corners
     source = CRS.from_wkt(crs_of(place))
     west, south, _, _ = middle.bounds_in(source)
-    inside = shapely.distance(_rings(corners), shapely.Point(west, south))
+    inside = shapely.distance(shapely.polygons(_filled(corners)), shapely.Point(west, south))
     return (
         math.sqrt(_area_m2(corners[int(np.argmin(inside))], source)) / target.spacing_m,
         coarse.times.step / timedelta(hours=target.fine_step_h),
@@ -124,10 +125,18 @@ def cells_of(grid: Grid | Cells) -> Cells:
     """
     if isinstance(grid, Cells):
         return grid
-    x, y = np.meshgrid(grid.x.edges, grid.y.edges)
-    corner = np.stack((x, y), axis=-1)
-    rings = np.stack((corner[:-1, :-1], corner[:-1, 1:], corner[1:, 1:], corner[1:, :-1]), axis=2)
-    return Cells(rings.reshape(-1, 4, 2), crs_of(grid))
+    return Cells(_around_nodes(_nodes(grid)), crs_of(grid))
+
+
+def _nodes(grid: Grid) -> NDArray[np.float64]:
+    """Places where cells of a grid meet, (Y + 1, X + 1, 2)."""
+    return np.stack(np.meshgrid(grid.x.edges, grid.y.edges), axis=-1)
+
+
+def _around_nodes(node: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (Y * X, 4, 2) of the cells between nodes (Y + 1, X + 1, 2), row by row."""
+    rings = np.stack((node[:-1, :-1], node[:-1, 1:], node[1:, 1:], node[1:, :-1]), axis=2)
+    return rings.reshape(-1, 4, 2)
 
 
 def regrid(coarse: Coarse, grid: Grid) -> Cube:
@@ -146,12 +155,12 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
     """
     if isinstance(coarse, Cube) and coarse.grid == grid:
         return coarse
-    part, weights = _weights(_Pair(place_of(coarse), grid))
+    weights = _weights(_Pair(place_of(coarse), grid))
     flat = coarse.amount.reshape(coarse.times.size, -1)
     out = np.empty((coarse.times.size, *grid.shape), np.float32)
     block = max(1, BLOCK_VALUES // max(1, weights.shape[0] + weights.shape[1]))
     for first in range(0, len(flat), block):
-        out[first : first + block] = _weighted(weights, flat[first : first + block, part].T).T.reshape(-1, *grid.shape)
+        out[first : first + block] = _weighted(weights, flat[first : first + block].T).T.reshape(-1, *grid.shape)
     return Cube(out, coarse.times, grid, coarse.attributes, coarse.driving)
 
 
@@ -186,21 +195,15 @@ class _Pair:
 
 
 @lru_cache(maxsize=KEPT_WEIGHTS)
-def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
-    """Source cells that matter, and their shares of what is covered of every target cell, (target, source).
-
-    Rows sum to 1.
-    """
+def _weights(pair: _Pair) -> sparse.csr_matrix:
+    """Shares that source cells have of what is covered of every target cell, (target, source); rows sum to 1."""
     grid = pair.target
     shape = _shape(pair.source)
     nearby = part_of(pair.source, shape, Box.around(grid))
-    index = nearby.index(shape)
-    polygons = _polygons(cells_of(nearby.grid), CRS.from_wkt(grid.crs_wkt or ""))
-    targets = _rings(cells_of(grid).corners)
-    target_index, source_index = shapely.STRtree(polygons).query(targets, predicate="intersects")
-    area = shapely.area(shapely.intersection(targets[target_index], polygons[source_index]))
-    share = area / abs(grid.x.step * grid.y.step)
-    weights = sparse.csr_matrix((share, (target_index, source_index)), shape=(len(targets), len(polygons)))
+    corners = _outlines(nearby.grid, CRS.from_wkt(grid.crs_wkt or ""))
+    share = shares(corners, grid)
+    column = nearby.index(shape)[share.col]
+    weights = sparse.csr_matrix((share.data, (share.row, column)), shape=(share.shape[0], math.prod(shape)))
     covered = np.asarray(weights.sum(axis=1)).ravel()
     if covered.min() < COVERED:
         raise GridError(_uncovered(grid, covered))
@@ -209,7 +212,27 @@ def _weights(pair: _Pair) -> tuple[NDArray[np.int64], sparse.csr_matrix]:
             f"Source cells overlap each other: a target cell is covered {covered.max():.3f} times. Are the bounds of "
             "its cells right?"
         )
-    return index, sparse.csr_matrix(sparse.diags_array(1 / covered) @ weights)
+    return sparse.csr_matrix(sparse.diags_array(1 / covered) @ weights)
+
+
+def _outlines(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
+    """Corners (N, V, 2) of cells in another CRS, straight between them; those of cells without a place there are 0.
+
+    Raises:
+        GridError: outlines that cross themselves.
+    """
+    to_crs = Transformer.from_crs(CRS.from_wkt(crs_of(place)), crs, always_xy=True).transform
+    places = place.corners if isinstance(place, Cells) else _nodes(place)
+    moved = np.stack(to_crs(places[..., 0], places[..., 1]), axis=-1)
+    moved[~np.isfinite(moved)] = np.nan
+    corners = _filled(moved if isinstance(place, Cells) else _around_nodes(moved))
+    bent = ~shapely.is_valid(shapely.polygons(corners))
+    if bent.any():
+        raise GridError(
+            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
+            "its cells in order?"
+        )
+    return corners
 
 
 def _weighted(weights: sparse.csr_matrix, amount: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -222,30 +245,13 @@ def _weighted(weights: sparse.csr_matrix, amount: NDArray[np.float32]) -> NDArra
     return result
 
 
-def _polygons(cells: Cells, crs: CRS) -> NDArray[np.object_]:
-    """Cell polygons in another CRS; cells without a place there are empty."""
-    x, y = Transformer.from_crs(CRS.from_wkt(cells.crs_wkt), crs, always_xy=True).transform(
-        cells.corners[..., 0], cells.corners[..., 1]
-    )
-    corners = np.stack((np.asarray(x), np.asarray(y)), axis=-1)
-    corners[~np.isfinite(corners)] = np.nan
-    polygons = _rings(corners)
-    bent = ~shapely.is_valid(polygons)
-    if bent.any():
-        raise GridError(
-            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
-            "its cells in order?"
-        )
-    return polygons
-
-
-def _rings(corners: NDArray[np.float64]) -> NDArray[np.object_]:
-    """Polygons of corners (N, V, 2); corners that are NaN repeat the one before."""
+def _filled(corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (N, V, 2) in which those that are NaN repeat the one before; 0 where there is none."""
     filled = corners.copy()
     for v in range(1, filled.shape[1]):
         absent = ~np.isfinite(filled[:, v]).all(axis=1)
         filled[absent, v] = filled[absent, v - 1]
-    return np.asarray(shapely.polygons(np.where(np.isfinite(filled), filled, 0.0)))
+    return np.where(np.isfinite(filled), filled, 0.0)
 
 
 def _uncovered(grid: Grid, covered: NDArray[np.float64]) -> str:

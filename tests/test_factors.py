@@ -24,6 +24,14 @@ def test_a_request_beyond_the_limit_is_refused_and_told_what_to_train():
         FAMILY.nearest(10, 6)
 
 
+def test_a_request_that_no_factor_could_serve_is_told_what_target_grid_it_needs():
+    # 0.25 degrees to 500 m needs 48 = 1.92 * 25; a day to 3 h needs 8 = 1.333 * 6.
+    with pytest.raises(FactorError, match=r"beyond \(25,6\), so none .* a spacing 1.92 times as wide, or the source"):
+        FAMILY.nearest(48, 1)
+    with pytest.raises(FactorError, match=r"needs steps 1.33 times as long, or the source must be finer"):
+        FAMILY.nearest(2, 8)
+
+
 def test_an_unsupported_factor_names_the_nearest():
     with pytest.raises(FactorError, match=r"\(9,1\) is not served.*The nearest is \(10,1\).*--nearest"):
         FAMILY.exact(9, 1)

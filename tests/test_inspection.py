@@ -27,8 +27,8 @@ def test_the_shipped_sample_has_no_doubts_and_names_its_factor():
     with open_dataset("package:samples/arpege_fc1h_20180501_SE.nc") as dataset:
         found = look(dataset)
     facts = dict(found.facts)
-    assert facts["steps"].startswith("24 of 1:00:00, 2018-05-01 00:00:00 to 2018-05-02")
-    assert "53 x 80 regular cells of 0.1 x 0.1, WGS 84" in facts["grid"]
+    assert facts["steps"].startswith("24 of 1 h, 2018-05-01 00:00:00 to 2018-05-02")
+    assert "53 x 80 regular cells of 0.1 x 0.1 degrees, WGS 84" in facts["grid"]
     assert "needs factor (9.44,1.00); (10,1) serves it" in facts["product"]
     assert found.doubts == []
     assert len(found.picture) == 14
@@ -69,6 +69,52 @@ def test_the_line_for_a_doubt_keeps_what_the_file_means(bare):
     days = xr.Dataset({"rain": sums}, {"time": time, "y": bare["y"], "x": bare["x"]})
     found = look(days, declared=Declared(time_label="end", crs="EPSG:2154"))
     assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["accumulated: day"]
+
+
+def test_stamps_of_running_sums_need_no_declaration_of_their_own(bare):
+    sums = bare.assign(rain=bare["rain"].where(bare["rain"] >= 0).cumsum("time").assign_attrs(units="mm"))
+    found = look(sums, declared=Declared(crs="EPSG:2154"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["accumulated: run"]
+    half_past = bare.assign_coords(time=bare["time"] + np.timedelta64(30, "m"))
+    found = look(half_past, declared=Declared(crs="EPSG:2154", units="mm", missing_values=(-999.0,)))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["time_label: middle"]
+
+
+def test_broken_bounds_are_settled_by_two_lines_under_one_doubt(bare):
+    rain = bare.where(bare >= 0).assign_coords(time=bare["time"].values[0] + np.arange(6) * np.timedelta64(3, "h"))
+    rain["rain"].attrs["units"] = "mm"
+    rain["time"].attrs["bounds"] = "time_bnds"
+    rain["time_bnds"] = ("time", "nv"), np.stack([rain["time"].values] * 2, axis=1)
+    found = look(rain, declared=Declared(crs="EPSG:2154"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["step_h: 3.0", "time_label: end"]
+    assert found.text().count("have no length") == 1
+
+
+def test_units_that_are_read_in_two_ways_are_proposed_in_brackets(bare):
+    rain = bare.where(bare >= 0)
+    rain["rain"].attrs["units"] = "mm/3h"
+    found = look(rain, declared=Declared(crs="EPSG:2154", time_label="end"))
+    assert [d.line.split(" #")[0].strip() for d in found.doubts] == ["units: mm (3 h)-1"]
+
+
+def test_precipitation_is_known_by_its_description_where_names_say_nothing(bare):
+    declared = Declared(time_label="end", crs="EPSG:2154", units="mm", missing_values=(-999.0,))
+    described = bare.rename(rain="RAINNC").assign(t2=bare["rain"])
+    described["RAINNC"].attrs["description"] = "ACCUMULATED TOTAL GRID SCALE PRECIPITATION"
+    assert dict(look(described, declared=declared).facts)["variable"].startswith("RAINNC (")
+    both = described.assign(RAINC=described["RAINNC"])
+    with pytest.raises(SourceError, match=r"RAINC, RAINNC look like precipitation.*add up as 'RAINC \+ RAINNC'"):
+        look(both)
+
+
+def test_the_map_of_cells_has_no_gaps(bare):
+    lon, lat = np.meshgrid(4 + 0.1 * np.arange(30), 43 + 0.1 * np.arange(20))
+    places = {"lat": (("y", "x"), lat, {"units": "degrees_north"}), "lon": (("y", "x"), lon, {"units": "degrees_east"})}
+    curved = bare.drop_vars(("y", "x")).assign_coords(places)
+    found = look(curved, declared=Declared(time_label="end", units="mm", missing_values=(-999.0,)))
+    rows = [row.rstrip() for row in found.picture]
+    assert len(rows) > 5
+    assert not any(" " in row for row in rows)
 
 
 def test_what_no_declaration_mends_is_said_to_be_refused(bare):

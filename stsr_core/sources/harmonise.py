@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import numpy as np
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Cells, Grid, TimeAxis
+from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import ALL, Declared
 from stsr_core.sources.driving import Driving, labels_of, selected
 from stsr_core.sources.grib import LEFT_OUT
 from stsr_core.sources.period import period_of, within
-from stsr_core.sources.places import Place, is_horizontal, place_of
+from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
 from stsr_core.sources.remote import patiently
 from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of
 from stsr_core.sources.units import check_agreement, measured
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
+HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
+SAME = 1e-5  # relative difference of values that are the same but for packing
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
 NOTHING = Declared()
@@ -170,7 +174,8 @@ def cubes_of(
 class Layout:
     """A variable before its values are read: where and when its records are.
 
-    `array` has the dimensions of the driving members, if any, of time, and of the place, in this order.
+    `array` has the dimensions of the driving members, if any, of time, and of the place, in this order. `seam` are its
+    first column and one that repeats it a full circle on, which `array` leaves out; None where the file has none.
     """
 
     array: xr.DataArray
@@ -179,6 +184,7 @@ class Layout:
     place: Place
     steps: Steps
     units: str
+    seam: xr.DataArray | None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -202,9 +208,14 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> L
     if len(horizontal) not in (1, 2):
         raise SourceError(_too_many(dataset, array, horizontal))
     steps = steps_of(stamps_of(array[time]), _bounds(dataset, time, time_dim), declared)
+    seam, around = None, repeating(dataset, horizontal) if len(horizontal) == 2 else None
+    if around is not None:
+        seam = array.isel({around: [0, -1]})
+        array, dataset = array.isel({around: slice(0, -1)}), dataset.isel({around: slice(0, -1)})
     place = place_of(dataset, array, horizontal, declared.crs)
-    array = array.transpose(*leading, *place.dims)
-    return Layout(array, driving, time_dim, place, steps, _units(array, declared))
+    order = (*leading, *place.dims)
+    seam = None if seam is None else seam.transpose(*order)
+    return Layout(array.transpose(*order), driving, time_dim, place, steps, _units(array, declared), seam)
 
 
 def _check_runs(dataset: xr.Dataset, name: str, declared: Declared) -> None:
@@ -303,6 +314,9 @@ def _units(array: xr.DataArray, declared: Declared) -> str:
             "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), "
             "or by --declare."
         )
+    called = " ".join(str(array.attrs.get(key, "")) for key in ("standard_name", "long_name", "description"))
+    if "anomal" in called.lower():
+        raise SourceError(f"{array.name!r} is an anomaly ({called.strip()}), no amount. Name the amounts themselves.")
     check_agreement(units, str(array.attrs.get("standard_name", "")), str(array.attrs.get("cell_methods", "")))
     return units
 
@@ -385,7 +399,11 @@ class Reading:
 
         Returns:
             (R, T, *shape), and how many negatives became 0 in each driving member.
+
+        Raises:
+            SourceError: more than memory holds.
         """
+        _check_memory(len(self.labels), self.times.size, math.prod(shape))
         out = np.empty((len(self.labels), self.times.size, *shape), np.float32)
         first, negatives = 0, [0] * len(out)
         for block in self.blocks():
@@ -465,6 +483,18 @@ def negatives_of(coarse: Coarse) -> int:
     return int(coarse.attributes.get(ZEROED, "0"))
 
 
+def _check_memory(members: int, steps: int, cells: int) -> None:
+    """Refuse what would not fit, which would else be killed by the system in the middle of reading."""
+    needed, free = np.dtype(np.float32).itemsize * members * steps * cells, available()
+    if needed > HELD_SHARE * free:
+        driving = f"{members} driving members x " if members > 1 else ""
+        raise SourceError(
+            f"{driving}{steps} steps x {cells} cells take {needed / 1e9:.1f} GB; of the "
+            f"{free / 1e9:.1f} GB of memory that are free, {HELD_SHARE:.0%} may be taken. Read a shorter `period:` "
+            "(a backfill goes in pieces), fewer driving members by `select:`, or a smaller area."
+        )
+
+
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
     """Yield what an iterator yields, and let it make the next item in a thread meanwhile."""
     with ThreadPoolExecutor(1) as thread:
@@ -482,6 +512,8 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     used = np.concatenate((steps.record, steps.base[steps.base >= 0]))
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
+    if layout.seam is not None:
+        _check_seam(layout.seam.isel({layout.time_dim: slice(low, high), layout.place.dims[0]: part.rows}))
     dtype = np.float32 if array.dtype == np.float32 and not steps.differenced else np.float64
     records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
@@ -502,6 +534,17 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     values = records[:, steps.record - low]
     values[:, later] -= records[:, steps.base[later] - low]
     return values, max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
+
+
+def _check_seam(seam: xr.DataArray) -> None:
+    """Refuse a column of longitudes that lies on the first one, a full circle on, and holds other values."""
+    first, last = np.moveaxis(patiently(lambda: np.asarray(seam.values, np.float64), "the values"), -1, 0)
+    other = int((~np.isclose(first, last, rtol=SAME, atol=0.0, equal_nan=True)).sum())
+    if other:
+        raise SourceError(
+            f"The last column of {seam.dims[-1]} lies on the first, a full circle on, but {other} of its {last.size} "
+            "values are others. Remove the wrong one of the two columns."
+        )
 
 
 def _mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: Declared) -> None:

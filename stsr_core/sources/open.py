@@ -19,6 +19,7 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.sources import geotiff
 from stsr_core.sources.remote import patiently, shown
+from stsr_core.sources.times import with_written_times
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -174,10 +175,10 @@ def _decoded(raw: xr.Dataset) -> xr.Dataset:
     import xarray as xr
 
     try:
-        return xr.decode_cf(raw, decode_timedelta=False)
+        return with_written_times(xr.decode_cf(raw, decode_timedelta=False))
     except ValueError:
         numbers = {n: v for n, v in raw.variables.items() if not _is_decodable(v)}
-        return xr.decode_cf(raw.drop_vars(numbers), decode_timedelta=False).assign(numbers)
+        return with_written_times(xr.decode_cf(raw.drop_vars(numbers), decode_timedelta=False).assign(numbers))
 
 
 def _is_decodable(variable: xr.Variable) -> bool:
@@ -315,6 +316,7 @@ def _joined(place: Location) -> xr.Dataset:
         return found[0]
     _check_alike(found, paths)
     times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
+    _check_one_calendar(times, paths)
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
     dim = MEMBER if same else "time"
     if not same:
@@ -356,6 +358,17 @@ def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
                     f"The files do not fit together: {name!r} is {', '.join(filter(None, one)) or 'not described'} in "
                     f"some, {', '.join(filter(None, other)) or 'not described'} in {path}. Name files of one kind."
                 )
+
+
+def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
+    """Refuse files whose dates cannot be compared."""
+    calendars = [getattr(t[0], "calendar", "standard") if t.dtype == object else "standard" for t in times]
+    for calendar, path in zip(calendars[1:], paths[1:], strict=True):
+        if calendar != calendars[0]:
+            raise SourceError(
+                f"The files do not fit together: the calendar is {calendars[0]} in {paths[0]}, {calendar} in {path}. "
+                "Name files of one calendar."
+            )
 
 
 def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:

@@ -26,6 +26,7 @@ LATITUDES, LONGITUDES = ("lat", "latitude", "rlat"), ("lon", "longitude", "rlon"
 LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
 REGULARITY = 1e-3  # largest deviation of a regular axis, in steps
+REPEATED = 0.01  # distance of places that are the same, in steps of their axis
 GEOGRAPHIC = 4326
 CRS_DEGREES = f"EPSG:{GEOGRAPHIC}"
 POLE = 90.0 + 1e-6
@@ -67,6 +68,19 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
         return Place((y, x), _curvilinear(dataset, *flat, (y, x)))
     lacking = y if y not in dataset.coords else x
     raise SourceError(f"Dimension {lacking} has no coordinate. Cell centres are needed; add them.")
+
+
+def repeating(dataset: xr.Dataset, dims: tuple[str, ...]) -> str | None:
+    """Return the dimension whose last cells lie on its first, as longitudes from 0 to 360 do; None where none does."""
+    for dim in dims:
+        along = (dataset[name] for name in dataset.variables)
+        for coordinate in (c for c in along if c.dims == (dim,) and c.dtype.kind in "fiu"):
+            if _is_longitude(coordinate) or coordinate.attrs.get("standard_name") == "grid_longitude":
+                turned = np.unwrap(_degrees(coordinate, coordinate), period=360.0)
+                turn = abs(turned[-1] - turned[0])
+                if abs(turn - 360.0) < REPEATED * turn / max(1, len(turned) - 1):
+                    return dim
+    return None
 
 
 def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool]) -> xr.Dataset:

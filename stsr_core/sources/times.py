@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Time: TypeAlias = datetime | cftime.datetime
 ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
+WRITTEN, WRITTEN_AS = "Times", "%Y-%m-%d_%H:%M:%S"  # variable of WRF files, and the dates that it holds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")
+MIDDLES = "They lie half a step from whole multiples of it, as middles do."
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
@@ -82,6 +84,27 @@ def stamps_of(coordinate: xr.DataArray) -> list[Time]:
     )
 
 
+def with_written_times(dataset: xr.Dataset) -> xr.Dataset:
+    """Give a dataset the time axis that its variable Times writes in characters, as every WRF file does.
+
+    Raises:
+        SourceError: characters that are no date.
+    """
+    written = dataset.get(WRITTEN)
+    if written is None or written.ndim != 1 or written.dtype.kind not in "SUO" or "time" in dataset.variables:
+        return dataset  # the axis of other files that have such a variable is their own
+    stamps = [_date_written(v.decode() if isinstance(v, bytes) else str(v)) for v in written.values]
+    along = dataset.drop_vars(WRITTEN).rename({str(written.dims[0]): "time"})
+    return along.assign_coords(time=("time", np.array(stamps, "datetime64[ns]"), {"axis": "T"}))
+
+
+def _date_written(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, WRITTEN_AS)
+    except ValueError as e:
+        raise SourceError(f"{WRITTEN} holds {text!r}; dates such as 2001-01-31_06:00:00 are needed. Mend it.") from e
+
+
 def _rounded(time: Time) -> Time:
     """A time without the rounding errors of files that count fractions of days."""
     return time + timedelta(microseconds=1000 * round(time.microsecond / 1000) - time.microsecond)
@@ -118,7 +141,7 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     if declared.time_label is None:
         raise SourceError(
             f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
-            "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare."
+            f"`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare.{_hint(stamps)}"
         )
     if declared.step_h is not None:
         step = timedelta(hours=declared.step_h)
@@ -133,6 +156,14 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     intervals = [Interval(s, s + step) for s in starts]
     _check_even(stamps, step)
     return _joined(intervals, declared.time_label)
+
+
+def _hint(stamps: list[Time]) -> str:
+    """What the stamps suggest that they stand for; nothing where they may stand for anything."""
+    if len(stamps) < 2:
+        return ""
+    step, since = stamps[1] - stamps[0], stamps[0] - stamps[0].replace(hour=0, minute=0, second=0, microsecond=0)
+    return f" {MIDDLES}" if 2 * (since % step) == step else ""
 
 
 def _accumulated(stamps: list[Time], since: str) -> list[Interval]:
@@ -208,11 +239,12 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
 
 
 def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
+    apart = "" if len(stamps) < 2 else f" {(stamps[1] - stamps[0]) / timedelta(hours=1):g}"
     for stamp, (start, end) in zip(stamps, bounds, strict=True):
         if end <= start:
             raise SourceError(
-                f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and `step_h:` of "
-                "the source in catalog.yaml, or by --declare, which then replace them."
+                f"Time bounds {start} to {end} have no length. Mend them, or declare `time_label:` and "
+                f"`step_h:{apart}` of the source in catalog.yaml, or by --declare, which then replace them."
             )
         if timedelta(0) < (short := -(end - start) % MINUTE) <= SECOND:
             hours = (end - start + short) / timedelta(hours=1)
@@ -223,8 +255,8 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
             )
         if not start <= stamp <= end:
             raise SourceError(
-                f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare "
-                "`time_label:` and `step_h:` of the source in catalog.yaml, or by --declare, which then replace them."
+                f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare `time_label:` "
+                f"and `step_h:{apart}` of the source in catalog.yaml, or by --declare, which then replace them."
             )
 
 

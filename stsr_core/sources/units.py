@@ -23,6 +23,7 @@ COUNTED_TIME = re.compile(
 MULTIPLIED = re.compile(r"(?<!\*)\*\s*\d")
 # UDUNITS takes 30.44 and 365.24 days for these, calendars do not.
 UNEVEN_TIME = re.compile(r"(?<![a-z])(months?|mon|years?|yrs?)(?![a-z])", re.IGNORECASE)
+WATER = re.compile(r"\s+of (?:liquid )?water(?: equivalent)?$")  # says what the depth is of, as GRIB does
 METHODS = re.compile(r"\btime: (?:\w+: )*(?!mean\b|sum\b|point\b)(\w+)")
 KNOWN = "mm, m, kg m-2, inch, mm/h, mm day-1, mm s-1, kg m-2 s-1"
 
@@ -40,10 +41,11 @@ def measured(units: str) -> tuple[Kind, float]:
             f"Units {units!r} have a {uneven.group(1)}, whose length nobody states. Declare `units:` of the source in "
             "catalog.yaml, or by --declare, with days, as 'mm (30 day)-1'."
         )
-    if COUNTED_TIME.search(units):
+    if counted := COUNTED_TIME.search(units):
+        count = re.sub(r"[^\da-z]*(\d+)\s*([a-z]+).*", r"(\1 \2)-1", counted.group())
         raise SourceError(
             f"Units {units!r} may mean 'per so many' or 'so many per'. Declare `units:` of the source in catalog.yaml, "
-            "or by --declare, with brackets, as 'mm (3 h)-1'."
+            f"or by --declare, with brackets, as '{units[: counted.start()].strip()} {count}'."
         )
     if MULTIPLIED.search(units):
         raise SourceError(
@@ -51,7 +53,7 @@ def measured(units: str) -> tuple[Kind, float]:
             "source in catalog.yaml, or by --declare, with the number in front, as '0.1 mm'."
         )
     try:
-        unit = Unit(units)
+        unit = Unit(WATER.sub("", units))
     except ValueError as e:
         raise SourceError(f"Units {units!r} are not understood; known are such as {KNOWN}. {_declare()}") from e
     for reference, kind, scale in REFERENCES:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+import zarr
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import ALL, Declared
@@ -140,3 +141,22 @@ def test_files_with_bounds_join_along_driving_members(tmp_path):
         cubes = read_cubes(opened, "pr")
     assert [cube.driving for cube in cubes] == ["r0", "r1", "r2"]
     np.testing.assert_allclose(cubes[1].amount, RAIN[1], rtol=1e-6)
+
+
+def test_more_than_memory_holds_is_refused_before_it_is_read(tmp_path):
+    group = zarr.open_group(tmp_path / "large.zarr", mode="w")
+    sizes = {"member": 50, "time": 24, "lat": 36_000, "lon": 72_000}  # 12.4 TB, none of it written
+    values = {
+        "member": np.arange(50), "time": np.arange(24.0),
+        "lat": -90 + 0.005 * (np.arange(36_000) + 0.5), "lon": 0.005 * np.arange(72_000),
+    }  # fmt: skip
+    units = {"time": "hours since 2001-01-01", "lat": "degrees_north", "lon": "degrees_east", "member": "1"}
+    for name, along in values.items():
+        group.create_array(name, data=along, dimension_names=(name,)).attrs["units"] = units[name]
+    shape, chunks = tuple(sizes.values()), (1, 1, 1000, 1000)
+    rain = group.create_array("pr", shape=shape, chunks=chunks, dtype="float32", dimension_names=tuple(sizes))
+    rain.attrs["units"] = "mm"
+    with open_dataset(str(tmp_path / "large.zarr")) as dataset:
+        reading = find(dataset, "pr", END)
+        with pytest.raises(SourceError, match=r"50 driving members x 24 steps x 2592000000 cells take 12441.6 GB; of "):
+            reading.read_all()

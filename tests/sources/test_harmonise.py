@@ -49,6 +49,8 @@ def test_the_shipped_sample_reads_as_its_file_says():
         ("inches", 2.0 / 25.4, 2.0),
         ("inch/hour", 2.0 / 25.4, 2.0),
         ("mm s-1", 2.0 / 3600, 2.0),
+        ("m of water equivalent", 0.002, 2.0),
+        ("mm of water", 2.0, 2.0),
     ],
 )
 def test_units_become_mm_per_step(units, value, amount):
@@ -115,6 +117,12 @@ def test_axes_are_kept_as_they_run_and_latitudes_imply_their_crs():
     assert cube.grid.y.step == -0.5
     assert cube.grid.x.step == pytest.approx(0.1, abs=1e-12)
     assert "WGS 84" in cube.grid.crs_wkt
+
+
+def test_anomalies_are_no_amounts():
+    data = array().assign_attrs(long_name="Precipitation anomaly against 1991-2020")
+    with pytest.raises(SourceError, match="is an anomaly .Precipitation anomaly against 1991-2020., no amount"):
+        cube_of(data, END)
 
 
 def test_small_negative_amounts_are_rounding_and_missing_stays_missing():

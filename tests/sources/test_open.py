@@ -125,6 +125,15 @@ def test_files_of_the_same_times_are_driving_members_named_by_what_tells_them_ap
         np.testing.assert_array_equal(read_coarse(opened, "pr", declared).amount[:, 0, 0], [100, 101, 102])
 
 
+def test_files_of_different_calendars_do_not_fit_together(tmp_path):
+    days(0, 3).to_netcdf(tmp_path / "a.nc")
+    later = days(3, 3)
+    later["time"].encoding.update(units="days since 2001-01-01", calendar="standard")
+    later.convert_calendar("noleap").to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match=r"the calendar is standard in .*a.nc, noleap in .*b.nc. Name files of one"):
+        open_dataset(str(tmp_path / "*.nc"))
+
+
 def test_files_that_do_not_fit_together_are_refused(tmp_path):
     days(0, 3).to_netcdf(tmp_path / "a.nc")
     days(2, 3).to_netcdf(tmp_path / "b.nc")

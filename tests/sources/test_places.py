@@ -187,6 +187,28 @@ def test_longitudes_0_to_360_and_descending_latitudes_reach_across_the_meridian(
     assert read_coarse(data, "pr", near=reach(west)).grid.x.size < 20
 
 
+@pytest.mark.parametrize("first", [0.0, -180.0])
+def test_a_column_that_lies_on_the_first_a_full_circle_on_is_left_out(first):
+    lat, globe = np.arange(46.0, 41.0, -0.5), first + np.arange(0.0, 360.5, 0.5)
+    at_zero = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=4.4e5, x_max=4.8e5, y_min=6.3e6, y_max=6.34e6)
+    lattice = coarse_grid(at_zero, Factor(space=10, time=1))
+    pr = rain(2, lat.size, globe.size)
+    pr[..., -1] = pr[..., 0]
+    pr[:, 2, [0, -1]] = np.nan  # in the far north of the target's surroundings
+    coords = {"lat": ("lat", lat, {"units": "degrees_north"}), "lon": ("lon", globe, {"units": "degrees_east"})}
+    data = timed({"pr": (("time", "lat", "lon"), pr)}, coords)
+    once = data.isel(lon=slice(0, -1))
+    cube = read_coarse(data, "pr")
+    assert cube.grid == read_coarse(once, "pr").grid
+    np.testing.assert_array_equal(cube.amount, pr[..., :-1])
+    near = regrid(read_coarse(data, "pr", near=reach(at_zero)), lattice)
+    np.testing.assert_allclose(near.amount, regrid(read_coarse(once, "pr"), lattice).amount, rtol=1e-6)
+
+    data["pr"][1, 5, -1] += 1.0
+    with pytest.raises(SourceError, match=r"last column of lon lies on the first, a full circle on, but 1 of its 20 "):
+        read_coarse(data, "pr")
+
+
 def test_projected_axes_in_km_and_a_declared_crs():
     x, y = np.arange(840.0, 920.0, 8.0), np.arange(6360.0, 6285.0, -8.0)
     coords = {"y": ("y", y, {"units": "km"}), "x": ("x", x, {"units": "km"})}

@@ -90,6 +90,45 @@ def test_dates_that_cdo_writes_as_numbers_of_days(tmp_path, calendar, kind):
             read_coarse(later, "tot_prec", Declared(accumulated="run"))
 
 
+def wrf(path, hours, mm, *, xtime, written="2001-03-01_{:02}:00:00"):
+    """A wrfout file: running sums since the start of the run, dates as characters, and perhaps minutes since then."""
+    with netCDF4.Dataset(path, "w", format="NETCDF3_64BIT_OFFSET") as file:
+        for name, size in {"Time": None, "DateStrLen": 19, "south_north": 5, "west_east": 6}.items():
+            file.createDimension(name, size)
+        times = file.createVariable("Times", "S1", ("Time", "DateStrLen"))
+        times[:] = [list(written.format(h)) for h in hours]
+        dims = ("Time", "south_north", "west_east")
+        lon, lat = np.meshgrid(LON, LAT)
+        for name, values, units in (("XLAT", lat, "degree_north"), ("XLONG", lon, "degree_east"), ("RAINNC", mm, "mm")):
+            file.createVariable(name, "f4", dims)[:] = np.broadcast_to(values, (len(hours), 5, 6))
+            file[name].units = units
+        file["RAINNC"].coordinates = "XLONG XLAT XTIME" if xtime else "XLONG XLAT"
+        if xtime:
+            file.createVariable("XTIME", "f4", ("Time",))[:] = 60.0 * np.array(hours)
+            file["XTIME"].units = "minutes since 2001-03-01 00:00:00"
+
+
+@pytest.mark.parametrize("xtime", [False, True])
+def test_wrf_writes_its_dates_as_characters_and_one_file_after_the_other(tmp_path, xtime):
+    sums = np.concatenate((np.zeros_like(MM[:1]), MM.cumsum(axis=0)))
+    wrf(tmp_path / "wrfout_d01_a", [0, 3, 6], sums[:3], xtime=xtime)
+    wrf(tmp_path / "wrfout_d01_b", [9, 12], sums[3:], xtime=xtime)
+    run = Declared(accumulated="run")
+    with open_dataset(str(tmp_path / "wrfout_d01_a")) as dataset:
+        cube = read_coarse(dataset, "RAINNC", run)
+    np.testing.assert_allclose(cube.amount.reshape(2, 5, 6), MM[:2], atol=1e-5)
+    with open_dataset(str(tmp_path / "wrfout*")) as dataset:
+        cube = read_coarse(dataset, "RAINNC", run)
+    np.testing.assert_allclose(cube.amount.reshape(4, 5, 6), MM, atol=1e-5)  # of float32 sums
+    assert (cube.times.start, cube.times.step) == (datetime(2001, 3, 1), timedelta(hours=3))
+
+
+def test_characters_that_are_no_date_are_refused(tmp_path):
+    wrf(tmp_path / "wrfout", [0, 3], MM[:2], xtime=False, written="2001-03-32_{:02}:00:00")
+    with pytest.raises(SourceError, match="Times holds '2001-03-32_00:00:00'; dates such as"):
+        open_dataset(str(tmp_path / "wrfout"))
+
+
 def test_forecasts_of_several_runs_make_no_series():
     """Sums since 00 h and 12 h, at lead times of 3, 6, 9 and 12 h, as cfgrib writes them."""
     run = np.datetime64("2001-01-01", "ns") + np.arange(2) * np.timedelta64(12, "h")
@@ -127,10 +166,10 @@ def test_models_may_lie_behind_the_places_and_places_are_never_proposed_for_sele
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ("mm/3h", "with brackets, as 'mm"),
+        ("mm/3h", r"with brackets, as 'mm \(3 h\)-1'"),
         ("mm/3hr", "with brackets, as 'mm"),
-        ("kg m-2 / 6 hours", "with brackets, as 'mm"),
-        ("mm 3h-1", "with brackets, as 'mm"),
+        ("kg m-2 / 6 hours", r"with brackets, as 'kg m-2 \(6 h\)-1'"),
+        ("mm 3h-1", r"with brackets, as 'mm \(3 h\)-1'"),
         ("mm*10", "with the number in front, as '0.1 mm'"),
         ("mm/s*86400", "with the number in front"),
     ],

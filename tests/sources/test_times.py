@@ -86,3 +86,13 @@ def test_a_period_keeps_whole_steps_of_the_calendar_of_the_source():
         period_of(steps, ("2002-01-01", "2002-02-01"))
     with pytest.raises(SourceError, match="no date of the calendar"):
         period_of(steps, ("2001-13-01", "2002-02-01"))
+
+
+@pytest.mark.parametrize(
+    ("stamps", "hint"),
+    [((0.5, 1.5, 2.5), True), ((12, 36), True), ((3, 9), True), ((1, 2, 3), False), ((0, 24), False), ((6, 30), False)],
+)
+def test_stamps_half_a_step_from_whole_ones_look_like_middles(stamps, hint):
+    with pytest.raises(SourceError, match="Nothing says which time the stamp") as raised:
+        steps_of(hours(*stamps), None, Declared())
+    assert ("as middles do" in str(raised.value)) == hint
