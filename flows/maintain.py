@@ -143,4 +143,5 @@ def _show(done: list[Upkeep], *, dry_run: bool) -> None:
         }
         for upkeep in done
     ]
-    artifacts.table("maintain", rows, "What would be done" if dry_run else "What was done")
+    flaws = sum(len(upkeep.flaws) for upkeep in done)
+    artifacts.table("maintain", rows, f"What {'would be' if dry_run else 'was'} done: {flaws or 'no'} flaws found")

@@ -85,7 +85,8 @@ def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: 
         "shards done before": len(plan.shards) - todo,
         "shards to make": todo,
     }
-    artifacts.facts(artifacts.key_of("plan", product), values, f"Plan of {product}")
+    shards = f"{todo} of {len(plan.shards)} shards to make"
+    artifacts.facts(artifacts.key_of("plan", product), values, f"Plan of {product}: {shards}, factor {found.factor}")
 
 
 def show_published(job: Job, published: Published, picture_url: str) -> None:

@@ -290,7 +290,9 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     for gate in report.gates:
         event("gate", gate=gate.name, passed=gate.passed, found=gate.found, needed=gate.needed)
     rows = [{**gate.model_dump(exclude={"passed"}), "passed": "yes" if gate.passed else "NO"} for gate in report.gates]
-    artifacts.table(artifacts.key_of("gates", attempt.product), rows, f"Gates of {attempt.product}")
+    failed = [gate.name for gate in report.gates if not gate.passed]
+    verdict = f"FAILED {', '.join(failed)}" if failed else f"all {len(rows)} passed"
+    artifacts.table(artifacts.key_of("gates", attempt.product), rows, f"Gates of {attempt.product}: {verdict}")
     report.raise_if_failed()
     return report
 

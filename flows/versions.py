@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
@@ -96,4 +97,5 @@ def summarise(key: str, names: list[str], published: list[NewVersion], failed: M
         }
         for name in names
     ]
-    artifacts.table(key, rows, "What this run did")
+    counts = Counter(row["outcome"] for row in rows)
+    artifacts.table(key, rows, "What this run did: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()))

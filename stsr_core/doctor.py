@@ -247,7 +247,7 @@ def _prefect(_: Settings) -> Finding:
     if not url:
         return Finding("Prefect server", Health.warning, "PREFECT_API_URL is not set", "`stsr up` starts a server.")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/version", timeout=ANSWER_S) as answer:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=ANSWER_S) as answer:
             found = str(json.loads(answer.read()))
     except (urllib.error.URLError, OSError, ValueError) as e:
         return Finding("Prefect server", Health.fault, f"{url} does not answer ({e})", "Start it, or correct the URL.")

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import shutil
 import time
 import uuid
@@ -364,8 +365,10 @@ class Documents:
         return {str(m["path"]): (m["size"], m["last_modified"]) for m in listed}
 
     def _unreachable(self, error: Exception) -> PublicationError:
-        first = str(error).strip().split("\n")[0][:200]
-        return PublicationError(f"{self.destination} cannot be used ({first}). Check address, credentials and rights.")
+        first = str(error).strip().split("\n")[0].partition(": <?xml")[0][:400]
+        code = re.search(r"<Code>(\w+)</Code>", str(error))  # of S3, such as SignatureDoesNotMatch
+        said = f"{first}: {code[1]}" if code else first
+        return PublicationError(f"{self.destination} cannot be used ({said}). Check address, credentials and rights.")
 
     @contextmanager
     def _writing(self, target: Path) -> Iterator[None]:

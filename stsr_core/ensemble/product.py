@@ -134,8 +134,8 @@ class Cost:
             ("dry shards", f"{self.dry}"),
             ("dry windows, skipped", f"{self.skipped:.0%}"),
             ("network evaluations", f"{self.evaluations}"),
-            ("ensemble, uncompressed", f"{self.bytes / 1e9:.2f} GB"),
-            ("device hours", f"{self.device_hours:.2f}"),
+            ("ensemble, uncompressed", f"{_short(self.bytes / 1e9)} GB"),
+            ("device hours", _short(self.device_hours)),
         ]
         if price_per_device_hour:
             rows.append(("cost", f"{self.device_hours * price_per_device_hour:.2f}"))
@@ -149,6 +149,11 @@ class Cost:
         """
         if limit is not None and self.device_hours > limit:
             raise ConfigurationError(
-                f"The plan takes about {self.device_hours:.1f} device hours, more than the limit of {limit:g}. Plan "
-                "fewer members, a shorter period or a smaller grid, or raise STSR_MAX_DEVICE_HOURS."
+                f"The plan takes about {_short(self.device_hours)} device hours, more than the limit of {limit:g}. "
+                "Plan fewer members, a shorter period or a smaller grid, or raise STSR_MAX_DEVICE_HOURS."
             )
+
+
+def _short(value: float) -> str:
+    """A figure for people: three digits that count, 0.0334 and 1230 alike."""
+    return f"{float(f'{value:.3g}'):g}"

@@ -225,7 +225,7 @@ def _plausible(valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates
     found = worst.max_mm if worst else 0.0
     passed = found <= gates.max_mm
     return Gate(
-        name="plausible range", passed=passed, found=f"{found:.2f} mm at most", needed=f"{gates.max_mm:g} mm",
+        name="plausible range", passed=passed, found=f"{found:.2f} mm", needed=f"at most {gates.max_mm:g} mm",
         where=worst.shard if worst and not passed else "",
     )  # fmt: skip
 
@@ -239,7 +239,7 @@ def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Re
     return Gate(
         name="spread", passed=relative >= gates.min_relative_spread or not judged,
         found=f"{relative:.2f} of the mean" if judged else "one member, or no rain",
-        needed=f"{gates.min_relative_spread:g}",
+        needed=f"at least {gates.min_relative_spread:g}",
     )  # fmt: skip
 
 
@@ -251,7 +251,8 @@ def _wet_fraction(stored: Stored, valid: Sequence[Expected], receipts: Mapping[s
     share = wet / under if under else 1.0
     return Gate(
         name="wet fraction", passed=share >= gates.min_wet_fraction,
-        found=f"{share:.2f} of the cells where it rains" if under else "no rain", needed=f"{gates.min_wet_fraction:g}",
+        found=f"{share:.2f} of the cells where it rains" if under else "no rain",
+        needed=f"at least {gates.min_wet_fraction:g}",
     )  # fmt: skip
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +32,12 @@ def test_the_cost_counts_shards_evaluations_and_bytes(library):
     more = Cost.of(plan(library, members=10), device_rate=1e6)
     assert more.device_hours > 1.5 * cost.device_hours
     assert ("cost", f"{2 * cost.device_hours:.2f}") in cost.rows(price_per_device_hour=2.0)
+
+
+@pytest.mark.parametrize(("hours", "shown"), [(0.03341, "0.0334"), (1234.5, "1230"), (0.0, "0")])
+def test_figures_are_shown_with_three_digits_that_count(library, hours, shown):
+    cost = replace(Cost.of(plan(library), device_rate=1.0), device_hours=hours)
+    assert ("device hours", shown) in cost.rows()
 
 
 def test_a_plan_above_the_limit_is_refused(library):

@@ -65,6 +65,11 @@ class Api:
         found = self.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC"})
         return {a["key"]: a for a in reversed(found) if a["key"]}
 
+    def events(self, name: str, resource: str) -> int:
+        """How many events of a name a resource has had."""
+        found = self.post("/events/filter", {"filter": {"event": {"name": [name]}, "resource": {"id": [resource]}}})
+        return int(found["total"])
+
     def task_names(self, run: str) -> list[str]:
         """Names of a run's task runs, sorted."""
         found = self.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})

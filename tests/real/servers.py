@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,4 +118,5 @@ def start(folder: Path, checkpoints: Path, **settings: str) -> Iterator[Site]:
             yield site
         finally:
             for process in site.processes.values():
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # a test killed it, and nothing of it is left
+                    os.killpg(process.pid, signal.SIGKILL)

@@ -14,13 +14,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import FloatRect, Locator, Page, ViewportSize, expect, sync_playwright
 
 from flows.up import find_weed
 from stsr_core.catalog import ls
 from tests.real.site import PRODUCT, Site, start
 
 PICTURES = os.environ.get("STSR_PICTURES")
+SIZE: ViewportSize = {"width": 1200, "height": 1100}
+MENU = 256  # pixels of the menu on the left, which pictures leave out
 WAIT_MS = 120_000.0  # for pages of a server that shares its cores with a run
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-software-rasterizer", "--disable-background-networking",
@@ -45,7 +47,7 @@ def page() -> Iterator[Page]:
         pytest.skip("Debian's package chromium is not installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_page(viewport=SIZE)
         page.set_default_timeout(WAIT_MS)
         expect.set_options(timeout=WAIT_MS)
         asked: set[str] = set()
@@ -79,7 +81,8 @@ def take(page: Page, name: str) -> None:
     """Take a picture, where one is asked for."""
     if PICTURES:
         page.wait_for_timeout(1500)  # until what moves stands still
-        page.screenshot(path=f"{PICTURES}/{name}.png")
+        clip: FloatRect = {"x": MENU, "y": 0, "width": SIZE["width"] - MENU, "height": SIZE["height"]}
+        page.screenshot(path=f"{PICTURES}/{name}.png", clip=clip)
 
 
 def run_of(site: Site, deployment: str) -> str:
@@ -109,7 +112,7 @@ def test_nightly_is_run_from_its_form_and_shows_what_it_did(site: Site, page: Pa
     assert site.api.get(f"/flow_runs/{run}")["parameters"]["members"] == 3
     assert ls(site.catalogue, storage_options=site.options) == {PRODUCT: ["v1"]}
     open_artifacts(page, site, run)
-    page.get_by_role("heading", name="Task runs").scroll_into_view_if_needed()  # the list below loads when it is seen
+    page.locator("li#artifacts").evaluate("tab => tab.scrollIntoView()")  # the list below loads when it is seen
     for key in ("plan-small", "gates-small", "item-small", "quicklook-small"):
         expect(page.get_by_text(key).first).to_be_visible()
     take(page, "nightly-artifacts")
@@ -132,6 +135,6 @@ def test_redeploy_is_tried_from_its_form_and_shows_the_difference(site: Site, pa
     assert found["state_type"] == "COMPLETED", found["state"]["message"]
     assert found["parameters"] | {"reference": "good", "dry_run": True, "smoke_members": 1} == found["parameters"]
     open_artifacts(page, site, run)
-    page.get_by_text("redeploy", exact=True).last.click()
-    expect(page.get_by_text("What changes with good").first).to_be_visible()
+    page.locator(".artifact-card", has_text="What changes with good").click()
+    expect(page.get_by_text("From working tree to good")).to_be_visible()
     take(page, "redeploy-artifact")

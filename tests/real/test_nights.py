@@ -266,10 +266,10 @@ def impatient(folder: Path) -> Path:
 def test_who_is_told_what_and_a_run_that_died_with_its_worker_is_marked(site: Site) -> None:
     with webhook() as (url, texts):
         site.deploy("--file", str(impatient(site.folder)), STSR_ALERT_URL=url)
-        run = site.api.start("nightly/nightly", members=48, force=True)
+        run = site.api.start("nightly/nightly", members=480, force=True)
         made = site.receipts()
         wait_for(lambda: site.receipts() > made, "the first receipt")
-        time.sleep(31)  # a heartbeat
+        wait_for(lambda: site.api.events("prefect.flow-run.heartbeat", f"prefect.flow-run.{run}") > 0, "a heartbeat")
         site.kill("worker")
         engine_of(run).kill()
         late = site.api.start("nightly/nightly", catalog_file="/nowhere.yaml")

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def test_deploying_again_changes_nothing_and_what_is_not_declared_is_removed(sit
     assert "would have set limit stsr-backfill to 2" in done.stdout
     assert "2 changes." in done.stdout
     assert site.stsr("deploy").stdout.strip() == "Nothing to change."
+
+
+def test_doctor_finds_everything_in_order(site: Site) -> None:
+    done = site.stsr("doctor", "--product", "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"ok      Prefect server: {site.api.url} answers, version {version('prefect')}" in done.stdout
 
 
 def test_the_server_makes_runs_of_the_schedule(site: Site) -> None:
@@ -99,6 +106,8 @@ def test_a_killed_run_is_marked_and_the_next_one_goes_on_publishes_and_shows_its
     }  # fmt: skip
     assert shown["progress-small"]["data"] == 100
     assert shown["quicklook-small"]["data"].startswith("data:image/png;base64,")
+    assert re.fullmatch(r"Gates of small: all \d+ passed", shown["gates-small"]["description"])
+    assert shown["nightly"]["description"] == "What this run did: 1 published"
     assert "factor matched" in shown["plan-small"]["data"]
     rows = {row["what"]: row["value"] for row in json.loads(shown["plan-small"]["data"])}
     assert int(rows["shards done before"]) >= 2

@@ -361,5 +361,5 @@ def test_a_store_without_conditional_writes_is_refused_for_more_than_one_publish
 
 def test_wrong_keys_are_an_error_that_says_so(s3):
     url = s3.make_bucket("keys")
-    with pytest.raises(PublicationError, match="Check address, credentials and rights"):
+    with pytest.raises(PublicationError, match="403 Forbidden: SignatureDoesNotMatch.*Check address, credentials and"):
         Attempt.begin(url, "rain", {**s3.options, "secret": "wrong"})
