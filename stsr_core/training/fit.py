@@ -390,9 +390,18 @@ class Training:
         return losses
 
     def residual_scales(self, mean: nn.Module) -> dict[str, float]:
-        """Standard deviation of the transformed residual per factor, on patches that all ranks share."""
-        scales = {}
+        """Scale of the transformed residual per factor: its standard deviation on patches that all ranks share.
+
+        A denoiser that is trained on keeps the scales that it knows.
+        """
+        scales = (
+            {}
+            if self.start is None
+            else {str(s.configuration.factor): s.residual_scale for s in self.start.card.served}
+        )
         for configuration in self.configurations:
+            if str(configuration.factor) in scales:
+                continue
             rng = np.random.default_rng([self.seed, 77])
             squares = []
             for _ in range(SCALE_PATCHES):

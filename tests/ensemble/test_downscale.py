@@ -81,15 +81,12 @@ def test_the_windows_of_a_batch_are_alike_and_within_the_memory_of_the_device(li
         assert len(group) * 3 * math.prod(group[0].shape) <= limit
 
 
-@pytest.mark.slow
-def test_networks_compiled_and_in_half_precision_make_the_same_members_but_for_rounding(library, rain):
+def test_networks_in_half_precision_make_the_same_members_but_for_rounding(library, rain):
     plan, downscaler = plan_of(library, cube_of(np.tile(rain, (1, 2, 2))), members=1)
     plain = ensemble_quanta(plan, downscaler)
     half = ensemble_quanta(plan, downscaler.on(CPU, precision="bfloat16"))
     assert half.mean() == pytest.approx(plain.mean(), rel=1e-4)
     assert np.corrcoef(half.ravel(), plain.ravel())[0, 1] > 0.999
-    compiled = ensemble_quanta(plan, plan_of(library, plan.cube)[1].on(CPU, compiled=True))
-    assert (compiled == plain).mean() > 0.999
 
 
 def test_a_later_start_gives_the_same_numbers_where_windows_agree(library, rain):

@@ -4,6 +4,7 @@ import torch
 from stsr_core.evaluation.scores import seam_ratio
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
+from stsr_core.networks import layers
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.layers import TemporalAttention, VideoUNet, _mirrored
 from stsr_core.networks.mean import CONDITION_CHANNELS, LINEAR_CHANNEL, MeanNetwork
@@ -131,3 +132,14 @@ def test_borders_see_what_the_middle_sees():
     with torch.no_grad():
         found = network(even, Factor(space=1, time=2))
     torch.testing.assert_close(found, found[..., 14:16, 14:16].repeat(1, 1, 1, 16, 16), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "channels", "others"), [("normed", 8, ()), ("modulated", 8, (8, 8)), ("left", 8, ()), ("entered", 5, ())]
+)
+def test_what_a_gpu_has_translated_does_what_a_cpu_does_as_it_is_for_any_size(name, channels, others):
+    function = getattr(layers, name)
+    for n, size in ((2, 12), (3, 18)):
+        tensors = [torch.randn(n, channels, size, size), *(torch.randn(n, c) for c in others)]
+        torch.testing.assert_close(function.fused(*tensors), function(*tensors), atol=1e-5, rtol=1e-5)

@@ -160,6 +160,7 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
     unmoved = replace(TINY, learning_rate=0.0)
     again = fit(replace(training(regions, tmp_path / "again", unmoved), start=first), "x", {})
     assert again.card.training["start"] == first.digest
+    assert [s.residual_scale for s in again.card.served] == [s.residual_scale for s in first.card.served]
     for name, weights in first.weights().items():
         torch.testing.assert_close(again.weights()[name], weights)
 
