@@ -136,8 +136,7 @@ class Downscaler:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         half = self.precision is not torch.float32
-        # Not inference_mode: torch.compile would translate again for its kind of tensors.
-        with torch.no_grad(), torch.autocast(self.device.type, self.precision, enabled=half):
+        with torch.inference_mode(), torch.autocast(self.device.type, self.precision, enabled=half):
             yield
 
     def condition(self, coarse: Tensor, statics: Tensor | None = None, log_gain: Tensor | None = None) -> Tensor:

@@ -31,8 +31,16 @@ def _grown(x: Tensor) -> Tensor:
 
     With zeros there instead, steps between the outermost cells of a domain were up to 2.5 times those inside.
     """
+    if torch.compiler.is_compiling():  # of F.pad it makes kernels that go along x, not along channels
+        rows, columns = (_mirror(n, x.device) for n in x.shape[-2:])
+        return x.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
     with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; CPUs would do so in single precision
         return F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
+
+
+def _mirror(n: int, device: torch.device) -> Tensor:
+    """Positions 1, 0, 1, ..., n - 2, n - 1, n - 2 of `n` cells."""
+    return n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -62,7 +70,7 @@ def _left(x: Tensor) -> Tensor:
 
 
 class _Fused:
-    """A function between two convolutions; on a GPU torch.compile makes one or two kernels of it.
+    """A function between two convolutions; at inference on a GPU torch.compile makes one or two kernels of it.
 
     Whole networks would take it minutes to translate for windows of any size, at every start of a worker.
     """
@@ -72,7 +80,7 @@ class _Fused:
         self.fused = torch.compile(plain, dynamic=True)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        fused = tensors[0].is_cuda and HAS_TRITON
+        fused = tensors[0].is_cuda and HAS_TRITON and torch.is_inference_mode_enabled()
         return self.fused(*tensors) if fused else self.plain(*tensors)
 
 
