@@ -81,7 +81,7 @@ def lattice_noise(
             part = noise[first - t[0] : last - t[0], ..., 2 * pair : 2 * pair + 2]
             part[..., 0], part[..., 1] = _normal(a, b)
     offset = x[0] - groups[0] * LANES
-    return noise.reshape(*shape[:2], -1)[..., offset : offset + shape[2]].contiguous()
+    return noise.reshape(*shape[:2], -1)[..., offset : offset + shape[2]]
 
 
 def _pairs(words: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

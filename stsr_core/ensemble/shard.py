@@ -202,7 +202,7 @@ class _Block:
         t, y, x = ((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
         nt, ny, nx = self.shape
         seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
-        noise = torch.stack([lattice_noise(seed, m, (t, y, x), (nt, ny, nx), stream, mean.device) for m in members])
+        noise = [lattice_noise(seed, m, (t, y, x), (nt, ny, nx), stream, mean.device)[None] for m in members]
         means = mean.expand(count, *self.shape)
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
@@ -213,7 +213,7 @@ class _Block:
 
             return self.blend(expected, count, progress)
 
-        residual = sample(denoise, noise, self.downscaler.angles())
+        residual = sample(denoise, torch.cat(noise) if count > 1 else noise[0], self.downscaler.angles())
         return self.downscaler.amounts(self.cut(mean, box), self.cut(residual, box))
 
     def conserved(self) -> Box:
