@@ -10,6 +10,7 @@ from stsr_core.factors import Factor, recipe
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO
+from stsr_core.training import calibrate
 from stsr_core.training.calibrate import Example, _residuals, calibrated_spread
 
 CONFIGURATION = recipe(Factor(space=4, time=2))
@@ -41,3 +42,9 @@ def example(downscaler: Downscaler, spread: float, seed: int) -> Example:
 def test_the_spread_of_the_truth_is_found(downscaler, spread):
     examples = [example(downscaler, spread, seed) for seed in range(3)]
     assert math.isclose(calibrated_spread(downscaler, examples, seed=9), spread)
+
+
+def test_of_spreads_as_good_as_the_least_crps_the_one_nearest_to_the_skill_is_taken(downscaler, monkeypatch):
+    examples = [example(downscaler, 1.2, seed) for seed in range(3)]
+    monkeypatch.setattr(calibrate, "TOLERANCE", 1.0)  # all are good
+    assert math.isclose(calibrated_spread(downscaler, examples, seed=9), 1.2)
