@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -236,7 +235,7 @@ def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
 
 
 def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
-    if without_rainfarm(plan.cube.amount.shape) or find_spec("pysteps") is None:
+    if without_rainfarm(plan.cube.amount.shape):
         return None
     started = time.perf_counter()
     rainfarm(plan.cube.amount, options.factor, members=1, seed=1)

@@ -77,16 +77,12 @@ def lattice_noise(
     for first in range(*t, at_once):
         last = min(first + at_once, t[1])
         counter = words(*groups, 2), words(*y, 1), words(first, last, 0), torch.tensor(member, device=device)
-        for pair, (a, b) in enumerate(_pairs(philox(counter, key))):
+        found = philox(counter, key)
+        for pair, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)):
             part = noise[first - t[0] : last - t[0], ..., 2 * pair : 2 * pair + 2]
             part[..., 0], part[..., 1] = _normal(a, b)
     offset = x[0] - groups[0] * LANES
     return noise.reshape(*shape[:2], -1)[..., offset : offset + shape[2]]
-
-
-def _pairs(words: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    a, b, c, d = words
-    return (a, b), (c, d)
 
 
 def _normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

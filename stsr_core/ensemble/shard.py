@@ -272,6 +272,14 @@ def _core(task: ShardTask) -> NDArray[np.float32]:
     return task.coarse[_inside(task.shard.box, task.read)]
 
 
+def _hole(task: ShardTask) -> NDArray[np.bool_]:
+    """Fine cells and steps (t, y, x) of the shard whose input is missing."""
+    hole = np.isnan(_core(task))
+    for axis, parts in enumerate(_parts(task.recipe.served.configuration.factor)):
+        hole = hole.repeat(parts, axis=axis)
+    return hole
+
+
 def _inside(box: Box, read: Box) -> tuple[slice, ...]:
     """Slices of a box in what was read."""
     return tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, read, strict=True))
@@ -284,10 +292,7 @@ def _parts(factor: Factor) -> tuple[int, int, int]:
 def _dry(task: ShardTask) -> ShardResult:
     """A shard without rain: zeros, and what is missing in the input."""
     first, last = task.shard.numbers
-    hole = np.isnan(_core(task))
-    for axis, parts in enumerate(_parts(task.recipe.served.configuration.factor)):
-        hole = hole.repeat(parts, axis=axis)
-    quanta = np.where(hole, np.uint16(MISSING), np.uint16(0))
+    quanta = np.where(_hole(task), np.uint16(MISSING), np.uint16(0))
     return ShardResult(np.repeat(quanta[None], last - first, axis=0), 0, 0)
 
 
@@ -313,10 +318,7 @@ def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:
             f"Shard {task.shard.key} holds {most * QUANTUM_MM:.0f} mm in one fine cell and step; the store holds up "
             f"to {(MISSING - 1) * QUANTUM_MM:.2f} mm. Check the unit of the input."
         )
-    hole = coarse.isnan()
-    for axis, parts in enumerate(_parts(factor)):
-        hole = hole.repeat_interleave(parts, dim=axis)
-    absent = hole | (quanta < 0)
+    absent = torch.from_numpy(_hole(task)).to(fine.device) | (quanta < 0)
     closure = block_sums(quanta.masked_fill(absent, 0), factor) - wanted_quanta(coarse, factor, QUANTUM_MM)
     stored = quanta.masked_fill_(absent, MISSING).to(torch.uint16)
     return stored.cpu().numpy(), int(closure.abs().max())
