@@ -129,13 +129,13 @@ def test_server_and_catalogue_say_how_they_are_to_prometheus(site: Site) -> None
 def test_the_worker_says_how_it_is_to_prometheus_and_its_runs_leave_the_port_alone(site: Site) -> None:
     started = metric(site.metrics, "process_start_time_seconds")
     run = site.api.start("nightly/nightly", product=PRODUCT, members=48)
-    states = set()
     while (state := site.api.get(f"/flow_runs/{run}")["state_type"]) not in FINAL:
-        states.add(state)
         assert metric(site.metrics, "process_start_time_seconds") == started
-        time.sleep(0.3)
-    assert state == "COMPLETED"
-    assert "RUNNING" in states
+        time.sleep(0.1)
+    assert metric(site.metrics, "process_start_time_seconds") == started
+    # The run may be shorter than the time between two questions: its history says that it ran.
+    states = [each["type"] for each in site.api.get(f"/flow_run_states/?flow_run_id={run}")]
+    assert state == "COMPLETED" and "RUNNING" in states
     assert metric(site.metrics, "prefect_events_emitted_total") > 0
 
 
