@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ CELL_METHODS = {"instant": "time: point", "avg": "time: mean", "accum": "time: s
 REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
 EITHER_WAY = ("regular_ll", "rotated_ll", "regular_gg", "rotated_gg", *REDUCED)  # eccodes places them in any order
 NORTHEAST = ("lambert", "polar_stereographic", "mercator")  # of these it counts points northward and eastward only
+DECODING = Lock()  # not every build of ecCodes is made for threads
 LEFT_OUT = "left_out"  # attribute: why variables of the file are not in the dataset
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
@@ -301,7 +303,7 @@ def _shaped(values: NDArray[np.float64], message: Message) -> NDArray[np.float64
 def _loaded(path: str, message: Message) -> Iterator[int]:
     import eccodes
 
-    with Path(path).open("rb") as file:
+    with DECODING, Path(path).open("rb") as file:
         file.seek(message.offset)
         with _decoded(eccodes.codes_grib_new_from_file(file)) as handle:
             yield handle

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from stsr_core.sources.times import Time
 
-Item = TypeVar("Item")
+Made = TypeVar("Made")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 FLOAT32_ROUNDING = 2.0**-23
 HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
@@ -43,6 +45,7 @@ PACKING = "packing_error"  # attribute in which `grib.py` states the packing err
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
+READERS = 2  # blocks that are read and converted while one is worked on
 
 
 def read_cube(
@@ -417,11 +420,11 @@ class Reading:
     def blocks(self) -> Iterator[tuple[Coarse, ...]]:
         """Read the steps of all driving members block by block, so that memory does not grow with the period.
 
-        While a block is worked on, the next one is read. Raises like `read_all`.
+        While a block is worked on, the next ones are read. Raises like `read_all`.
         """
         size, known, samples = self._block_steps(), np.zeros(len(self.labels), bool), []
         spans = [(first, min(first + size, self.times.size)) for first in range(0, self.times.size, size)]
-        for (first, stop), (out, negatives) in zip(spans, _ahead(self._amount(*s) for s in spans), strict=True):
+        for (first, stop), (out, negatives) in zip(spans, _ahead(self._amount, spans), strict=True):
             if not known.all():
                 known |= ~np.isnan(out).all(axis=(1, 2))
             if stop == self.times.size and not known.all():
@@ -495,13 +498,19 @@ def _check_memory(members: int, steps: int, cells: int) -> None:
         )
 
 
-def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield what an iterator yields, and let it make the next item in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+def _ahead(make: Callable[[int, int], Made], spans: Sequence[tuple[int, int]]) -> Iterator[Made]:
+    """Yield what is made of every span, in order, and make the next READERS of them in threads meanwhile."""
+    with ThreadPoolExecutor(READERS) as threads:
+        left = iter(spans)
+        coming = deque(threads.submit(make, *span) for span in islice(left, READERS))
+        try:
+            while coming:
+                made = coming.popleft().result()
+                coming.extend(threads.submit(make, *span) for span in islice(left, 1))
+                yield made
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tuple[NDArray[np.floating], float]:

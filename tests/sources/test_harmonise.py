@@ -1,3 +1,4 @@
+import threading
 from datetime import timedelta
 
 import cftime
@@ -8,7 +9,7 @@ import xarray as xr
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import cube_of, read_cube
+from stsr_core.sources.harmonise import cube_of, find, read_cube
 from stsr_core.sources.open import open_dataset
 
 END = Declared(time_label="end")
@@ -235,3 +236,19 @@ def test_an_irregular_axis_is_refused():
 def test_a_missing_variable_names_those_that_are_there():
     with pytest.raises(SourceError, match="No variable 'rain' in the file; it has precipitation"):
         read_cube(array().to_dataset(name="precipitation"), "rain")
+
+
+def test_blocks_are_read_ahead_yet_come_in_order_until_one_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("stsr_core.sources.harmonise.BLOCK_VALUES", 15)  # one step a block
+    values = np.random.default_rng(0).gamma(0.3, 4.0, (40, 3, 5))
+    running = array(values=values, nt=40).copy(data=values.cumsum(axis=0))
+    found = cube_of(running, Declared(time_label="end", accumulated="run")).amount
+    np.testing.assert_allclose(found, values[1:], rtol=1e-4, atol=1e-4)
+    values[20, 1, 2] = np.inf
+    seen = []
+    with array(values=values, nt=40).to_dataset(name="pr") as dataset:
+        blocks = find(dataset, "pr", END).blocks()
+        with pytest.raises(SourceError, match="1 values are infinite"):
+            seen.extend(float(block.amount.sum()) for (block,) in blocks)
+    np.testing.assert_allclose(seen, values[:20].sum(axis=(1, 2)), rtol=1e-6)
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor") and t.is_alive()]
