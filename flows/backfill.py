@@ -15,6 +15,7 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterDeploymentId,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -155,12 +156,15 @@ def _let_nightly_pass() -> None:
 
 
 def _nightly_runs() -> bool:
+    """Whether the server knows of one. One without a deployment sends no heartbeats: dead, it would run for ever."""
     running = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     try:
         with get_client(sync_client=True) as client:
             found = client.read_flow_runs(
                 flow_filter=FlowFilter(name=FlowFilterName(any_=["nightly"])),
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=running)),
+                flow_run_filter=FlowRunFilter(
+                    state=FlowRunFilterState(type=running), deployment_id=FlowRunFilterDeploymentId(is_null_=False)
+                ),
                 limit=1,
             )
     except (httpx.HTTPError, PrefectException):

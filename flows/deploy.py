@@ -216,8 +216,8 @@ async def _deployments(
         flow = _flow(deployment)
         full = f"{flow.name}/{deployment.name}"
         names.add(full)
-        wanted = _wanted(deployment, flow, pool, variables, products, reference)
         found = there.get(full)
+        wanted = _wanted(deployment, flow, pool, variables, products, reference) | _switched(deployment, found)
         differs = sorted(wanted) if found is None else _differing(wanted, _found(found))
         verb = "created" if found is None else f"changed {', '.join(differs)} of"
         if differs and changes.add(f"{verb} deployment {full}"):
@@ -256,10 +256,19 @@ def _wanted(
         "job_variables": variables,
         "concurrency_limit": deployment.concurrency_limit,
         "collision_strategy": "ENQUEUE",
-        "schedules": [s.model_dump() | {"active": True} for s in sorted(deployment.schedules, key=lambda s: s.slug)],
         "parameter_openapi_schema": schema,
         "enforce_parameter_schema": True,
         "version": f"{version('stsr')} {ref}"[:60],
+    }
+
+
+def _switched(deployment: Deployment, found: DeploymentResponse | None) -> dict[str, Any]:
+    """Schedules as declared; what was paused in the UI stays so, for whoever did it had a reason."""
+    active = {} if found is None else {s.slug: s.active for s in found.schedules}
+    schedules = sorted(deployment.schedules, key=lambda s: s.slug)
+    return {
+        "paused": found is not None and found.paused,
+        "schedules": [s.model_dump() | {"active": active.get(s.slug, True)} for s in schedules],
     }
 
 
@@ -280,6 +289,7 @@ def _found(there: DeploymentResponse) -> dict[str, Any]:
         "job_variables": there.job_variables,
         "concurrency_limit": limit.limit if limit else None,
         "collision_strategy": options.collision_strategy.value if options else None,
+        "paused": there.paused,
         "schedules": sorted(schedules, key=lambda s: str(s["slug"])),
         "parameter_openapi_schema": there.parameter_openapi_schema,
         "enforce_parameter_schema": there.enforce_parameter_schema,
@@ -303,8 +313,10 @@ async def _create(client: PrefectClient, deployment: Deployment, flow_id: UUID, 
         concurrency_limit=deployment.concurrency_limit,
         concurrency_options=ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         schedules=[
-            DeploymentScheduleCreate(schedule=CronSchedule(cron=s.cron, timezone=s.timezone), slug=s.slug, active=True)
-            for s in deployment.schedules
+            DeploymentScheduleCreate(
+                schedule=CronSchedule(cron=s["cron"], timezone=s["timezone"]), slug=s["slug"], active=s["active"]
+            )
+            for s in wanted["schedules"]
         ],
         **rest,
     )

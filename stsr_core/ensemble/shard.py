@@ -110,12 +110,11 @@ class _Block:
     def __init__(self, task: ShardTask, downscaler: Downscaler) -> None:
         self.task, self.downscaler = task, downscaler
         factor = downscaler.factor
-        self.parts = (factor.time, factor.space, factor.space)
+        self.parts = _parts(factor)
         self.lattice = lattice = WindowLattice.of(downscaler.served.configuration)
         filled = fill_missing(task.coarse)
         self.coarse = torch.from_numpy(filled).to(downscaler.device)
-        reach = grown(task.read, -HALO)
-        self.start = tuple(a for a, _ in reach)
+        self.reach = reach = grown(task.read, -HALO)
         self.shape = tuple((b - a) * n for (a, b), n in zip(reach, self.parts, strict=True))
         t, y, x = task.origin
         absolute = shifted(reach, (-t, -y, -x))
@@ -125,7 +124,7 @@ class _Block:
         windows = [
             self._window(box, taper)
             for box, taper in zip(boxes, tapers, strict=True)
-            if every or (filled[_inside(box, task.read)] > 0).any()
+            if every or (filled[_within(box, task.read)] > 0).any()
         ]
         self.statics = None if task.statics is None else torch.from_numpy(task.statics).to(downscaler.device)
         first, last = task.shard.numbers
@@ -134,10 +133,8 @@ class _Block:
         self.evaluations = 0
 
     def _window(self, box: Box, weights: Weights) -> _Window:
-        t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
-        rt, ry, rx = (slice(a - s, b - s + 2 * HALO) for (a, b), s in zip(box, self.start, strict=True))
-        wt, wy, wx = (torch.from_numpy(axis).to(self.downscaler.device) for axis in weights)
-        return _Window((t, y, x), (rt, ry, rx), (wt, wy, wx))
+        t, y, x = (torch.from_numpy(axis).to(self.downscaler.device) for axis in weights)
+        return _Window(_within(box, self.reach, self.parts), _within(grown(box, HALO), self.task.read), (t, y, x))
 
     def _alike(self, windows: Sequence[_Window]) -> Iterator[Sequence[_Window]]:
         """Windows of one size, as many as the device takes at once with all members that go side by side."""
@@ -146,22 +143,15 @@ class _Block:
             yield from (same[i : i + count] for i in range(0, len(same), count))
 
     def _group(self, windows: Sequence[_Window]) -> _Group:
-        gain = self.downscaler.pycnophylactic_gain(self._cut(self.coarse, [w.read for w in windows]))
+        gain = self.downscaler.pycnophylactic_gain(_stacked(self.coarse, [w.read for w in windows]))
         group = _Group(windows, gain, None)
         return replace(group, conditions=self._conditions(group)) if self.downscaler.batch_cells else group
 
-    @staticmethod
-    def _cut(field: Tensor, places: Sequence[tuple[slice, slice, slice]]) -> Tensor:
-        """Cut W places out of a field (T, H, W)."""
-        return torch.stack([field[place] for place in places])
-
     def _conditions(self, group: _Group) -> Tensor:
-        statics = None
-        if self.statics is not None:
-            statics = torch.stack([self.statics[:, *w.place[1:]] for w in group.windows])
-        return self.downscaler.condition(
-            self._cut(self.coarse, [w.read for w in group.windows]), statics, group.log_gain
-        )
+        coarse = _stacked(self.coarse, [w.read for w in group.windows])
+        below = [(slice(None), *w.place[1:]) for w in group.windows]
+        statics = None if self.statics is None else _stacked(self.statics, below)
+        return self.downscaler.condition(coarse, statics, group.log_gain)
 
     def conditions(self, group: _Group, members: int) -> Tensor:
         """Conditioning frames of a group, (W * members, ...), members fastest."""
@@ -199,7 +189,7 @@ class _Block:
 
     def members(self, members: range, mean: Tensor, box: Box, progress: Progress) -> Tensor:
         """Amounts [mm per fine step] of members in a box, (M, t, y, x), before conservation."""
-        t, y, x = ((s + o) * n for s, o, n in zip(self.start, self.task.origin, self.parts, strict=True))
+        t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
         nt, ny, nx = self.shape
         seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
         noise = [lattice_noise(seed, m, (t, y, x), (nt, ny, nx), stream, mean.device)[None] for m in members]
@@ -208,13 +198,14 @@ class _Block:
         def denoise(noisy: Tensor, angle: float) -> Tensor:
             def expected(group: _Group) -> Tensor:
                 places = [w.place for w in group.windows]
-                seen = (torch.stack([f[:, *p] for p in places]).flatten(0, 1)[:, :, None] for f in (noisy, means))
-                return self.downscaler.expected_residual(next(seen), angle, next(seen), self.conditions(group, count))
+                noised, expectation = (_stacked(field, places).flatten(0, 1)[:, :, None] for field in (noisy, means))
+                return self.downscaler.expected_residual(noised, angle, expectation, self.conditions(group, count))
 
             return self.blend(expected, count, progress)
 
         residual = sample(denoise, torch.cat(noise) if count > 1 else noise[0], self.downscaler.angles())
-        return self.downscaler.amounts(self.cut(mean, box), self.cut(residual, box))
+        inside = _within(box, self.reach, self.parts)
+        return self.downscaler.amounts(mean[..., *inside], residual[..., *inside])
 
     def conserved(self) -> Box:
         """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""
@@ -222,10 +213,16 @@ class _Block:
         t, y, x = ((max(0, a - axis.overlap), min(n, b + axis.overlap)) for axis, (a, b), n in axes)
         return t, y, x
 
-    def cut(self, fine: Tensor, box: Box) -> Tensor:
-        """Cut a box (coarse indices of the cube) out of fine fields of the block."""
-        t, y, x = (slice((a - s) * n, (b - s) * n) for (a, b), s, n in zip(box, self.start, self.parts, strict=True))
-        return fine[..., t, y, x]
+
+def _within(box: Box, outer: Box, parts: tuple[int, int, int] = (1, 1, 1)) -> tuple[slice, slice, slice]:
+    """Slices of a box in a field that covers `outer` with `parts` cells for each coarse one; both in coarse indices."""
+    t, y, x = (slice((a - o) * n, (b - o) * n) for (a, b), (o, _), n in zip(box, outer, parts, strict=True))
+    return t, y, x
+
+
+def _stacked(field: Tensor, places: Sequence[tuple[slice, slice, slice]]) -> Tensor:
+    """Cut W places out of the last three axes of a field, (..., T, Y, X) to (W, ..., t, y, x)."""
+    return torch.stack([field[..., *place] for place in places])
 
 
 def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -269,7 +266,7 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
 
 def _core(task: ShardTask) -> NDArray[np.float32]:
     """Coarse amounts of the shard itself."""
-    return task.coarse[_inside(task.shard.box, task.read)]
+    return task.coarse[_within(task.shard.box, task.read)]
 
 
 def _hole(task: ShardTask) -> NDArray[np.bool_]:
@@ -278,11 +275,6 @@ def _hole(task: ShardTask) -> NDArray[np.bool_]:
     for axis, parts in enumerate(_parts(task.recipe.served.configuration.factor)):
         hole = hole.repeat(parts, axis=axis)
     return hole
-
-
-def _inside(box: Box, read: Box) -> tuple[slice, ...]:
-    """Slices of a box in what was read."""
-    return tuple(slice(a - r[0], b - r[0]) for (a, b), r in zip(box, read, strict=True))
 
 
 def _parts(factor: Factor) -> tuple[int, int, int]:
@@ -300,11 +292,9 @@ def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
     """Conserve members in a box around the shard, and cut the shard out of them."""
     task = block.task
     if task.recipe.conserve:
-        coarse = torch.from_numpy(task.coarse[_inside(around, task.read)]).to(fine.device)
+        coarse = torch.from_numpy(task.coarse[_within(around, task.read)]).to(fine.device)
         fine = block.downscaler.conserve(fine, coarse)
-    axes = zip(task.shard.box, around, block.parts, strict=True)
-    t, y, x = (slice((a - low) * n, (b - low) * n) for (a, b), (low, _), n in axes)
-    return fine[..., t, y, x]
+    return fine[..., *_within(task.shard.box, around, block.parts)]
 
 
 def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:

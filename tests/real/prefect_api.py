@@ -50,6 +50,13 @@ class Api:
         answer.raise_for_status()
         return str(answer.json()["id"])
 
+    def switch(self, deployment: str, *, active: bool) -> None:
+        """Switch the schedules of a deployment on or off."""
+        found = self.get(f"/deployments/name/{deployment}")
+        for schedule in found["schedules"]:
+            path = f"/deployments/{found['id']}/schedules/{schedule['id']}"
+            httpx.patch(f"{self.url}{path}", json={"active": active}, timeout=60).raise_for_status()
+
     def finished(self, run: str) -> dict[str, Any]:
         """Wait for the end of a run and return it."""
         until = time.monotonic() + RUN_SECONDS

@@ -53,6 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Iterato
     folder = tmp_path_factory.mktemp("operations")
     own_source(folder)
     with start(folder, checkpoints) as running:
+        running.api.switch("nightly/nightly", active=False)  # no run but those of the tests, at any time of the day
         yield running
 
 

@@ -58,13 +58,16 @@ def test_doctor_finds_everything_in_order(site: Site) -> None:
     assert f"ok      Prefect server: {site.api.url} answers, version {version('prefect')}" in done.stdout
 
 
-def test_the_server_makes_runs_of_the_schedule(site: Site) -> None:
+def test_the_server_makes_runs_of_the_schedule_while_it_is_active(site: Site) -> None:
     deployment = site.api.get("/deployments/name/nightly/nightly")["id"]
     wanted = {"flow_runs": {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}}
+    assert not site.api.post("/flow_runs/filter", wanted)
+    site.api.switch("nightly/nightly", active=True)
     until = time.monotonic() + 60
     while not (runs := site.api.post("/flow_runs/filter", wanted)):
         assert time.monotonic() < until, "no run is scheduled"
         time.sleep(1)
+    site.api.switch("nightly/nightly", active=False)
     assert {run["expected_start_time"][11:16] for run in runs} == {"03:30"}
 
 
@@ -197,6 +200,7 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     assert release["reference"].startswith("good (")
     deployment = site.api.get("/deployments/name/nightly/nightly")
     assert deployment["job_variables"]["env"]["PYTHONPATH"] == release["code"]
+    assert [schedule["active"] for schedule in deployment["schedules"]] == [False]  # as it was before
     assert site.api.finished(site.api.start("nightly/nightly"))["state_type"] == "COMPLETED"
 
 
