@@ -74,17 +74,19 @@ def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
         Gain, shaped like `shape`.
     """
     log_gain = torch.zeros_like(shape)
+    blocks, gains, parts = _blocks(shape, factor), _blocks(log_gain, factor), slabs(wanted)
     for _ in range(SMOOTH_PASSES):
-        found = block_sums(shape * log_gain.exp(), factor) / factor.space**2
+        found = torch.cat([_total(blocks[:, part] * gains[:, part].exp(), factor) for part in parts], dim=1)
+        found = found[:, :, 0, :, 0, :, 0]
         known = (found > 0) & (wanted > 0)
         ratio = (
             torch.where(known, wanted / found.clamp(min=torch.finfo(found.dtype).tiny), 1.0)
             .log()
             .clamp(-LARGEST_PASS, LARGEST_PASS)
         )
-        change = RELAXATION * refined(_filled(ratio, known), factor)
-        log_gain = (log_gain + change).clamp(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
-    return log_gain.exp()
+        log_gain.add_(refined(_filled(ratio, known), factor), alpha=RELAXATION)
+        log_gain.clamp_(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
+    return log_gain.exp_()
 
 
 def _largest(wanted: Tensor, excess: float | None) -> Tensor:
@@ -128,27 +130,54 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     amount = coarse.expand(*fine.shape[:-3], *coarse.shape[-3:]).reshape(-1, *coarse.shape[-3:])
     wanted = amount[:, :, None, :, None, :, None]
     most = _largest(amount.nan_to_num(), function.excess)
-    raw = torch.minimum(_blocks(whole, factor), torch.where(most > 0, most, math.inf))
+    raw, result = _blocks(whole, factor), torch.empty_like(whole, memory_format=torch.contiguous_format)
+    blocks, wet, parts = _blocks(result, factor), torch.empty_like(wanted, dtype=torch.bool), slabs(amount)
+    for part in parts:
+        blocks[:, part], wet[:, part] = _shape(raw[:, part], most[:, part], function, factor)
+    gain = _blocks(_smooth_gain(result, amount.nan_to_num(), factor), factor)
+    for part in parts:
+        smooth = torch.where(wet[:, part], blocks[:, part] * gain[:, part], blocks[:, part])
+        blocks[:, part] = _closed(smooth, wanted[:, part], most[:, part], factor)
+    return result.reshape(fine.shape)
 
-    def total(blocks: Tensor) -> Tensor:
-        return blocks.sum(dim=(-5, -3, -1), keepdim=True) / factor.space**2
 
+def slabs(coarse: Tensor) -> list[slice]:
+    """Coarse steps of (..., T, Y, X) that are worked on together: a CPU takes one by one, in its caches and in little
+    memory, a GPU, which would wait for every call, all at once.
+    """
+    steps = coarse.shape[-3]
+    at_once = steps if coarse.is_cuda else 1
+    return [slice(first, first + at_once) for first in range(0, steps, at_once)]
+
+
+def _total(blocks: Tensor, factor: Factor) -> Tensor:
+    """Amount of every block [mm per coarse step], (..., T, 1, Y, 1, X, 1)."""
+    return blocks.sum(dim=(-5, -3, -1), keepdim=True) / factor.space**2
+
+
+def _shape(raw: Tensor, most: Tensor, function: ConservationFunction, factor: Factor) -> tuple[Tensor, Tensor]:
+    """How the amount of a block is to be distributed: f of it, what f leaves nothing of as it is, dry ones evenly.
+
+    Also says which blocks were wet.
+    """
+    raw = torch.minimum(raw, torch.where(most > 0, most, math.inf))
     cut = (raw - function.threshold_mm).clamp(min=0.0)
-    raw_total = total(raw)
-    shape = torch.where(total(cut) > 0, cut, torch.where(raw_total > 0, raw, torch.ones_like(raw)))
-    gain = _smooth_gain(shape.reshape(whole.shape), amount.nan_to_num(), factor)
-    smooth = torch.where(raw_total > 0, shape * _blocks(gain, factor), shape)
-    result = smooth * (wanted / total(smooth))
+    wet = _total(raw, factor) > 0
+    return torch.where(_total(cut, factor) > 0, cut, torch.where(wet, raw, torch.ones_like(raw))), wet
+
+
+def _closed(smooth: Tensor, wanted: Tensor, most: Tensor, factor: Factor) -> Tensor:
+    """Blocks scaled to their coarse amounts, no cell above the most that it may hold if that can be; NaN where NaN."""
+    result = smooth * (wanted / _total(smooth, factor))
     for _ in range(FILLING_PASSES):
         held = torch.minimum(result, most)
         free = torch.where(held < most, held, 0.0)
-        lacking = (wanted - total(held)).clamp(min=0.0)
-        result = held + free * torch.nan_to_num(lacking / total(free), posinf=0.0)
+        lacking = (wanted - _total(held, factor)).clamp(min=0.0)
+        result = held + free * torch.nan_to_num(lacking / _total(free, factor), posinf=0.0)
     held = torch.minimum(result, most)
-    result = held + (wanted - total(held)).clamp(min=0.0) / factor.time
-    result = result * torch.nan_to_num(wanted / total(result), nan=0.0)  # second pass removes float32 residue
-    result = torch.where(torch.isnan(wanted), torch.nan, result)
-    return result.reshape(fine.shape)
+    result = held + (wanted - _total(held, factor)).clamp(min=0.0) / factor.time
+    result = result * torch.nan_to_num(wanted / _total(result, factor), nan=0.0)  # second: removes float32 residue
+    return torch.where(torch.isnan(wanted), torch.nan, result)
 
 
 def wanted_quanta(coarse: Tensor, factor: Factor, quantum_mm: float) -> Tensor:

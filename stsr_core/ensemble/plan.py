@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HALO = 1  # coarse cells and steps around the windows that their interpolation reads
 MEMBER_BLOCK = 4  # members of a shard; they share the mean
 SHARD_CELLS = 512  # fine cells along a tile, before rounding to whole coarse cells
-SHARD_STEPS = 24  # fine steps of a time block, before rounding to whole coarse steps
+SHARD_STEPS = 48  # fine steps of a time block, before rounding to whole coarse steps; windows reach past its ends
 MAX_MEMBERS = 10_000
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from stsr_core.conservation import block_sums, quantise, wanted_quanta
+from stsr_core.conservation import block_sums, quantise, slabs, wanted_quanta
 from stsr_core.diffusion import sample
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
@@ -49,19 +49,21 @@ class ShardResult:
 
     def counts(self) -> dict[str, float]:
         """Counts and moments for the receipt, see `store.receipts.Receipt`."""
-        missing = self.quanta == MISSING
-        amount = np.where(missing, np.uint16(0), self.quanta) * np.float32(QUANTUM_MM)
-        wet = amount > WET_MM
-        rainy = amount[:, wet.any(axis=0)]
-        spread = rainy.std(axis=0, ddof=1).mean() if len(amount) > 1 and rainy.size else 0.0
-        return {
-            "wet": int(wet.sum()),
-            "missing": int(missing.sum()),
-            "sum_mm": float(amount.sum(dtype=np.float64)),
-            "max_mm": float(amount.max(initial=0.0)),
-            "rain_mm": float(rainy.mean(dtype=np.float64)) if rainy.size else 0.0,
-            "spread_mm": float(spread),
-        }
+        members, cells = len(self.quanta), 0
+        found = dict.fromkeys(("wet", "missing", "sum_mm", "max_mm", "rain_mm", "spread_mm"), 0.0)
+        for frame in self.quanta.swapaxes(0, 1):  # step by step, in little memory
+            missing = frame == MISSING
+            amount = np.where(missing, np.uint16(0), frame) * np.float32(QUANTUM_MM)
+            wet = amount > WET_MM
+            rainy = amount[:, wet.any(axis=0)]
+            cells += rainy.shape[1]
+            found["wet"] += int(wet.sum())
+            found["missing"] += int(missing.sum())
+            found["sum_mm"] += float(amount.sum(dtype=np.float64))
+            found["max_mm"] = max(found["max_mm"], float(amount.max(initial=0.0)))
+            found["rain_mm"] += float(rainy.sum(dtype=np.float64)) / members
+            found["spread_mm"] += float(rainy.std(axis=0, ddof=1).sum(dtype=np.float64)) if members > 1 else 0.0
+        return found | {name: found[name] / max(1, cells) for name in ("rain_mm", "spread_mm")}
 
     def sums(self, factor: Factor) -> dict[str, float]:
         """Sums for the receipt, see `store.statistics.sums`."""
@@ -300,15 +302,19 @@ def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
 def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:
     """Quanta of members (M, t, y, x), MISSING where the input is missing, and their largest closure."""
     factor = task.recipe.served.configuration.factor
-    coarse = torch.from_numpy(_core(task)).to(fine.device)
-    quanta = quantise(fine, coarse if task.recipe.conserve else None, factor, QUANTUM_MM)
-    most = int(quanta.max())
-    if most >= MISSING:
-        raise StoreError(
-            f"Shard {task.shard.key} holds {most * QUANTUM_MM:.0f} mm in one fine cell and step; the store holds up "
-            f"to {(MISSING - 1) * QUANTUM_MM:.2f} mm. Check the unit of the input."
-        )
-    absent = torch.from_numpy(_hole(task)).to(fine.device) | (quanta < 0)
-    closure = block_sums(quanta.masked_fill(absent, 0), factor) - wanted_quanta(coarse, factor, QUANTUM_MM)
-    stored = quanta.masked_fill_(absent, MISSING).to(torch.uint16)
-    return stored.cpu().numpy(), int(closure.abs().max())
+    coarse, hole = (torch.from_numpy(field).to(fine.device) for field in (_core(task), _hole(task)))
+    stored, closure = np.empty(fine.shape, np.uint16), 0
+    for part in slabs(coarse):
+        steps = slice(part.start * factor.time, part.stop * factor.time)
+        quanta = quantise(fine[:, steps], coarse[part] if task.recipe.conserve else None, factor, QUANTUM_MM)
+        most = int(quanta.max())
+        if most >= MISSING:
+            raise StoreError(
+                f"Shard {task.shard.key} holds {most * QUANTUM_MM:.0f} mm in one fine cell and step; the store holds "
+                f"up to {(MISSING - 1) * QUANTUM_MM:.2f} mm. Check the unit of the input."
+            )
+        absent = hole[steps] | (quanta < 0)
+        off = block_sums(quanta.masked_fill(absent, 0), factor) - wanted_quanta(coarse[part], factor, QUANTUM_MM)
+        closure = max(closure, int(off.abs().max()))
+        stored[:, steps] = quanta.masked_fill_(absent, MISSING).to(torch.uint16).cpu().numpy()
+    return stored, closure

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WET_MM = 0.1  # amount per fine step above which a cell counts as wet
 PAIRS = ("members", "hours", "neighbours")
+PAIR = ("apart", "size")
 STATISTICS = ("detail", *PAIRS, "wet")
 
 Sums = dict[str, float]
@@ -43,29 +44,36 @@ def sums(amount: NDArray[np.float32], factor: Factor) -> Sums:
     """
     s, t = factor.space, factor.time
     m, nt, ny, nx = amount.shape
-    blocks = amount.reshape(m, nt // t, t, ny // s, s, nx // s, s)
-    means = blocks.mean(axis=(2, 4, 6), keepdims=True, dtype=np.float32)
-    coarse = means.reshape(m, nt // t, ny // s, nx // s)
+    coarse = np.empty((m, nt // t, ny // s, nx // s), np.float32)
+    rows = []
+    for y in range(ny // s):  # one coarse row after the other, in little memory
+        blocks = amount[:, :, y * s : (y + 1) * s].reshape(m, nt // t, t, s, nx // s, s)
+        means = blocks.mean(axis=(2, 3, 5), keepdims=True, dtype=np.float32)
+        coarse[:, :, y] = means[:, :, 0, 0, :, 0]
+        rows.append(_sums_of_row(blocks, means))
+    change = sum(np.nansum(np.abs(np.diff(coarse, axis=n)), dtype=np.float64) for n in (1, 2, 3))
+    return added(rows) | {"change": s * s * t * float(change)}
+
+
+def _sums_of_row(blocks: NDArray[np.float32], means: NDArray[np.float32]) -> Sums:
+    """Sums over a coarse row, (M, T, t, s, X, s), with its means over t and s x s; all but `change`."""
+    m, coarse_steps, t, s, nx, _ = blocks.shape
     detail = np.nan_to_num(blocks - means)
-    size = np.abs(detail)
-    cells = s * s * t
-    wet = coarse > WET_MM
-    found = {
-        "amount": float(np.nansum(coarse, dtype=np.float64)) * cells,
-        "size": _total(size),
-        "change": cells * float(sum(np.nansum(np.abs(np.diff(coarse, axis=n)), dtype=np.float64) for n in (1, 2, 3))),
-        "wet": float(((blocks > WET_MM) & wet[:, :, None, :, None, :, None]).sum()),
-        "under": float(wet.sum()) * cells,
-    }
-    flat = amount.shape
+    size, wet = np.abs(detail), means > WET_MM
+    steps = m, coarse_steps * t, s, nx, s
     apart = {
         "members": [_apart(detail, size, 0)],
-        "hours": [_apart(detail.reshape(flat), size.reshape(flat), 1)],
-        "neighbours": [_apart(detail, size, 4), _apart(detail, size, 6)],
+        "hours": [_apart(detail.reshape(steps), size.reshape(steps), 1)],
+        "neighbours": [_apart(detail, size, 3), _apart(detail, size, 5)],
     }
-    for name, pairs in apart.items():
-        found[f"{name}_apart"], found[f"{name}_size"] = (sum(pair[i] for pair in pairs) for i in (0, 1))
-    return found
+    pairs = {f"{name}_{part}": sum(p[i] for p in of) for name, of in apart.items() for i, part in enumerate(PAIR)}
+    return {
+        "amount": float(np.nansum(means, dtype=np.float64)) * s * s * t,
+        "size": _total(size),
+        "wet": float(((blocks > WET_MM) & wet).sum()),
+        "under": float(wet.sum()) * s * s * t,
+        **pairs,
+    }
 
 
 def _apart(values: NDArray[np.float32], size: NDArray[np.float32], axis: int) -> tuple[float, float]:

@@ -26,9 +26,9 @@ MEMBERS = 6
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(5)
-    time_ = xr.date_range("2001-01-01 01:00", periods=26, freq="1h")
+    time_ = xr.date_range("2001-01-01 01:00", periods=50, freq="1h")
     coords = {"time": time_, "y": 96_000.0 - 4000.0 * np.arange(24), "x": 4000.0 * np.arange(1, 25)}
-    rain = xr.DataArray(rng.gamma(0.5, 2.0, (26, 24, 24)).astype("float32"), coords, ("time", "y", "x"), "rain")
+    rain = xr.DataArray(rng.gamma(0.5, 2.0, (50, 24, 24)).astype("float32"), coords, ("time", "y", "x"), "rain")
     rain.attrs["units"] = "mm"
     path = tmp_path_factory.mktemp("source") / "in.nc"
     rain.to_netcdf(path)
