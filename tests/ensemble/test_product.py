@@ -15,8 +15,8 @@ FACTOR = Factor(space=4, time=3)
 
 
 def plan(library, members: int = 5) -> Plan:
-    rain = np.zeros((16, 30, 30), np.float32)
-    rain[:8] = 1.0  # the second half is dry
+    rain = np.zeros((32, 30, 30), np.float32)
+    rain[:16] = 1.0  # the second half is dry
     checkpoint = library.serving(FACTOR)
     recipe = Recipe.of(checkpoint, checkpoint.card.serving(FACTOR), seed=1, members=members, conserve=True)
     return Plan((as_cube(rain, FACTOR),), recipe)
@@ -26,7 +26,7 @@ def test_the_cost_counts_shards_evaluations_and_bytes(library):
     cost = Cost.of(plan(library), device_rate=1e6)
     assert cost.shards == 4
     assert cost.dry == 2
-    assert cost.bytes == 2 * 5 * 48 * 120 * 120
+    assert cost.bytes == 2 * 5 * 96 * 120 * 120
     assert cost.evaluations == sum(plan(library).evaluations(s) for s in plan(library).shards) > 0
     assert cost.device_hours == pytest.approx(cost.cell_evaluations / 1e6 / 3600)
     more = Cost.of(plan(library, members=10), device_rate=1e6)
