@@ -25,11 +25,11 @@ class Api:
         answer.raise_for_status()
         return answer.json()
 
-    def request(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def request(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> httpx.Response:
         """Send a request, again while the server is busy."""
         until = time.monotonic() + BUSY_SECONDS
         while True:
-            answer = httpx.post(f"{self.url}{path}", json=body or {}, timeout=60)
+            answer = httpx.request(method, f"{self.url}{path}", json=body or {}, timeout=60)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > until:
                 return answer
             time.sleep(1)
@@ -55,7 +55,7 @@ class Api:
         found = self.get(f"/deployments/name/{deployment}")
         for schedule in found["schedules"]:
             path = f"/deployments/{found['id']}/schedules/{schedule['id']}"
-            httpx.patch(f"{self.url}{path}", json={"active": active}, timeout=60).raise_for_status()
+            self.request(path, {"active": active}, method="PATCH").raise_for_status()
 
     def finished(self, run: str) -> dict[str, Any]:
         """Wait for the end of a run and return it."""
