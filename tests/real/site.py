@@ -179,9 +179,11 @@ def start(folder: Path, checkpoints: Path) -> Iterator[Site]:
     else:
         raise RuntimeError(f"stsr up did not start: {said}")
     site = Site(process, folder, port, stac_port, metrics_port, environment)
-    site.api.switch("nightly/nightly", active=False)  # no run but those of the tests, at any time of the day
-    yield site
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-    process.stdout.close()
+    try:
+        site.api.switch("nightly/nightly", active=False)  # no run but those of the tests, at any time of the day
+        yield site
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        process.stdout.close()
