@@ -67,6 +67,12 @@ class Api:
             time.sleep(0.5)
         raise AssertionError(f"run {run} is still {found['state_name']} after {RUN_SECONDS:.0f} s")
 
+    def retried(self, run: str) -> dict[str, Any]:
+        """Retry a run that has ended; returns it at its next end."""
+        retry = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
+        self.post(f"/flow_runs/{run}/set_state", {"state": retry, "force": True})
+        return self.finished(run)
+
     def artifacts(self, run: str) -> dict[str, Any]:
         """Newest artifacts of a run, by key."""
         found = self.post("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "sort": "CREATED_DESC"})

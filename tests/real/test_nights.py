@@ -221,9 +221,7 @@ def test_a_gate_that_fails_keeps_the_attempt_and_a_retry_in_the_ui_publishes_it_
     assert versions(site) == before
     set_gate(site, "max_mm", 300.0)
     made = site.receipts()
-    retry = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
-    site.api.post(f"/flow_runs/{run}/set_state", {"state": retry, "force": True})
-    found = site.api.finished(run)
+    found = site.api.retried(run)
     assert found["state_type"] == "COMPLETED", found["state"]["message"]
     assert len(versions(site)) == len(before) + 1
     assert f"/data/{kept}/" in find(PRODUCT, "latest", str(site.catalogue)).url
