@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,19 +11,18 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.messages import MessageFile
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-MAGIC = b"GRIB"
 MISSING = 1e35
 GRID_KEYS = ("gridType", "Ni", "Nj", "Nx", "Ny", "md5GridSection")
 CELL_METHODS = {"instant": "time: point", "avg": "time: mean", "accum": "time: sum"}  # by the GRIB step type
 REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
 EITHER_WAY = ("regular_ll", "rotated_ll", "regular_gg", "rotated_gg", *REDUCED)  # eccodes places them in any order
 NORTHEAST = ("lambert", "polar_stereographic", "mercator")  # of these it counts points northward and eastward only
-DECODING = Lock()  # not every build of ecCodes is made for threads
 LEFT_OUT = "left_out"  # attribute: why variables of the file are not in the dataset
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
@@ -37,6 +32,7 @@ class Message:
     """Where a message is in the file, and what it holds."""
 
     offset: int
+    length: int
     name: str
     units: str
     standard_name: str
@@ -54,8 +50,8 @@ class Message:
     packing_error: float
 
 
-def open_grib(path: str) -> xr.Dataset:
-    """Open a local GRIB file; values are read message by message when they are asked for.
+def open_grib(file: MessageFile) -> xr.Dataset:
+    """Open a GRIB file; values are read message by message when they are asked for.
 
     Returns:
         Variables (member, time, y, x), or (member, time, cell) on reduced grids, without member where there is one,
@@ -65,18 +61,20 @@ def open_grib(path: str) -> xr.Dataset:
 
     Raises:
         SourceError: no GRIB messages, or none of one variable that make an array.
+        WholeFileNeeded: it cannot be read in parts.
     """
     import xarray as xr
 
     groups: dict[str, list[Message]] = {}
-    for message in _messages(path):
+    for offset, handle in file.headers():
+        message = _message(offset, handle)
         groups.setdefault(message.name, []).append(message)
     if not groups:
-        raise SourceError(f"{path} holds no GRIB message. Fetch it again.")
+        raise SourceError(f"{file.name} holds no GRIB message. Fetch it again.")
     data, left_out = xr.Dataset(), {}
     for name, found in sorted(groups.items(), key=lambda group: all(m.kind == "instant" for m in group[1])):
         try:
-            data = xr.merge([data, _variable(path, name, found)], compat="equals", join="exact")
+            data = xr.merge([data, _variable(file, name, found)], compat="equals", join="exact")
         except SourceError as e:
             left_out[name] = str(e)
         except ValueError:  # of xarray
@@ -84,28 +82,6 @@ def open_grib(path: str) -> xr.Dataset:
     if not data.data_vars:
         raise SourceError(next(iter(left_out.values())))
     return data.assign_attrs({LEFT_OUT: left_out} if left_out else {})
-
-
-@contextmanager
-def _decoded(handle: int) -> Iterator[int]:
-    import eccodes
-
-    try:
-        yield handle
-    finally:
-        eccodes.codes_release(handle)
-
-
-def _messages(path: str) -> Iterator[Message]:
-    import eccodes
-
-    with Path(path).open("rb") as file:
-        while True:
-            handle = eccodes.codes_grib_new_from_file(file, headers_only=True)
-            if handle is None:
-                return
-            with _decoded(handle):
-                yield _message(handle)
 
 
 def _key(handle: int, key: str, default: Any = None) -> Any:
@@ -123,14 +99,15 @@ def _size(handle: int, *keys: str) -> int:
     return found if found < 10**7 else 0
 
 
-def _message(handle: int) -> Message:
+def _message(offset: int, handle: int) -> Message:
     reference = datetime.strptime(f"{_key(handle, 'dataDate'):08d}{_key(handle, 'dataTime'):04d}", "%Y%m%d%H%M")
     start, end = (reference + _step(handle, key) for key in ("startStep", "endStep"))
     shape: tuple[int, ...] = (_size(handle, "Nj", "Ny"), _size(handle, "Ni", "Nx"))
     if 0 in shape:
         shape = (int(_key(handle, "numberOfPoints", 0)),)
     return Message(
-        offset=int(_key(handle, "offset")),
+        offset=offset,
+        length=int(_key(handle, "totalLength")),
         name=str(_key(handle, "shortName", "unknown")),
         units=str(_key(handle, "units", "unknown")),
         standard_name=str(_key(handle, "cfName", "unknown")),
@@ -163,10 +140,10 @@ def _step(handle: int, key: str) -> timedelta:
     return timedelta(minutes=int(text) * minutes[units])
 
 
-def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
+def _variable(file: MessageFile, name: str, messages: list[Message]) -> xr.Dataset:
     import xarray as xr
 
-    messages = _one_sum_each(path, sorted(_spanning(messages), key=lambda m: (m.member, m.end, m.start)))
+    messages = _one_sum_each(file, sorted(_spanning(messages), key=lambda m: (m.member, m.end, m.start)))
     if len({(m.grid, m.units, m.level) for m in messages}) > 1:
         raise SourceError(f"Messages of {name!r} have several grids, levels or units. Split the file.")
     members, ends = sorted({m.member for m in messages}), sorted({m.end for m in messages})
@@ -176,14 +153,14 @@ def _variable(path: str, name: str, messages: list[Message]) -> xr.Dataset:
             "some are missing, or there are several levels or runs. Split the file."
         )
     first = messages[0]
-    coordinates, dims = _coordinates(path, first)
+    coordinates, dims = _coordinates(file, first)
     packing = max(m.packing_error for m in messages)
     attributes: dict[str, object] = {"units": first.units, "packing_error": 2 * packing}
     if first.standard_name != "unknown":
         attributes["standard_name"] = first.standard_name
     if first.kind in CELL_METHODS:
         attributes["cell_methods"] = CELL_METHODS[first.kind]
-    lazy = indexing.LazilyIndexedArray(_Values(path, messages, (len(members), len(ends), *first.shape)))
+    lazy = indexing.LazilyIndexedArray(_Values(file, messages, (len(members), len(ends), *first.shape)))
     variable = xr.Variable(("member", "time", *dims), lazy, attributes)
     data = xr.Dataset({name: variable}, {"member": members, "time": np.array(ends, "datetime64[ns]"), **coordinates})
     spans = [(m.start, m.end) for m in messages[: len(ends)]]
@@ -200,7 +177,7 @@ def _spanning(messages: list[Message]) -> list[Message]:
     return spanning if spanning and sums else messages
 
 
-def _one_sum_each(path: str, messages: list[Message]) -> list[Message]:
+def _one_sum_each(file: MessageFile, messages: list[Message]) -> list[Message]:
     """One message for each member and end; of sums of one run that end together, the longest.
 
     Forecasts such as GFS hold both the sum since the start and the sum since the last reset, and where these are the
@@ -214,24 +191,24 @@ def _one_sum_each(path: str, messages: list[Message]) -> list[Message]:
             or message.start == message.end
             or (message.member, message.end, message.run, message.level, message.kind)
             != (before.member, before.end, before.run, before.level, before.kind)
-            or (message.start == before.start and not _same(path, before, message))
+            or (message.start == before.start and not _same(file, before, message))
         ):
             kept.append(message)
     return kept
 
 
-def _same(path: str, one: Message, other: Message) -> bool:
-    return np.array_equal(_values(path, one), _values(path, other), equal_nan=True)
+def _same(file: MessageFile, one: Message, other: Message) -> bool:
+    return np.array_equal(_values(file, one), _values(file, other), equal_nan=True)
 
 
-def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _coordinates(file: MessageFile, message: Message) -> tuple[dict[str, Any], tuple[str, ...]]:
     """1-D latitudes and longitudes where they make a grid, else 2-D ones, which hold for any projection.
 
     Reduced grids have cells with outlines.
     """
     import eccodes
 
-    with _loaded(path, message) as handle:
+    with file.message(message.offset, message.length) as handle:
         latitude, longitude = (eccodes.codes_get_double_array(handle, k) for k in ("latitudes", "longitudes"))
         is_global = bool(_key(handle, "global", 0))
     north, east = (
@@ -249,12 +226,13 @@ def _coordinates(path: str, message: Message) -> tuple[dict[str, Any], tuple[str
     kind = message.grid[0]
     if (message.columns_first and kind not in EITHER_WAY) or (message.southwest and kind in NORTHEAST):
         raise SourceError(
-            f"{path} has a grid of type {kind} whose points run southward, westward or column by column, and eccodes "
-            "would misplace them. Regrid the file first."
+            f"{file.name} has a grid of type {kind} whose points run southward, westward or column by column, and "
+            "eccodes would misplace them. Regrid the file first."
         )
     if len(message.shape) == 1 or latitude.size != np.prod(message.shape) or message.shape[0] == 1:
         raise SourceError(
-            f"{path} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file first."
+            f"{file.name} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file "
+            "first."
         )
     latitude, longitude = (_shaped(v, message) for v in (latitude, longitude))
     if (latitude == latitude[:, :1]).all() and (longitude == longitude[:1]).all():
@@ -299,24 +277,14 @@ def _shaped(values: NDArray[np.float64], message: Message) -> NDArray[np.float64
     return values.reshape(columns, rows).T if message.columns_first else values.reshape(rows, columns)
 
 
-@contextmanager
-def _loaded(path: str, message: Message) -> Iterator[int]:
-    import eccodes
-
-    with DECODING, Path(path).open("rb") as file:
-        file.seek(message.offset)
-        with _decoded(eccodes.codes_grib_new_from_file(file)) as handle:
-            yield handle
-
-
-def _values(path: str, message: Message) -> NDArray[np.float64]:
+def _values(file: MessageFile, message: Message) -> NDArray[np.float64]:
     """Values of a message in the order of its latitudes and longitudes; NaN is missing.
 
     These run the same way in all rows, though in some files, such as those of NDFD, every second row is turned.
     """
     import eccodes
 
-    with _loaded(path, message) as handle:
+    with file.message(message.offset, message.length) as handle:
         eccodes.codes_set(handle, "missingValue", MISSING)
         values = eccodes.codes_get_values(handle)
     values = np.where(values == MISSING, np.nan, values)
@@ -329,8 +297,8 @@ def _values(path: str, message: Message) -> NDArray[np.float64]:
 class _Values(BackendArray):
     """Values of messages, (member, time, y, x) or (member, time, cell), decoded when they are indexed."""
 
-    def __init__(self, path: str, messages: list[Message], shape: tuple[int, ...]) -> None:
-        self.path, self.messages, self.shape, self.dtype = path, messages, shape, np.dtype(np.float64)
+    def __init__(self, file: MessageFile, messages: list[Message], shape: tuple[int, ...]) -> None:
+        self.file, self.messages, self.shape, self.dtype = file, messages, shape, np.dtype(np.float64)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> NDArray[np.float64]:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -346,7 +314,7 @@ class _Values(BackendArray):
         return values[0] if isinstance(key[0], int | np.integer) else values
 
     def _field(self, message: Message, key: tuple[Any, ...]) -> NDArray[np.float64]:
-        field = _shaped(_values(self.path, message), message)
+        field = _shaped(_values(self.file, message), message)
         for axis, part in reversed(list(enumerate(key))):  # from the last, for a number takes its axis away
             field = field[(slice(None),) * axis + (part,)]
         return field

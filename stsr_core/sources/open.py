@@ -9,6 +9,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stsr_core.errors import SourceError
-from stsr_core.sources import geotiff
+from stsr_core.sources import geotiff, messages
+from stsr_core.sources.netcdf3 import open_netcdf3
+from stsr_core.sources.ranges import RemoteFile, WholeFileNeeded
 from stsr_core.sources.remote import patiently, shown
 from stsr_core.sources.times import with_written_times
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
+START_BYTES = 8  # of a file, which tell its kind
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
 MEANING = ("units", "standard_name", "cell_methods")  # attributes that files must share
@@ -80,10 +84,29 @@ class Location:
         return cls(filesystem, path, place, kept)
 
     @property
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self.filesystem.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    @property
     def local(self) -> bool:
         """Whether it is on a disk of this machine."""
-        protocol = self.filesystem.protocol
-        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        return "file" in self._protocols
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether parts of a file can be read; there are HTTP servers that send all of it or nothing."""
+        if "http" not in self._protocols:
+            return True
+        if self.filesystem.info(self.path).get("size") is None:
+            return False
+        try:
+            with self.filesystem.open(self.path, "rb", block_size=1, cache_type="none") as file:
+                file.seek(1)
+                file.read(1)
+        except ValueError:  # of fsspec, which got the beginning instead
+            return False
+        return True
 
     @property
     def secrets(self) -> tuple[object, ...]:
@@ -93,6 +116,25 @@ class Location:
     def at(self, path: str) -> Location:
         """Return another place on the same filesystem."""
         return Location(self.filesystem, path, self.filesystem.unstrip_protocol(path), self.options)
+
+    def copied(self) -> Location:
+        """Return it as a local file: itself, or a copy, for what is read from a disk only, or faster."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        if self.local:
+            return self
+        server = self.options.get("endpoint_url", "")
+        named = f"{server} {self.url} {_stamp(self.filesystem.info(self.path))}"
+        key = hashlib.sha256(named.encode()).hexdigest()[:32]
+        folder = Path(tempfile.gettempdir()) / f"stsr-copies-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        copy = folder / key / Path(self.path).name
+        copy.parent.mkdir(exist_ok=True)
+        if not copy.exists():
+            partial = copy.with_suffix(f".{uuid.uuid4().hex}")
+            self.filesystem.get_file(self.path, str(partial))
+            partial.replace(copy)
+        return Location(LocalFileSystem(), str(copy), self.url, {})
 
 
 def open_dataset(
@@ -192,25 +234,21 @@ def _is_decodable(variable: xr.Variable) -> bool:
 
 
 def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Dataset:
-    import xarray as xr
-
-    with place.filesystem.open(place.path, "rb") as file:
-        start = file.read(8)
+    place = place if place.in_parts else place.copied()
+    with place.filesystem.open(place.path, "rb", block_size=START_BYTES, cache_type="none") as file:
+        start = file.read(START_BYTES)
     if not start:
         raise SourceError(f"{shown(place.url)} is empty (0 bytes). Fetch it again.")
-    if start[:4] == b"GRIB":
-        from stsr_core.sources.grib import open_grib
-
-        data = open_grib(_on_disk(place))
-        return data if chunks is None else data.chunk(chunks)
+    if start[:4] == messages.MAGIC:
+        return _open_grib(place, chunks)
     if start[:4] in geotiff.STARTS:
-        return geotiff.open_geotiffs([geotiff.record_of(_on_disk(place))])
+        return geotiff.open_geotiffs([geotiff.record_of(place.copied().path)])
     if place.path.endswith(".tar"):
-        return geotiff.open_geotiffs(geotiff.records_in_tar(_on_disk(place)))
+        return geotiff.open_geotiffs(geotiff.records_in_tar(place.copied().path))
     if start[:1] == b"{" or place.path.endswith(".json"):
         return _open_references(place, _json_references(place))
     if start[:3] == b"CDF":
-        return _decoded(xr.open_dataset(_on_disk(place), engine="netcdf4", chunks=chunks, decode_cf=False))
+        return _open_netcdf3(place, chunks)
     if start[:4] == b"\x89HDF":
         return _open_hdf5(place, chunks)
     if start[:2] == b"\x1f\x8b":
@@ -219,6 +257,32 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
         f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB, GeoTIFF nor "
         "kerchunk JSON. Fetch it again, or convert it."
     )
+
+
+def _open_grib(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
+    """Open GRIB on a disk or a server, or a copy of it where that is better."""
+    from stsr_core.sources.grib import open_grib
+
+    data = None
+    if not place.local:
+        with suppress(WholeFileNeeded):
+            data = open_grib(messages.OnServer(_remote(place)))
+    data = open_grib(messages.OnDisk(place.copied().path)) if data is None else data
+    return data if chunks is None else data.chunk(chunks)
+
+
+def _open_netcdf3(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
+    import xarray as xr
+
+    if place.local:
+        return _decoded(xr.open_dataset(place.path, engine="netcdf4", chunks=chunks, decode_cf=False))
+    data = open_netcdf3(_remote(place))
+    return _decoded(data if chunks is None else data.chunk(chunks))
+
+
+def _remote(place: Location) -> RemoteFile:
+    size = int(place.filesystem.info(place.path)["size"])
+    return RemoteFile(place.filesystem, place.path, size, shown(place.url))
 
 
 def _open_hdf5(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
@@ -250,24 +314,6 @@ def _only_group(place: Location) -> str:
             "of the precipitation to a file of its own."
         )
     return groups[0]
-
-
-def _on_disk(place: Location) -> str:
-    """Path of a local file, or of a local copy: GRIB and NetCDF3 libraries read only those."""
-    if place.local:
-        return str(place.path)
-    server = place.options.get("endpoint_url", "")
-    named = f"{server} {place.url} {_stamp(place.filesystem.info(place.path))}"
-    key = hashlib.sha256(named.encode()).hexdigest()[:32]
-    folder = Path(tempfile.gettempdir()) / f"stsr-copies-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    copy = folder / key / Path(place.path).name
-    copy.parent.mkdir(exist_ok=True)
-    if not copy.exists():
-        partial = copy.with_suffix(f".{uuid.uuid4().hex}")
-        place.filesystem.get_file(place.path, str(partial))
-        partial.replace(copy)
-    return str(copy)
 
 
 def _json_references(place: Location) -> Mapping[str, Any]:
@@ -310,7 +356,7 @@ def _joined(place: Location) -> xr.Dataset:
             f"Nothing matches {shown(place.url)}. Check the pattern, and the credentials if it is a bucket."
         )
     if all(geotiff.NAME.search(p) for p in paths):
-        return geotiff.open_geotiffs([geotiff.record_of(_on_disk(place.at(p))) for p in paths])
+        return geotiff.open_geotiffs([geotiff.record_of(place.at(p).copied().path) for p in paths])
     found = [_lazily(place.at(p)) for p in paths]
     if len(found) == 1:
         return found[0]

@@ -107,6 +107,8 @@ def _date_written(text: str) -> datetime:
 
 def _rounded(time: Time) -> Time:
     """A time without the rounding errors of files that count fractions of days."""
+    if time.microsecond % 1000 == 0:
+        return time  # most are, and there are many
     return time + timedelta(microseconds=1000 * round(time.microsecond / 1000) - time.microsecond)
 
 

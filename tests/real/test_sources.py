@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,6 +61,30 @@ def bucket(s3, tmp_path_factory):
     return url
 
 
+@pytest.fixture(scope="module")
+def large(s3, tmp_path_factory):
+    """Days on 400 x 500 cells in files of a record each day; their URL, and what they hold."""
+    folder = tmp_path_factory.mktemp("large")
+    rain = np.random.default_rng(4).gamma(0.2, 5.0, (40, 400, 500)).astype(np.float32)
+    days = np.datetime64("2001-01-01", "ns") + np.arange(40) * np.timedelta64(1, "D")
+    axes = {"time": days, "lat": 20 + 0.1 * np.arange(400), "lon": 0.1 * np.arange(500)}
+    data = xr.Dataset({n: (("time", "lat", "lon"), rain, {"units": "mm"}) for n in ("pr", "other")}, axes)
+    data.to_netcdf(folder / "classic.nc", format="NETCDF3_64BIT", unlimited_dims=["time"])
+    data.to_netcdf(folder / "hdf.nc", encoding={n: {"chunksizes": (1, 400, 500)} for n in ("pr", "other")})
+    data.chunk(time=1).to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False)
+    grid = {
+        "Ni": 500, "Nj": 400, "latitudeOfFirstGridPointInDegrees": 59.9, "latitudeOfLastGridPointInDegrees": 20.0,
+        "longitudeOfFirstGridPointInDegrees": 0.0, "longitudeOfLastGridPointInDegrees": 49.9,
+        "iDirectionIncrementInDegrees": 0.1, "jDirectionIncrementInDegrees": 0.1, "dataDate": 20010101, "dataTime": 0,
+        "productDefinitionTemplateNumber": 8, "shortName": "tp", "bitsPerValue": 24,
+    }  # fmt: skip
+    steps = [{**grid, "startStep": 24 * i, "endStep": 24 * (i + 1)} for i in range(40)]
+    write_grib(folder / "days.grib2", *((REGULAR, s, r[::-1] / 1000) for s, r in zip(steps, rain, strict=True)))
+    url = s3.make_bucket("large")
+    s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).put(str(folder) + "/", url + "/", recursive=True)
+    return url, rain
+
+
 def references(folder, url):
     """Kerchunk references of the chunks of the Zarr v2 store."""
     root = folder / "v2.zarr"
@@ -82,6 +107,18 @@ def test_one_of_each_kind_reads_from_a_bucket(s3, bucket, name):
     assert str(cube.times.bounds[0, 0])[:10] == "2001-01-01"
     first = fingerprint(f"{bucket}/{name}", storage_options=s3.options)
     assert first == fingerprint(f"{bucket}/{name}", storage_options=s3.options)
+
+
+@pytest.mark.parametrize("name", ["classic.nc", "hdf.nc", "v3.zarr", "days.grib2"])
+def test_of_a_large_file_two_days_are_fetched(s3, large, name):
+    url, rain = large
+    start = {} if name.endswith("grib2") else {"time_label": "start", "accumulated": "none"}
+    declared = Declared(period=("2001-01-11", "2001-01-13"), **start)
+    with unreliable(s3) as options, open_dataset(f"{url}/{name}", storage_options=options) as dataset:
+        cube = read_coarse(dataset, "tp" if name.endswith("grib2") else "pr", declared)
+        sent = Faults.sent
+    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], rain[10:12], atol=1e-4)
+    assert sent < 0.15 * rain.nbytes  # two of 40 days (0.05), what describes them, and what is read ahead
 
 
 def test_a_fingerprint_of_a_bucket_follows_its_objects(s3, bucket):
@@ -121,11 +158,11 @@ def test_a_profile_of_the_users_own_is_as_good_as_keys(s3, bucket, tmp_path, mon
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to the real server; for objects, `plan` says what goes wrong first."""
+    """Passes requests on to the real server, counts what it sends; `plan` says what goes wrong with objects first."""
 
     plan: list[str] = []  # noqa: RUF012
     behind = ""
-    served = 0
+    served = sent = 0
 
     def _pass_on(self):
         fault = Faults.plan.pop(0) if Faults.plan and self.path.endswith(".nc") else ""
@@ -147,6 +184,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+        Faults.sent += len(body)
         if fault == "cut":
             self.close_connection = True
 
@@ -160,7 +198,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def unreliable(s3, *plan):
     """The same server through a line that fails as planned."""
-    Faults.plan, Faults.behind, Faults.served = list(plan), s3.endpoint, 0
+    Faults.plan, Faults.behind, Faults.served, Faults.sent = list(plan), s3.endpoint, 0, 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -170,6 +208,28 @@ def unreliable(s3, *plan):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class WholeFiles(http.server.SimpleHTTPRequestHandler):
+    """A web server as it comes with Python: it sends files from their beginning to their end."""
+
+    def log_message(self, *arguments):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("name", ["hdf.nc", "classic.nc", "sums.grib2"])
+def test_a_web_server_that_sends_whole_files_only_serves_too(bucket, s3, tmp_path, name):
+    s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).get_file(f"{bucket}/{name}", str(tmp_path / name))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(WholeFiles, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    declared = Declared() if name == "sums.grib2" else START
+    try:
+        with open_dataset(f"http://127.0.0.1:{server.server_port}/{name}") as dataset:
+            cube = read_coarse(dataset, "tp" if name == "sums.grib2" else "pr", declared)
+    finally:
+        server.shutdown()
+        server.server_close()
+    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], VALUES, atol=1e-4)
 
 
 @pytest.mark.parametrize("plan", [("503", "503"), ("", "cut"), ("", "", "cut", "503")], ids=str)
