@@ -137,6 +137,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "evaluations_per_member": served.evaluations,
         "runs": runs,
         "speedup": first["seconds"] / last["seconds"],
+        "speedup_of_networks": _rate(last) / _rate(first),
         "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
         **_flops(
             plan,
@@ -144,6 +145,11 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
             float(first["cell_evaluations_per_s_in_networks"]),
         ),
     }
+
+
+def _rate(run: Mapping[str, float]) -> float:
+    """What the networks of all workers do in a second of theirs: with more of them, all that the machine leaves."""
+    return run["workers"] * run["cell_evaluations_per_s_in_networks"]
 
 
 def _run(
@@ -219,9 +225,11 @@ def _busy(gpu: bool, every: float = 0.1) -> Iterator[dict[str, float]]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield found
-    ended.set()
-    thread.join()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
     if samples:
         found["device_busy"] = float(np.mean(samples)) / 100
 
