@@ -41,7 +41,8 @@ from stsr_core.regrid import native_factor, reach
 from stsr_core.settings import Settings
 from stsr_core.sources.cube import Cube
 from stsr_core.sources.harmonise import Reading, find, negatives_of
-from stsr_core.sources.open import fingerprint, located, open_dataset
+from stsr_core.sources.location import located
+from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse

@@ -285,7 +285,8 @@ def _product(settings: Settings, name: str) -> Finding:
     from stsr_core.configuration import Configuration, choose_catalog
     from stsr_core.regrid import native_factor, reach
     from stsr_core.sources.harmonise import find
-    from stsr_core.sources.open import located, open_dataset
+    from stsr_core.sources.location import located
+    from stsr_core.sources.open import open_dataset
 
     path = choose_catalog(settings.catalog_file)
     configuration = Configuration.load(path)

@@ -14,7 +14,8 @@ from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.geotiff import NAME
 from stsr_core.sources.harmonise import NOTHING, read_cube
-from stsr_core.sources.open import GLOB, Location, open_dataset
+from stsr_core.sources.location import Location
+from stsr_core.sources.open import GLOB, open_dataset
 
 if TYPE_CHECKING:
     import xarray as xr

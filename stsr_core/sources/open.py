@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import tempfile
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,122 +13,22 @@ import numpy as np
 
 from stsr_core.errors import SourceError
 from stsr_core.sources import geotiff, messages
+from stsr_core.sources.joined import joined
+from stsr_core.sources.location import Location, stamp_of
 from stsr_core.sources.netcdf3 import open_netcdf3
-from stsr_core.sources.ranges import RemoteFile, WholeFileNeeded
+from stsr_core.sources.ranges import WholeFileNeeded
 from stsr_core.sources.remote import patiently, shown
 from stsr_core.sources.times import with_written_times
 
 if TYPE_CHECKING:
     import xarray as xr
-    from fsspec import AbstractFileSystem
     from zarr.storage import FsspecStore
 
-PACKAGE = "package:"  # scheme of files that are installed with stsr
 CHUNK_BYTES = 1 << 20
 START_BYTES = 8  # of a file, which tell its kind
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
-MEANING = ("units", "standard_name", "cell_methods")  # attributes that files must share
-REALIZATION = (
-    "source_id",
-    "variant_label",
-    "model_id",
-    "driving_source_id",
-    "driving_variant_label",
-)  # of CMIP, CORDEX
-MEMBER = "member"  # dimension along which files of the same times are joined
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
-
-
-def located(url: str, base: Path | None = None) -> str:
-    """Resolve a URL of catalog.yaml: `package:` files, and paths relative to `base`."""
-    if url.startswith(PACKAGE):
-        return str(files("stsr_core") / url.removeprefix(PACKAGE))
-    if "://" in url or base is None or Path(url).is_absolute():
-        return url
-    return str(base / url)
-
-
-@dataclass(frozen=True)
-class Location:
-    """A place on a filesystem."""
-
-    filesystem: AbstractFileSystem
-    path: str
-    url: str
-    options: Mapping[str, object]
-
-    @classmethod
-    def of(cls, url: str, base: Path | None, options: Mapping[str, object] | None) -> Location:
-        """Find the filesystem of a URL; nothing is read.
-
-        Raises:
-            SourceError: a scheme that no installed filesystem serves.
-        """
-        import fsspec
-
-        place, kept = located(url, base), dict(options or {})
-        try:
-            filesystem, path = fsspec.core.url_to_fs(place, **kept)
-        except (ValueError, ImportError) as e:
-            raise SourceError(
-                f"{shown(place)} has a scheme that cannot be read here ({e}). Use a path, https:// or s3://; gs:// "
-                "needs `pip install 'stsr[gs]'`, az:// 'stsr[az]'."
-            ) from None
-        return cls(filesystem, path, place, kept)
-
-    @property
-    def _protocols(self) -> tuple[str, ...]:
-        protocol = self.filesystem.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-    @property
-    def local(self) -> bool:
-        """Whether it is on a disk of this machine."""
-        return "file" in self._protocols
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether parts of a file can be read; there are HTTP servers that send all of it or nothing."""
-        if "http" not in self._protocols:
-            return True
-        if self.filesystem.info(self.path).get("size") is None:
-            return False
-        try:
-            with self.filesystem.open(self.path, "rb", block_size=1, cache_type="none") as file:
-                file.seek(1)
-                file.read(1)
-        except ValueError:  # of fsspec, which got the beginning instead
-            return False
-        return True
-
-    @property
-    def secrets(self) -> tuple[object, ...]:
-        """What messages must not hold."""
-        return tuple(v for k, v in self.options.items() if k not in ("endpoint_url", "anon", "profile"))
-
-    def at(self, path: str) -> Location:
-        """Return another place on the same filesystem."""
-        return Location(self.filesystem, path, self.filesystem.unstrip_protocol(path), self.options)
-
-    def copied(self) -> Location:
-        """Return it as a local file: itself, or a copy, for what is read from a disk only, or faster."""
-        from fsspec.implementations.local import LocalFileSystem
-
-        if self.local:
-            return self
-        server = self.options.get("endpoint_url", "")
-        named = f"{server} {self.url} {_stamp(self.filesystem.info(self.path))}"
-        key = hashlib.sha256(named.encode()).hexdigest()[:32]
-        folder = Path(tempfile.gettempdir()) / f"stsr-copies-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        copy = folder / key / Path(self.path).name
-        copy.parent.mkdir(exist_ok=True)
-        if not copy.exists():
-            partial = copy.with_suffix(f".{uuid.uuid4().hex}")
-            self.filesystem.get_file(self.path, str(partial))
-            partial.replace(copy)
-        return Location(LocalFileSystem(), str(copy), self.url, {})
 
 
 def open_dataset(
@@ -156,7 +50,7 @@ def open_dataset(
 
 def _open(place: Location) -> xr.Dataset:
     if any(c in place.path for c in GLOB) and not place.filesystem.exists(place.path):
-        return _joined(place)
+        return _open_glob(place)
     if not _exists(place):
         raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
     if _is_zarr(place):
@@ -266,7 +160,7 @@ def _open_grib(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
     data = None
     if not place.local:
         with suppress(WholeFileNeeded):
-            data = open_grib(messages.OnServer(_remote(place)))
+            data = open_grib(messages.OnServer(place.remote_file()))
     data = open_grib(messages.OnDisk(place.copied().path)) if data is None else data
     return data if chunks is None else data.chunk(chunks)
 
@@ -276,13 +170,8 @@ def _open_netcdf3(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
 
     if place.local:
         return _decoded(xr.open_dataset(place.path, engine="netcdf4", chunks=chunks, decode_cf=False))
-    data = open_netcdf3(_remote(place))
+    data = open_netcdf3(place.remote_file())
     return _decoded(data if chunks is None else data.chunk(chunks))
-
-
-def _remote(place: Location) -> RemoteFile:
-    size = int(place.filesystem.info(place.path)["size"])
-    return RemoteFile(place.filesystem, place.path, size, shown(place.url))
 
 
 def _open_hdf5(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
@@ -346,10 +235,7 @@ def _open_references(place: Location, references: Mapping[str, Any]) -> xr.Datas
     return _decoded_zarr2(FsspecStore(filesystem, read_only=True, path=""), consolidated=False)
 
 
-def _joined(place: Location) -> xr.Dataset:
-    """Join the files of a glob: along time where their times differ, along `member` where they are the same."""
-    import xarray as xr
-
+def _open_glob(place: Location) -> xr.Dataset:
     paths = sorted(place.filesystem.glob(place.path))
     if not paths:
         raise SourceError(
@@ -358,97 +244,7 @@ def _joined(place: Location) -> xr.Dataset:
     if all(geotiff.NAME.search(p) for p in paths):
         return geotiff.open_geotiffs([geotiff.record_of(place.at(p).copied().path) for p in paths])
     found = [_lazily(place.at(p)) for p in paths]
-    if len(found) == 1:
-        return found[0]
-    _check_alike(found, paths)
-    times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
-    _check_one_calendar(times, paths)
-    same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
-    dim = MEMBER if same else "time"
-    if not same:
-        _check_one_realization(found, paths)
-        found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
-    try:
-        joined = xr.concat(
-            found, dim, data_vars=_amounts(found[0]) if same else "minimal", coords="minimal", compat="equals",
-            join="exact", combine_attrs="override",
-        )  # fmt: skip
-    except (ValueError, KeyError) as e:
-        raise SourceError(
-            f"The {len(paths)} files of {shown(place.url)} do not fit together along {dim}: "
-            f"{str(e).splitlines()[0][:200]}. Name files of one grid and one set of variables."
-        ) from e
-    if same and not any(MEMBER in d.variables or MEMBER in d.dims for d in found):
-        joined = joined.assign_coords({MEMBER: _distinct(paths)})
-    stamps = joined["time"].to_index()
-    if not same and stamps.has_duplicates:
-        raise SourceError(
-            f"Files of {shown(place.url)} hold the same time twice: {stamps[stamps.duplicated()][0]}. Name each once."
-        )
-    return joined
-
-
-def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
-    """Refuse files whose variables differ, or mean different things: joined, all would mean what the first does."""
-    names = _amounts(found[0])
-    for dataset, path in zip(found[1:], paths[1:], strict=True):
-        if set(_amounts(dataset)) != set(names):
-            differ = ", ".join(sorted(set(_amounts(dataset)) ^ set(names)))
-            raise SourceError(
-                f"The files do not fit together: {differ} is not in all of them. Name files of one set of variables."
-            )
-        for name in names:
-            one, other = ([str(d[name].attrs.get(key, "")) for key in MEANING] for d in (found[0], dataset))
-            if one != other:
-                raise SourceError(
-                    f"The files do not fit together: {name!r} is {', '.join(filter(None, one)) or 'not described'} in "
-                    f"some, {', '.join(filter(None, other)) or 'not described'} in {path}. Name files of one kind."
-                )
-
-
-def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
-    """Refuse files whose dates cannot be compared."""
-    calendars = [getattr(t[0], "calendar", "standard") if t.dtype == object else "standard" for t in times]
-    for calendar, path in zip(calendars[1:], paths[1:], strict=True):
-        if calendar != calendars[0]:
-            raise SourceError(
-                f"The files do not fit together: the calendar is {calendars[0]} in {paths[0]}, {calendar} in {path}. "
-                "Name files of one calendar."
-            )
-
-
-def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:
-    """Refuse files of different models or realizations whose times follow each other, by what CMIP files say."""
-    for key in REALIZATION:
-        said = {str(d.attrs[key]): path for d, path in zip(found, paths, strict=True) if key in d.attrs}
-        if len(said) > 1:
-            (one, a), (other, b) = list(said.items())[:2]
-            raise SourceError(
-                f"The files are of several realizations, so their times make no series: {key} is {one} in {a}, {other} "
-                f"in {b}. Name files of one; or of the same times, which are driving members."
-            )
-
-
-def _amounts(dataset: xr.Dataset) -> list[str]:
-    """Variables that hold data, and may differ between members: those along time that are bounds of none."""
-    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in dataset.variables.values()}
-    return [n for n in map(str, dataset.data_vars) if "time" in dataset[n].dims and n not in bounds]
-
-
-def _distinct(paths: list[str]) -> list[str]:
-    """What tells paths apart: the words that are not the same in all of them, such as r1i1p1f1; else all of each."""
-    words = [re.split(r"[/._-]", path) for path in paths]
-    if len({len(w) for w in words}) > 1:
-        return paths
-    differ = [i for i, at in enumerate(zip(*words, strict=True)) if len(set(at)) > 1]
-    found = ["_".join(w[i] for i in differ) for w in words]
-    return found if len(set(found)) == len(found) else paths
-
-
-def _times(dataset: xr.Dataset, path: str) -> Any:
-    if "time" not in dataset.variables or dataset["time"].size == 0:
-        raise SourceError(f"{path} has no time, so it cannot be joined with the others. Name files with a time axis.")
-    return dataset["time"].values.ravel()
+    return found[0] if len(found) == 1 else joined(found, paths, shown(place.url))
 
 
 def _lazily(place: Location) -> xr.Dataset:
@@ -457,13 +253,6 @@ def _lazily(place: Location) -> xr.Dataset:
     if "time" in data.coords and data["time"].ndim == 0:
         data = data.expand_dims("time")
     return data
-
-
-def _stamp(info: Mapping[str, Any]) -> str:
-    """What changes when an object does: its etag where there is one, else size and time of change."""
-    etag = info.get("ETag") or info.get("etag")
-    changed = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated")
-    return f"{info.get('size')} {etag or changed}"
 
 
 def fingerprint(url: str, *, base: Path | None = None, storage_options: Mapping[str, object] | None = None) -> str:
@@ -491,14 +280,14 @@ def _fingerprint(place: Location) -> str:
     else:
         return _file_fingerprint(place)
     for key, info in sorted(found.items()):
-        digest.update(f"{key.removeprefix(path)} {_stamp(info)}\n".encode())
+        digest.update(f"{key.removeprefix(path)} {stamp_of(info)}\n".encode())
     return digest.hexdigest()
 
 
 def _file_fingerprint(place: Location) -> str:
     digest = hashlib.sha256()
     if not place.local:
-        stamp = _stamp(place.filesystem.info(place.path))
+        stamp = stamp_of(place.filesystem.info(place.path))
         if not stamp.endswith("None"):
             digest.update(stamp.encode())
             return digest.hexdigest()
