@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +107,16 @@ class OnServer:
             offset += length
 
     def _without_values(self, offset: int, head: bytes, length: int) -> bytes:
-        """Return a message whose bitmap and packed values are 0, as is all of it that `head` does not hold."""
+        """Return a message whose bitmap and packed values, and what `head` does not hold of it else, are 0."""
         message = bytearray(length)
         message[: len(head)] = head[:length]
         message[-len(END) :] = END
-        walk = _sections2 if head[7] == 2 else _sections1
-        for start, size in walk(message):
+
+        def need(start: int, size: int) -> None:
             if start + size > min(len(head), length):
                 message[start : start + size] = self.file.read(offset + start, offset + start + size)
+
+        (_fill2 if head[7] == 2 else _fill1)(message, need)
         return bytes(message)
 
     @contextmanager
@@ -143,31 +145,30 @@ def _length(head: bytes) -> int:
     return length
 
 
-def _sections2(message: bytearray) -> Iterator[tuple[int, int]]:
-    """Yield start and size of what is needed of each section of a GRIB 2 message, which is there when it comes back."""
+def _fill2(message: bytearray, need: Callable[[int, int], None]) -> None:
+    """Get what says what a GRIB 2 message holds: its sections up to the values; `need` puts a span into the message."""
     start = 16
     while True:
-        yield start, 5
+        need(start, 5)
         size, number = int.from_bytes(message[start : start + 4]), message[start + 4]
         if size < 5 or start + size > len(message):
             raise WholeFileNeeded
         if number == DATA:
             return
-        yield start, 6 if number == BITMAP else size
+        need(start, 6 if number == BITMAP else size)
         start += size
 
 
-def _sections1(message: bytearray) -> Iterator[tuple[int, int]]:
+def _fill1(message: bytearray, need: Callable[[int, int], None]) -> None:
     """Likewise of a GRIB 1 message."""
     start = 8
-    yield start, 8
+    need(start, 8)
     flags = message[start + 7]
-    sizes = []
     for name in ("product", *(name for bit, name in GRIB1_SECTIONS if flags & bit)):
-        yield start, 6
-        sizes.append(int.from_bytes(message[start : start + 3]))
-        if sizes[-1] < 6 or start + sizes[-1] > len(message):
+        need(start, 6)
+        size = int.from_bytes(message[start : start + 3])
+        if size < 6 or start + size > len(message):
             raise WholeFileNeeded
-        yield start, 6 if name == "bitmap" else sizes[-1]
-        start += sizes[-1]
-    yield start, GRIB1_DATA_HEAD
+        need(start, 6 if name == "bitmap" else size)
+        start += size
+    need(start, GRIB1_DATA_HEAD)
