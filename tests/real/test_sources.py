@@ -165,7 +165,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
     served = sent = 0
 
     def _pass_on(self):
-        fault = Faults.plan.pop(0) if Faults.plan and self.path.endswith(".nc") else ""
+        fault = Faults.plan.pop(0) if Faults.plan and self.path.endswith((".nc", ".grib2")) else ""
         Faults.served += 1
         if fault == "503":
             self.send_response(503)
@@ -237,6 +237,18 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(s3, bucket, plan):
     with unreliable(s3, *plan) as options, open_dataset(f"{bucket}/hdf.nc", storage_options=options) as dataset:
         np.testing.assert_array_equal(read_coarse(dataset, "pr", START).amount, VALUES)
         assert Faults.plan == []
+
+
+@pytest.mark.parametrize("name", ["classic.nc", "days.grib2"])
+def test_so_it_is_when_parts_of_a_large_file_are_read(s3, large, name):
+    url, rain = large
+    variable, start = ("tp", {}) if name.endswith("grib2") else ("pr", {"time_label": "start", "accumulated": "none"})
+    declared = Declared(period=("2001-01-11", "2001-01-13"), **start)
+    with unreliable(s3) as options, open_dataset(f"{url}/{name}", storage_options=options) as dataset:
+        Faults.plan = ["cut", "503", "", "cut"]
+        cube = read_coarse(dataset, variable, declared)
+        assert Faults.plan == []
+    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], rain[10:12], atol=1e-4)
 
 
 def test_a_server_that_keeps_failing_is_a_clear_error(s3, bucket):
