@@ -16,7 +16,8 @@ from stsr_core.grids import Cells, Grid
 from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, layout_of, names_of, negatives_of
+from stsr_core.sources.harmonise import find, names_of, negatives_of
+from stsr_core.sources.layout import layout_of
 from stsr_core.sources.times import MIDDLES
 from stsr_core.sources.units import measured
 

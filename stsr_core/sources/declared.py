@@ -39,3 +39,6 @@ class Declared:
     max_negative_mm: float | None = None
     select: Mapping[str, Label | tuple[Label, ...]] = field(default_factory=dict)
     period: tuple[str, str] | None = None
+
+
+NOTHING = Declared()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.errors import SourceError
-from stsr_core.sources.declared import Declared
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.geotiff import NAME
-from stsr_core.sources.harmonise import NOTHING, read_cube
+from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.location import Location
 from stsr_core.sources.open import GLOB, open_dataset
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,32 +18,35 @@ from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube
-from stsr_core.sources.declared import ALL, Declared
-from stsr_core.sources.driving import Driving, labels_of, selected
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.grib import LEFT_OUT
+from stsr_core.sources.layout import Layout, layout_of
 from stsr_core.sources.period import period_of, within
-from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
+from stsr_core.sources.plausible import (
+    FLOAT32_ROUNDING,
+    Where,
+    check_amounts,
+    check_not_accumulated,
+    check_seam,
+    largest_amount,
+    mask_invalid,
+)
 from stsr_core.sources.remote import patiently
-from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of
-from stsr_core.sources.units import check_agreement, measured
+from stsr_core.sources.times import Steps
+from stsr_core.sources.units import measured
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-    from stsr_core.sources.times import Time
 
 Made = TypeVar("Made")
 ROUNDING_MM = 0.01  # negative amounts down to this are packing error
-FLOAT32_ROUNDING = 2.0**-23
 HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
-SAME = 1e-5  # relative difference of values that are the same but for packing
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
-NOTHING = Declared()
 PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
-MANY_CELLS = 10  # that rise together by no accident
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
 READERS = 2  # blocks that are read and converted while one is worked on
 
@@ -171,157 +174,6 @@ def cubes_of(
         dataset = dataset.assign(time_bnds=bounds)
         dataset["time"].attrs["bounds"] = "time_bnds"
     return read_cubes(dataset, "precipitation", declared)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A variable before its values are read: where and when its records are.
-
-    `array` has the dimensions of the driving members, if any, of time, and of the place, in this order. `seam` are its
-    first column and one that repeats it a full circle on, which `array` leaves out; None where the file has none.
-    """
-
-    array: xr.DataArray
-    driving: Driving | None
-    time_dim: str
-    place: Place
-    steps: Steps
-    units: str
-    seam: xr.DataArray | None
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels of the driving members, one "" where the source is no ensemble."""
-        return ("",) if self.driving is None else self.driving.labels
-
-
-def layout_of(dataset: xr.Dataset, name: str, declared: Declared = NOTHING) -> Layout:
-    """Find out all about a variable that needs none of its values; raises like `read_coarse`."""
-    _check_runs(dataset, name, declared)
-    dataset, driving = selected(dataset, name, declared)
-    array = dataset[name]
-    time = _time_name(dataset, array)
-    array, dataset = _with_time(array, dataset, time)
-    time_dim = str(array[time].dims[0])
-    leading = (time_dim,) if driving is None else (driving.dim, time_dim)
-    horizontal = tuple(str(d) for d in array.dims if d not in leading)
-    array, horizontal = _without_singles(dataset, array, horizontal)
-    if 0 in array.shape:
-        raise SourceError(f"The variable is empty: {dict(array.sizes)}. At least one step and one cell are needed.")
-    if len(horizontal) not in (1, 2):
-        raise SourceError(_too_many(dataset, array, horizontal))
-    steps = steps_of(stamps_of(array[time]), _bounds(dataset, time, time_dim), declared)
-    seam, around = None, repeating(dataset, horizontal) if len(horizontal) == 2 else None
-    if around is not None:
-        seam = array.isel({around: [0, -1]})
-        array, dataset = array.isel({around: slice(0, -1)}), dataset.isel({around: slice(0, -1)})
-    place = place_of(dataset, array, horizontal, declared.crs)
-    order = (*leading, *place.dims)
-    seam = None if seam is None else seam.transpose(*order)
-    return Layout(array.transpose(*order), driving, time_dim, place, steps, _units(array, declared), seam)
-
-
-def _check_runs(dataset: xr.Dataset, name: str, declared: Declared) -> None:
-    """Refuse forecasts of several runs, whose dates lie along two dimensions, until one run is selected.
-
-    One lead time of every run makes a series too, if it is declared how long its steps are.
-    """
-    for key, coordinate in dataset[name].coords.items():
-        runs = [str(d) for d in coordinate.dims if d in dataset.coords and _is_time(str(d), dataset[d])]
-        if coordinate.ndim != 2 or len(runs) != 1 or not _is_time(str(key), coordinate):
-            continue
-        (lead,) = (str(d) for d in coordinate.dims if d != runs[0])
-        if runs[0] not in declared.select and (lead not in declared.select or declared.step_h is None):
-            raise SourceError(
-                f"Times lie along {runs[0]} and {lead}: there are forecasts of several runs. Choose one entry of "
-                f"{runs[0]} with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: "
-                f"{_entries(dataset, runs[0])}. Or choose one of {lead}, and declare with time_label and step_h what "
-                "it stands for."
-            )
-
-
-def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
-    """Name of the coordinate that holds the times of the steps: a 1-D one before a scalar one."""
-    found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
-    found.sort(key=lambda n: (array[n].ndim == 0, n != "valid_time", n not in array.dims, n != "time"))
-    if found:
-        return found[0]
-    raise SourceError(
-        f"Dimensions {tuple(map(str, array.dims))} were found, none with dates. (time, y, x) are needed; time needs CF "
-        "units such as 'hours since 2000-01-01'."
-    )
-
-
-def _is_time(name: str, coordinate: xr.DataArray) -> bool:
-    dates = np.issubdtype(coordinate.dtype, np.datetime64) or (
-        coordinate.dtype == object and coordinate.size > 0 and hasattr(coordinate.values.flat[0], "calendar")
-    )
-    if str(coordinate.attrs.get("standard_name", "")) == "forecast_reference_time":
-        return False
-    return dates or name == "time" or (coordinate.ndim == 1 and coordinate.attrs.get("standard_name") == "time")
-
-
-def _with_time(array: xr.DataArray, dataset: xr.Dataset, time: str) -> tuple[xr.DataArray, xr.Dataset]:
-    if array[time].ndim == 1:
-        return array, dataset
-    return array.expand_dims(time), dataset.assign_coords({time: dataset[time]})
-
-
-def _without_singles(
-    dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]
-) -> tuple[xr.DataArray, tuple[str, ...]]:
-    """Drop dimensions of size 1 while there are more than two besides time."""
-    for dim in dims:
-        if len(dims) > 2 and array.sizes[dim] == 1:
-            array, dims = array.isel({dim: 0}), tuple(d for d in dims if d != dim)
-    return array, dims
-
-
-def _too_many(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]) -> str:
-    others = [d for d in dims if not is_horizontal(dataset, d)]
-    entries = "; ".join(_entries(dataset, d) for d in (others if len(others) == len(dims) - 2 else dims))
-    return (
-        f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
-        f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {entries}. "
-        f"`select: {{NAME: {ALL}}}` takes the entries of one for driving members."
-    )
-
-
-def _entries(dataset: xr.Dataset, dim: str) -> str:
-    labels = labels_of(dataset, dim)
-    return f"{dim} ({len(labels)}: {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})"
-
-
-def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:
-    coordinate = dataset[time]
-    name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
-    if name not in dataset.variables:
-        return None
-    bounds = dataset[name]
-    if bounds.ndim == 1 and coordinate.ndim == 0 and bounds.size == 2:
-        bounds = bounds.expand_dims(time_dim)
-    if bounds.ndim != 2 or time_dim not in bounds.dims or bounds.shape[bounds.get_axis_num(time_dim) - 1] != 2:
-        raise SourceError(f"Time bounds {name} have the shape {dict(bounds.sizes)}; ({time_dim}, 2) is needed.")
-    pairs = bounds.transpose(time_dim, ...).assign_attrs({**coordinate.attrs, **bounds.attrs})
-    if pairs.dtype.kind not in "MO" and pairs.attrs.get("units") != ABSOLUTE:
-        raise SourceError(f"Time bounds {name} hold {pairs.dtype} values, not dates. Give them the units of time.")
-    return list(zip(stamps_of(pairs[:, 0]), stamps_of(pairs[:, 1]), strict=True))
-
-
-def _units(array: xr.DataArray, declared: Declared) -> str:
-    if declared.units is not None:
-        return declared.units
-    units = str(array.attrs.get("units", "")).strip()
-    if not units or units == "unknown":
-        raise SourceError(
-            "The variable has no units. Declare `units:` of the source in catalog.yaml (mm, kg m-2 s-1, mm/h, ...), "
-            "or by --declare."
-        )
-    called = " ".join(str(array.attrs.get(key, "")) for key in ("standard_name", "long_name", "description"))
-    if "anomal" in called.lower():
-        raise SourceError(f"{array.name!r} is an anomaly ({called.strip()}), no amount. Name the amounts themselves.")
-    check_agreement(units, str(array.attrs.get("standard_name", "")), str(array.attrs.get("cell_methods", "")))
-    return units
 
 
 @dataclass(frozen=True)
@@ -454,8 +306,8 @@ class Reading:
         for one in self.variables:
             values, tolerance = _stretch(one.layout, one.steps.within(first, stop), one.part, self.declared)
             for i, member in enumerate(values):
-                where = _Where(first, self._of(i))
-                negatives[i] += _check(member, tolerance, _largest(self.times.step), where, self.declared)
+                where = Where(first, self._of(i))
+                negatives[i] += check_amounts(member, tolerance, largest_amount(self.times.step), where, self.declared)
             total = values if total is None else total + values
         assert total is not None
         return total.astype(np.float32, copy=False), negatives
@@ -473,7 +325,7 @@ class Reading:
     def _check_not_accumulated(self, sample: NDArray[np.float32]) -> None:
         differenced = any(one.steps.differenced for one in self.variables)
         if self.declared.accumulated is None and not differenced and len(sample) >= 4:
-            _check_not_accumulated(sample)
+            check_not_accumulated(sample)
 
 
 def with_negatives(attributes: Mapping[str, str], negatives: int) -> dict[str, str]:
@@ -522,11 +374,11 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     low, high = int(used.min()), int(used.max()) + 1
     array = layout.array.isel({layout.time_dim: slice(low, high)})
     if layout.seam is not None:
-        _check_seam(layout.seam.isel({layout.time_dim: slice(low, high), layout.place.dims[0]: part.rows}))
+        check_seam(layout.seam.isel({layout.time_dim: slice(low, high), layout.place.dims[0]: part.rows}))
     dtype = np.float32 if array.dtype == np.float32 and not steps.differenced else np.float64
     records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
-    _mask_invalid(records, layout.array, declared)
+    mask_invalid(records, layout.array, declared)
     for mark in declared.missing_values:  # as written, or as a float32 file holds it
         records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
     if np.isinf(records).any():
@@ -543,113 +395,3 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     values = records[:, steps.record - low]
     values[:, later] -= records[:, steps.base[later] - low]
     return values, max(ROUNDING_MM, packing, FLOAT32_ROUNDING * largest)
-
-
-def _check_seam(seam: xr.DataArray) -> None:
-    """Refuse a column of longitudes that lies on the first one, a full circle on, and holds other values."""
-    first, last = np.moveaxis(patiently(lambda: np.asarray(seam.values, np.float64), "the values"), -1, 0)
-    other = int((~np.isclose(first, last, rtol=SAME, atol=0.0, equal_nan=True)).sum())
-    if other:
-        raise SourceError(
-            f"The last column of {seam.dims[-1]} lies on the first, a full circle on, but {other} of its {last.size} "
-            "values are others. Remove the wrong one of the two columns."
-        )
-
-
-def _mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: Declared) -> None:
-    """Mask what lies above the valid range that a file states, as CF asks for; negatives are judged by `_check`.
-
-    Raises:
-        SourceError: cells are missing because 0 marks them, which is also what dry cells hold.
-    """
-    scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
-    high = _valid_max(array) * scale + offset
-    if high < np.inf:
-        records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
-    marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
-    if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
-        raise SourceError(
-            "The fill value of the file is 0, so dry cells would be missing. If 0 does mark missing cells, declare "
-            "`missing_values: [0.0]` of the source in catalog.yaml, or by --declare; else remove the fill value."
-        )
-
-
-def _valid_max(array: xr.DataArray) -> float:
-    """Largest valid value as the file states it, packed where its values are; infinite where it does not."""
-    stated = np.ravel(array.attrs.get("valid_range", array.attrs.get("valid_max", np.inf)))[-1]
-    try:
-        return float(stated)
-    except ValueError as e:
-        raise SourceError(f"The valid range ends at {stated!r}, which is no number. Mend or remove it.") from e
-
-
-def _largest(step: timedelta) -> float:
-    """Amount that no step has reached: twice the envelope of the world's records, 422 mm (h)^0.475 (Jennings 1950)."""
-    return float(2 * 422.0 * (step / timedelta(hours=1)) ** 0.475)
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Where values lie: their first step, and the driving member for the end of a sentence."""
-
-    first: int
-    member: str
-
-
-def _check(values: NDArray[np.floating], rounding: float, largest: float, where: _Where, declared: Declared) -> int:
-    """Set small negatives to 0 and count them; refuse what is no amount."""
-    tolerance = rounding if declared.max_negative_mm is None else max(rounding, declared.max_negative_mm)
-    low, high = (f.reduce(values, axis=None) for f in (np.fmin, np.fmax))  # which pass over NaN
-    if low < -tolerance:
-        raise SourceError(
-            _implausible(values, int(np.nanargmin(values)), where, f"beyond the rounding of {tolerance:.3g} mm")
-        )
-    if high > largest:
-        raise SourceError(
-            _implausible(values, int(np.nanargmax(values)), where, f"more than {largest:.0f} mm, twice the record")
-        )
-    if not low < 0:
-        return 0
-    negative = values < 0
-    values[negative] = 0.0
-    return int(negative.sum())
-
-
-def _implausible(values: NDArray[np.floating], at: int, where: _Where, why: str) -> str:
-    step, cell = (int(i) for i in np.unravel_index(at, values.shape))
-    value = float(values[step, cell])
-    same = int((np.abs(values - value) <= 1e-6 * abs(value)).sum())
-    what = "Negative precipitation" if value < 0 else "Implausible precipitation"
-    hint = (
-        f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in "
-        "catalog.yaml (in the units of the file), or by --declare."
-        if same > 1
-        else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
-        "`max_negative_mm:` of the source in catalog.yaml, or by --declare, accepts more."
-    )
-    return f"{what}: {value:.4g} mm at step {where.first + step}, cell {cell}{where.member}, {why}. {hint}"
-
-
-def _check_not_accumulated(sample: NDArray[np.float32]) -> None:
-    """Refuse amounts (T, cells) that behave like a running sum that nobody declared."""
-    with np.errstate(invalid="ignore"):
-        change = np.diff(sample, axis=0)
-        rises, falls = (change > 0).sum(axis=1), (change < 0).sum(axis=1)
-    never_fall = not falls.any() and int(rises.sum()) >= MANY_CELLS
-    if never_fall or _is_reset(rises, falls):
-        how = "never fall from one step to the next" if never_fall else "fall in evenly spaced steps only"
-        raise SourceError(
-            f"The amounts {how}, in any cell: they look like a running sum. Declare `accumulated: run`, `day` or "
-            "`none` of the source in catalog.yaml, or by --declare."
-        )
-
-
-def _is_reset(rises: NDArray[np.int64], falls: NDArray[np.int64]) -> bool:
-    """Whether cells only rise, but for steps at even distances: running sums that begin anew there."""
-    rising = (rises >= MANY_CELLS) & (falls <= 0.02 * rises)
-    resets = np.flatnonzero((rises + falls >= MANY_CELLS) & ~rising)
-    if resets.size == 0 or int(rising.sum()) < max(6, resets.size):
-        return False
-    distances = np.diff(resets)
-    nearest = int(distances.min(initial=len(rises)))
-    return nearest >= 2 and not (distances % nearest).any()

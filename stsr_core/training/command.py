@@ -16,8 +16,7 @@ from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
-from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import NOTHING
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training.fit import PRESETS, Run, Training, fit
 from stsr_core.training.patches import Region, load_archive

@@ -19,9 +19,8 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.factors import Factor, FactorConfiguration
 from stsr_core.grids import coarsen
-from stsr_core.sources.declared import Declared
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
-from stsr_core.sources.harmonise import NOTHING
 from stsr_core.sources.open import fingerprint
 from stsr_core.statics import StaticSource
 
