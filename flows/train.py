@@ -37,6 +37,7 @@ def train(
     denoiser_steps: Steps = None,
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
     start: Path | None = None,
+    start_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
     seed: Annotated[int, Field(ge=0)] = 0,
     statics: list[str] | None = None,
 ) -> str:
@@ -55,6 +56,7 @@ def train(
         denoiser_steps: steps of the denoiser; without it by preset.
         learning_rate: largest learning rate; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
+        start_share: share of the weights of `start` in the result; 0.5 generalises better where data are few.
         seed: seed of weights and patches.
         statics: static fields that the networks see, by their names in catalog.yaml, or as NAME=FILE.
 
@@ -67,7 +69,8 @@ def train(
     checkpoint = chosen(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start, seed=seed,
+        denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start, start_share=start_share,
+        seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -93,11 +96,13 @@ def fit(
     denoiser_steps: int | None,
     learning_rate: float | None,
     start: Path | None,
+    start_share: float,
     seed: int,
 ) -> Checkpoint:
     """Fit; a retry resumes from the last save."""
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
         mean_steps=mean_steps, denoiser_steps=denoiser_steps, learning_rate=learning_rate, start=start,
-        device=Settings().device, seed=seed, report=lambda said: event("fit", checkpoint=name, said=said),
+        start_share=start_share, device=Settings().device, seed=seed,
+        report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

@@ -309,6 +309,10 @@ def train(
         Path | None,
         typer.Option(help="Card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own."),
     ] = None,
+    start_share: Annotated[
+        float,
+        typer.Option(help="Share of the weights of --start in the result; 0.5 generalises better where data are few."),
+    ] = 0.0,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of weights and patches.")] = 0,
     catalog_file: Annotated[Path | None, typer.Option(help="catalog.yaml that names the archive.")] = None,
@@ -345,6 +349,7 @@ def train(
         denoiser_steps=denoiser_steps,
         learning_rate=learning_rate,
         start=start,
+        start_share=start_share,
         device=device.value,
         seed=seed,
         report=say,

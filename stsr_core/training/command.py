@@ -86,11 +86,21 @@ def train_checkpoint(
     denoiser_steps: int | None,
     learning_rate: float | None = None,
     start: Path | None = None,
+    start_share: float = 0.0,
     device: str,
     seed: int,
     report: Callable[[str], None],
 ) -> Checkpoint:
-    """Train, or go on training, one checkpoint for all `factors`."""
+    """Train, or go on training, one checkpoint for all `factors`.
+
+    Raises:
+        ConfigurationError: a share of weights to start from without any, or none of 0..1.
+    """
+    if not 0 <= start_share <= 1 or (start_share and start is None):
+        raise ConfigurationError(
+            f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "
+            "together with --start."
+        )
     joined = Run.join(choose_device(device))
     if joined.device.type == "cpu" and joined.world > 1:
         torch.set_num_threads(1)
@@ -118,6 +128,7 @@ def train_checkpoint(
         run=joined,
         seed=seed,
         start=begun,
+        start_share=start_share,
         statics=_scaled(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
         report=report,
     )

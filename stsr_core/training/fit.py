@@ -126,13 +126,17 @@ class Run:
 
 @dataclass
 class Stage:
-    """A network in training: its weights, their moving average, its optimiser, and the steps done."""
+    """A network in training: its weights, their moving average, its optimiser, and the steps done.
+
+    `start_share` is the share that the weights it began with have in those that count, see `weights`.
+    """
 
     name: str
     number: int
     network: nn.Module
     steps: int
     learning_rate: float
+    start_share: float = 0.0
     step: int = 0
     losses: list[float] = field(default_factory=list)
 
@@ -141,6 +145,15 @@ class Stage:
             self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
         )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.start = {k: v.clone() for k, v in self.average.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that count: the moving average, drawn towards those that training began with.
+
+        What is tuned to a finite archive fits it better than other weather; half way back it serves both (WiSE-FT,
+        Wortsman et al., arXiv 2109.01903).
+        """
+        return {k: v.lerp(self.start[k], self.start_share) for k, v in self.average.items()}
 
     def rate(self) -> float:
         """Learning rate: linear warm-up, then a cosine to a fiftieth."""
@@ -272,8 +285,8 @@ def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
 class Training:
     """A training: data, factor configurations, preset, and the folder that it resumes from.
 
-    `start` is a checkpoint whose weights it begins with, instead of random ones; `statics` are the static fields that
-    the regions hold.
+    `start` is a checkpoint whose weights it begins with, instead of random ones, and `start_share` the share that these
+    have in the weights that it ends with; `statics` are the static fields that the regions hold.
     """
 
     train: Sequence[Region]
@@ -284,6 +297,7 @@ class Training:
     run: Run
     seed: int = 0
     start: Checkpoint | None = None
+    start_share: float = 0.0
     statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
@@ -331,8 +345,8 @@ class Training:
         return (statics - offsets) / widths
 
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
-        """Loss of the averaged weights on fixed validation patches, averaged over the factors."""
-        network = _with_weights(stage.network, stage.average)
+        """Loss of the weights that count on fixed validation patches, averaged over the factors."""
+        network = _with_weights(stage.network, stage.weights())
         values = []
         for drawn in self._watched:
             with torch.no_grad(), self.run.mixed():
@@ -351,7 +365,7 @@ class Training:
         return draws
 
     def advance(self, stage: Stage, loss: Loss, saved: Callable[[], None] = lambda: None) -> nn.Module:
-        """Train a stage to its end and return the network with averaged weights; `saved` is called at each save.
+        """Train a stage to its end and return the network with the weights that count; `saved` is called at each save.
 
         Raises:
             TrainingError: the loss is no longer finite; the last saved state is kept.
@@ -377,7 +391,7 @@ class Training:
                     f"validation {self.validation_loss(stage, loss):.4f}  {rate:.2f} s/step  "
                     f"left {rate * (stage.steps - stage.step) / 60:.0f} min"
                 )
-        return _with_weights(stage.network, stage.average)
+        return _with_weights(stage.network, stage.weights())
 
     def _finite(self, losses: list[float], stage: Stage) -> list[float]:
         """The losses up to a stage's step, which are finite, or TrainingError."""
@@ -468,17 +482,17 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     preset, run = training.preset, training.run
     training.folder.mkdir(parents=True, exist_ok=True)
     mean, denoiser = (network.to(run.device) for network in _networks(training))
-    mean_stage = Stage("mean", 1, mean, preset.mean_steps, preset.learning_rate)
+    mean_stage = Stage("mean", 1, mean, preset.mean_steps, preset.learning_rate, training.start_share)
     fitted_mean = training.advance(mean_stage, mean_loss)
     scales = training.residual_scales(fitted_mean)
-    stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate)
+    stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate, training.start_share)
     weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
 
     def write(spreads: Mapping[str, float] = MappingProxyType({})) -> None:
-        averaged = {f"denoiser.{k}": v for k, v in stage.average.items()}
+        counting = {f"denoiser.{k}": v for k, v in stage.weights().items()}
         card = _card(training, name, provenance, _served(training, scales, spreads), stage.step)
         # Half precision halves what git and workers carry; networks run in single precision after loading.
-        half = {k: v.half() for k, v in (weights | averaged).items()}
+        half = {k: v.half() for k, v in (weights | counting).items()}
         write_checkpoint(training.folder / "checkpoint", card, half)
 
     fitted_denoiser = training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
@@ -531,6 +545,6 @@ def _card(
             "cells_per_step": preset.cells_per_step * training.run.world,
             "learning_rate": preset.learning_rate,
             "seed": training.seed,
-            **({"start": training.start.digest} if training.start else {}),
+            **({"start": training.start.digest, "start_share": training.start_share} if training.start else {}),
         },
     }

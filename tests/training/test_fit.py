@@ -11,6 +11,7 @@ from stsr_core.checkpoint import Architecture
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
+from stsr_core.training.command import Data, train_checkpoint
 from stsr_core.training.fit import Preset, Run, Stage, Training, TrainingError, fit, mean_loss
 from stsr_core.training.patches import Region, draw_patch, load_archive, patch_cells
 
@@ -163,6 +164,34 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
     assert [s.residual_scale for s in again.card.served] == [s.residual_scale for s in first.card.served]
     for name, weights in first.weights().items():
         torch.testing.assert_close(again.weights()[name], weights)
+
+
+def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_path):
+    first = fit(training(regions, tmp_path / "first"), "x", {})
+    start, only_mean = first.weights(), replace(TINY, denoiser_steps=1, learning_rate=1e-2)
+    ends = {}
+    for share in (0.0, 0.5, 1.0):
+        run = replace(training(regions, tmp_path / f"{share}", only_mean), start=first, start_share=share)
+        ends[share] = fit(run, "x", {})
+        assert ends[share].card.training["start_share"] == share
+    moved = 0
+    for name, begun in start.items():
+        torch.testing.assert_close(ends[1.0].weights()[name], begun)
+        if name.startswith("mean."):  # the denoiser is trained around another mean
+            end = ends[0.0].weights()[name]
+            moved += int((end != begun).any())
+            half = (begun.float() + end.float()) / 2
+            torch.testing.assert_close(ends[0.5].weights()[name].float(), half, rtol=2e-3, atol=2e-4)
+    assert moved > 5
+
+
+def test_a_share_of_no_start_is_refused():
+    for share, start in ((0.5, None), (1.5, "a.json"), (-0.1, "a.json")):
+        with pytest.raises(ConfigurationError, match="Give one from 0 to 1 together with --start"):
+            train_checkpoint(
+                Data([], []), [(8, 1)], folder="", name="x", preset="small", mean_steps=1, denoiser_steps=1,
+                start=start, start_share=share, device="cpu", seed=0, report=print,
+            )  # fmt: skip
 
 
 def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
