@@ -183,11 +183,11 @@ class _Values(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
         if not self.shape:
-            return self._records([0], 0, 1, ())[0]
+            return self._records(np.array([0]), 0, 1, ())[0]
         record, *rest = (np.arange(n)[part] for n, part in zip(self.shape, key, strict=True))
         records = np.unique(record)
         low, high = (int(f(rest[0])) if rest and np.size(rest[0]) else 0 for f in (np.min, np.max))
-        values = self._records(records.tolist(), low, high + 1, self.shape[1:])
+        values = self._records(records, low, high + 1, self.shape[1:])
         values = values[np.searchsorted(records, record)]
         lead = np.ndim(record)
         for axis, part in reversed(list(enumerate(rest))):  # from the last, for a number takes its axis away
@@ -195,12 +195,15 @@ class _Values(BackendArray):
             values = values[(slice(None),) * (lead + axis) + (at,)]
         return values
 
-    def _records(self, records: list[int], first: int, stop: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    def _records(self, records: NDArray[np.int64], first: int, stop: int, shape: tuple[int, ...]) -> NDArray[Any]:
         """Rows first..stop of some records, (records, stop - first, ...); of shape (records,) where they have none."""
-        layout, row = self.layout, math.prod(shape[1:]) * self.dtype.itemsize
+        layout, row, rows = self.layout, math.prod(shape[1:]) * self.dtype.itemsize, shape[0] if shape else 1
         kept = (stop - first, *shape[1:]) if shape else ()
         if 0 in (len(records), *kept):
             return np.empty((len(records), *kept), self.dtype)
-        starts = [layout.offset + record * layout.stride for record in records]
-        content = b"".join(self.file.read_all([(at + first * row, at + stop * row) for at in starts]))
+        # What follows on in the file is asked for as one: there are meshes of a million cells.
+        follows = (np.diff(records) == 1) & (layout.stride == rows * row) & (stop - first == rows)
+        starts, ends = records[np.r_[True, ~follows]], records[np.r_[~follows, True]]
+        at, until = (layout.offset + row * n + layout.stride * r for n, r in ((first, starts), (stop, ends)))
+        content = b"".join(self.file.read_all(list(zip(at.tolist(), until.tolist(), strict=True))))
         return np.frombuffer(content, layout.dtype).astype(self.dtype).reshape(len(records), *kept)
