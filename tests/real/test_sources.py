@@ -71,7 +71,8 @@ def large(s3, tmp_path_factory):
     data = xr.Dataset({n: (("time", "lat", "lon"), rain, {"units": "mm"}) for n in ("pr", "other")}, axes)
     data.to_netcdf(folder / "classic.nc", format="NETCDF3_64BIT", unlimited_dims=["time"])
     data.to_netcdf(folder / "hdf.nc", encoding={n: {"chunksizes": (1, 400, 500)} for n in ("pr", "other")})
-    data.chunk(time=1).to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False)
+    by_day = {n: {"chunks": (1, 400, 500)} for n in ("pr", "other")}
+    data.to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False, encoding=by_day)
     grid = {
         "Ni": 500, "Nj": 400, "latitudeOfFirstGridPointInDegrees": 59.9, "latitudeOfLastGridPointInDegrees": 20.0,
         "longitudeOfFirstGridPointInDegrees": 0.0, "longitudeOfLastGridPointInDegrees": 49.9,
