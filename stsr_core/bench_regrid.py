@@ -38,8 +38,8 @@ def bench_regridding(years: float, *, cells: int = 200, report: Report = print) 
     Every measurement has a process of its own, which has imported what it needs. `raw` reads the values and nothing
     else; `read` makes amounts of them with all checks; `regrid` also regrids them. Seconds and peak memory are those of
     a tenth of the period and of all of it, and their difference says what goes on and what is done once; what is
-    regridded is not kept. All is measured in ROUNDS, one after the other; the
-    shortest time of each counts, which others on the machine lengthened least.
+    regridded is not kept. All is measured in ROUNDS, one after the other; the shortest time of each counts, which
+    others on the machine lengthened least.
 
     Returns:
         Seconds, bytes and ratios, ready for json.dump.

@@ -78,13 +78,11 @@ class Location:
         """Whether parts of a file can be read; there are HTTP servers that send all of it or nothing."""
         if "http" not in self._protocols:
             return True
-        if self.filesystem.info(self.path).get("size") is None:
-            return False
         try:
             with self.filesystem.open(self.path, "rb", block_size=1, cache_type="none") as file:
                 file.seek(1)
                 file.read(1)
-        except ValueError:  # of fsspec, which got the beginning instead
+        except ValueError:  # of fsspec, which got the beginning instead, or knows that it would
             return False
         return True
 

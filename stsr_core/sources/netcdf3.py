@@ -149,16 +149,16 @@ def _opened(file: RemoteFile, header: _Header) -> xr.Dataset:
     records = header.number()
     dimensions, attributes, variables = header.dimensions(), header.attributes(), list(header.variables())
     sizes = [length for _, length in dimensions]
-    along = [v for v in variables if v.dims and sizes[v.dims[0]] == 0]  # records
+    recorded = [bool(v.dims) and sizes[v.dims[0]] == 0 for v in variables]
+    along = [v for v, is_recorded in zip(variables, recorded, strict=True) if is_recorded]
     lengths = [math.prod(sizes[d] for d in v.dims[1:]) * v.dtype.itemsize for v in along]
     stride = lengths[0] if len(along) == 1 else sum(n + -n % 4 for n in lengths)
     if records < 0 and along:
         records = (file.size - min(v.begin for v in along)) // max(1, stride)
     found = {}
-    for variable in variables:
-        recorded = variable in along
+    for variable, is_recorded in zip(variables, recorded, strict=True):
         shape = tuple(sizes[d] or records for d in variable.dims)
-        apart = stride if recorded else math.prod(shape[1:]) * variable.dtype.itemsize
+        apart = stride if is_recorded else math.prod(shape[1:]) * variable.dtype.itemsize
         layout = _Layout(variable.begin, apart, shape, variable.dtype)
         if layout.stop > file.size or max(shape, default=0) > max(LONGEST, file.size):
             raise SourceError(

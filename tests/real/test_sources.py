@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,18 @@ from stsr_core.sources.open import fingerprint, open_dataset
 from tests.grib_files import REGULAR, write_grib
 
 START = Declared(time_label="start", accumulated="none")
+SOME_DAYS = ("2001-01-11", "2001-01-13")  # of the large files, their steps 10 and 11
 VALUES = np.arange(6 * 3 * 4, dtype=np.float32).reshape(6, 3, 4) % 11
+
+
+def asked(name):
+    """Variable of a file, and what is declared of it; GRIB says all itself."""
+    return ("tp", Declared()) if name.endswith("grib2") else ("pr", START)
+
+
+def upward(cube):
+    """Amounts from south to north."""
+    return cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1]
 
 
 def days(first=0, count=6):
@@ -70,8 +82,8 @@ def large(s3, tmp_path_factory):
     axes = {"time": days, "lat": 20 + 0.1 * np.arange(400), "lon": 0.1 * np.arange(500)}
     data = xr.Dataset({n: (("time", "lat", "lon"), rain, {"units": "mm"}) for n in ("pr", "other")}, axes)
     data.to_netcdf(folder / "classic.nc", format="NETCDF3_64BIT", unlimited_dims=["time"])
-    data.to_netcdf(folder / "hdf.nc", encoding={n: {"chunksizes": (1, 400, 500)} for n in ("pr", "other")})
-    by_day = {n: {"chunks": (1, 400, 500)} for n in ("pr", "other")}
+    data.to_netcdf(folder / "hdf.nc", encoding={n: {"chunksizes": (1, 400, 500)} for n in data.data_vars})
+    by_day = {n: {"chunks": (1, 400, 500)} for n in data.data_vars}
     data.to_zarr(folder / "v3.zarr", zarr_format=3, consolidated=False, encoding=by_day)
     grid = {
         "Ni": 500, "Nj": 400, "latitudeOfFirstGridPointInDegrees": 59.9, "latitudeOfLastGridPointInDegrees": 20.0,
@@ -99,12 +111,9 @@ def references(folder, url):
 
 @pytest.mark.parametrize("name", ["hdf.nc", "classic.nc", "part-?.nc", "v2.zarr", "v3.zarr", "sums.grib2", "refs.json"])
 def test_one_of_each_kind_reads_from_a_bucket(s3, bucket, name):
-    declared = Declared() if name == "sums.grib2" else START
-    variable = "tp" if name == "sums.grib2" else "pr"
     with open_dataset(f"{bucket}/{name}", storage_options=s3.options) as dataset:
-        cube = read_coarse(dataset, variable, declared)
-    upward = cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1]
-    np.testing.assert_allclose(upward, VALUES, atol=1e-4)
+        cube = read_coarse(dataset, *asked(name))
+    np.testing.assert_allclose(upward(cube), VALUES, atol=1e-4)
     assert str(cube.times.bounds[0, 0])[:10] == "2001-01-01"
     first = fingerprint(f"{bucket}/{name}", storage_options=s3.options)
     assert first == fingerprint(f"{bucket}/{name}", storage_options=s3.options)
@@ -113,12 +122,11 @@ def test_one_of_each_kind_reads_from_a_bucket(s3, bucket, name):
 @pytest.mark.parametrize("name", ["classic.nc", "hdf.nc", "v3.zarr", "days.grib2"])
 def test_of_a_large_file_two_days_are_fetched(s3, large, name):
     url, rain = large
-    start = {} if name.endswith("grib2") else {"time_label": "start", "accumulated": "none"}
-    declared = Declared(period=("2001-01-11", "2001-01-13"), **start)
+    variable, declared = asked(name)
     with unreliable(s3) as options, open_dataset(f"{url}/{name}", storage_options=options) as dataset:
-        cube = read_coarse(dataset, "tp" if name.endswith("grib2") else "pr", declared)
+        cube = read_coarse(dataset, variable, replace(declared, period=SOME_DAYS))
         sent = Faults.sent
-    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], rain[10:12], atol=1e-4)
+    np.testing.assert_allclose(upward(cube), rain[10:12], atol=1e-4)
     assert sent < 0.15 * rain.nbytes  # two of 40 days (0.05), what describes them, and what is read ahead
 
 
@@ -223,14 +231,13 @@ def test_a_web_server_that_sends_whole_files_only_serves_too(bucket, s3, tmp_pat
     s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).get_file(f"{bucket}/{name}", str(tmp_path / name))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(WholeFiles, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    declared = Declared() if name == "sums.grib2" else START
     try:
         with open_dataset(f"http://127.0.0.1:{server.server_port}/{name}") as dataset:
-            cube = read_coarse(dataset, "tp" if name == "sums.grib2" else "pr", declared)
+            cube = read_coarse(dataset, *asked(name))
     finally:
         server.shutdown()
         server.server_close()
-    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], VALUES, atol=1e-4)
+    np.testing.assert_allclose(upward(cube), VALUES, atol=1e-4)
 
 
 @pytest.mark.parametrize("plan", [("503", "503"), ("", "cut"), ("", "", "cut", "503")], ids=str)
@@ -243,13 +250,12 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(s3, bucket, plan):
 @pytest.mark.parametrize("name", ["classic.nc", "days.grib2"])
 def test_so_it_is_when_parts_of_a_large_file_are_read(s3, large, name):
     url, rain = large
-    variable, start = ("tp", {}) if name.endswith("grib2") else ("pr", {"time_label": "start", "accumulated": "none"})
-    declared = Declared(period=("2001-01-11", "2001-01-13"), **start)
+    variable, declared = asked(name)
     with unreliable(s3) as options, open_dataset(f"{url}/{name}", storage_options=options) as dataset:
         Faults.plan = ["cut", "503", "", "cut"]
-        cube = read_coarse(dataset, variable, declared)
+        cube = read_coarse(dataset, variable, replace(declared, period=SOME_DAYS))
         assert Faults.plan == []
-    np.testing.assert_allclose(cube.amount[:, :: -1 if cube.grid.y.step < 0 else 1], rain[10:12], atol=1e-4)
+    np.testing.assert_allclose(upward(cube), rain[10:12], atol=1e-4)
 
 
 def test_a_server_that_keeps_failing_is_a_clear_error(s3, bucket):
