@@ -21,6 +21,7 @@ from pathlib import Path
 PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
          "s3.port", "s3.port.grpc")  # fmt: skip
 START_SECONDS = 90.0
+VOLUMES = 1000  # a bucket takes seven, and all tests share a server; they take no room before they are written
 PUBLIC = "public"  # a bucket that anybody may read over plain http
 
 
@@ -69,7 +70,8 @@ def start(folder: Path) -> Iterator[S3Server]:
     log = folder / "weed.log"
     command = [
         weed, "server", "-s3", f"-dir={folder}", f"-s3.config={config}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-volume.max=100", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false", "-master.telemetry=false",
+        f"-volume.max={VOLUMES}", "-master.volumeSizeLimitMB=64", "-master.volumePreallocate=false",
+        "-master.telemetry=false",
         "-s3.port.iceberg=0", "-s3.port.lance=0",  # else they take fixed ports
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
