@@ -302,8 +302,16 @@ def train(
     recipe: Annotated[
         RecipeName, typer.Option(help="beta and L: those of stsr, or of the authors as the reference.")
     ] = RecipeName.stsr,
-    mean_steps: Annotated[int | None, typer.Option(help="Steps of the mean network; default by preset.")] = None,
-    denoiser_steps: Annotated[int | None, typer.Option(help="Steps of the denoiser; default by preset.")] = None,
+    mean_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of the mean network; default by preset, 0 keeps that of --start.")
+    ] = None,
+    denoiser_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps of the denoiser; default by preset, 0 keeps that of --start.")
+    ] = None,
+    distil_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps in which it learns to make a member in 4 evaluations; 0 leaves it at 8."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate; default by preset.")] = None,
     start: Annotated[
         Path | None,
@@ -347,6 +355,7 @@ def train(
         recipe_name=recipe.value,
         mean_steps=mean_steps,
         denoiser_steps=denoiser_steps,
+        distil_steps=distil_steps,
         learning_rate=learning_rate,
         start=start,
         start_share=start_share,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,34 +74,43 @@ def sampling_angle(u: Tensor, beta: float) -> Tensor:
     return largest_angle(beta) * (1 - u**SAMPLING_POWER)
 
 
-def sampling_angles(beta: float, evaluations: int) -> list[float]:
-    """Noise levels of the sampler, from the end of the schedule down to 0, `evaluations` + 1 of them."""
-    way = torch.linspace(0, 1, evaluations + 1, dtype=torch.float64)
+def sampling_angles(beta: float, evaluations: int, *, first: float = 0.0, last: float = 1.0) -> list[float]:
+    """Noise levels of the sampler between two fractions of its way, decreasing, `evaluations` + 1 of them."""
+    way = torch.linspace(first, last, evaluations + 1, dtype=torch.float64)
     return [float(angle) for angle in sampling_angle(way, beta)]
 
 
-def sample(denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: list[float]) -> Tensor:
+def sample(
+    denoise: Callable[[Tensor, float], Tensor], noise: Tensor, angles: list[float], *, order: Literal[1, 2] = 2
+) -> Tensor:
     """Draw residuals by the second-order multistep solver (DPM-Solver++ 2M, arXiv 2211.01095, on the circle).
 
-    One evaluation per step; the first step is of first order. Deterministic given `noise`.
+    One evaluation per step; the first step and one to no noise are of first order. Deterministic given `noise`.
 
     Args:
         denoise: maps (noised residual, angle) to the expected residual, a new tensor shaped like `noise`.
         noise: standard normal; becomes the residual, for the fields of a shard are too large for copies.
-        angles: decreasing, the last is 0; see `sampling_angles`.
+        angles: decreasing, see `sampling_angles`.
+        order: 1 takes all steps of first order, as denoisers need that were distilled, see `training.distil`.
 
     Returns:
-        Residual, shaped like `noise`.
+        What `noise` at the first angle becomes at the last one; where that is 0, residuals, shaped like `noise`.
     """
     x, last, width = noise, None, 0.0
     for angle, following in itertools.pairwise(angles):
         step = angle - following
         expected = denoise(x, angle)
-        ahead = step / (2 * width) if last is not None and following > 0 else 0.0  # the ends are of first order
+        ahead = step / (2 * width) if order == 2 and last is not None and following > 0 else 0.0
         middle = expected if last is None else last.lerp_(expected, 1 + ahead)
         x.mul_(math.sin(following) / math.sin(angle)).add_(middle, alpha=math.sin(step) / math.sin(angle))
         last, width = expected, step
     return x
+
+
+def residual_of_step(noised: Tensor, reached: Tensor, angle: float, following: float) -> Tensor:
+    """Residual that a denoiser must expect at `angle` for one step of first order to lead from noised to reached."""
+    kept = math.sin(following) / math.sin(angle)
+    return (reached - kept * noised) * (math.sin(angle) / math.sin(angle - following))
 
 
 def ancestral_sample(

@@ -5,16 +5,16 @@ No files but the checkpoint, no Dask, no Prefect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Served
 from stsr_core.conservation import conserve
-from stsr_core.diffusion import sampling_angles
+from stsr_core.diffusion import sample, sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
@@ -48,15 +48,20 @@ def build_networks(architecture: Architecture, statics: int = 0) -> tuple[MeanNe
     )
 
 
-def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
+def load_networks(checkpoint: Checkpoint, *, teacher: bool = False) -> tuple[MeanNetwork, Denoiser]:
     """Build the two networks of a checkpoint, on the CPU.
+
+    Args:
+        checkpoint: card and weights.
+        teacher: take the denoiser that the checkpoint's was distilled from, where it was.
 
     Raises:
         CheckpointError: weights damaged, or of other shapes than the card says.
     """
     card, weights = checkpoint.card, checkpoint.weights()
     networks = build_networks(card.architecture, len(card.statics))
-    for name, network in zip(("mean", "denoiser"), networks, strict=True):
+    distilled = any(served.teacher for served in card.served)
+    for name, network in zip(("mean", "teacher" if teacher and distilled else "denoiser"), networks, strict=True):
         part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
         try:
             network.load_state_dict(part)
@@ -66,6 +71,12 @@ def load_networks(checkpoint: Checkpoint) -> tuple[MeanNetwork, Denoiser]:
                 f"{e}. Restore card and weights from one release."
             ) from e
     return networks
+
+
+def _only_run(network: nn.Module) -> None:
+    """Make a network ready to run, and only that."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,7 @@ class Downscaler:
         """
         networks = load_networks(checkpoint)
         for network in networks:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            network.eval().requires_grad_(False)
+            _only_run(network)
         card = checkpoint.card
         loaded = cls(card.serving(factor), card.transform.scale_mm, *networks, torch.device("cpu"))
         return loaded.on(device, precision=precision)
@@ -124,14 +134,23 @@ class Downscaler:
         memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
         return replace(self, device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES)
 
+    def teacher(self, checkpoint: Checkpoint) -> Downscaler:
+        """The same with the denoiser that this one was distilled from; itself where it was not."""
+        if self.served.teacher is None:
+            return self
+        _, denoiser = load_networks(checkpoint, teacher=True)
+        _only_run(denoiser)
+        return replace(self, served=self.served.taught, denoiser=denoiser.to(self.device))
+
     @property
     def factor(self) -> Factor:
         """The factor it serves."""
         return self.served.configuration.factor
 
-    def angles(self, evaluations: int | None = None) -> list[float]:
-        """Noise levels of the sampler; `evaluations` overrides the checkpoint's number of network evaluations."""
-        return sampling_angles(self.served.configuration.beta, evaluations or self.served.evaluations)
+    def residual(self, denoise: Callable[[Tensor, float], Tensor], noise: Tensor) -> Tensor:
+        """Draw a residual of unit variance by what `denoise` makes of `expected_residual`, see `diffusion.sample`."""
+        angles = sampling_angles(self.served.configuration.beta, self.served.evaluations)
+        return sample(denoise, noise, angles, order=2 if self.served.teacher is None else 1)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

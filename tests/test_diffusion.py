@@ -10,6 +10,7 @@ from stsr_core.diffusion import (
     largest_angle,
     loss_weight,
     noise_angle,
+    residual_of_step,
     sample,
     sampling_angles,
 )
@@ -91,3 +92,22 @@ def test_sampling_angles_fall_from_the_end_of_the_schedule_to_zero_in_growing_st
     assert angles[-1] == 0.0
     steps = -np.diff(angles)
     assert (np.diff(steps) > 0).all()
+
+
+@pytest.mark.parametrize(("angle", "following"), [(1.5, 1.2), (0.7, 0.1), (0.4, 0.0)])
+def test_a_step_of_first_order_leads_where_its_residual_says(angle, following):
+    noised, reached = torch.randn(2, 5, 7)
+    wanted = residual_of_step(noised, reached, angle, following)
+    found = sample(lambda x, a: wanted.clone(), noised.clone(), [angle, following], order=1)
+    torch.testing.assert_close(found, reached)
+
+
+def test_the_second_order_needs_fewer_steps_than_the_first():
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
+    noise = torch.randn(100_000, 2, generator=torch.Generator().manual_seed(0))
+    off = [
+        float((sample(gaussian_denoiser(covariance), noise.clone(), sampling_angles(0.02, 8), order=order).T.cov()
+               - covariance).abs().max())
+        for order in (1, 2)
+    ]  # fmt: skip
+    assert off[1] < 0.5 * off[0]

@@ -15,7 +15,6 @@ from scipy import ndimage
 from torch import Tensor
 
 from stsr_core.conservation import block_sums, quantise, slabs, wanted_quanta
-from stsr_core.diffusion import sample
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
 from stsr_core.ensemble.windows import Box, WindowLattice
@@ -205,7 +204,7 @@ class _Block:
 
             return self.blend(expected, count, progress)
 
-        residual = sample(denoise, torch.cat(noise) if count > 1 else noise[0], self.downscaler.angles())
+        residual = self.downscaler.residual(denoise, torch.cat(noise) if count > 1 else noise[0])
         inside = _within(box, self.reach, self.parts)
         return self.downscaler.amounts(mean[..., *inside], residual[..., *inside])
 

@@ -39,6 +39,7 @@ Table = dict[str, dict[str, float]]
 WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive downscaling
 OURS = "stsr"
 REFERENCE = "reference"
+NOT_DISTILLED = "not distilled"  # what variants of the sampler vary
 BASELINES = ("even", "linear", "rainfarm")
 
 
@@ -121,11 +122,14 @@ def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
     return Cube(coarse, times, grid, {})
 
 
+@dataclass(frozen=True)
 class _Runner:
     """Runs one checkpoint on all places of a truth."""
 
-    def __init__(self, checkpoint: Checkpoint, downscaler: Downscaler, truth: Truth, options: Options) -> None:
-        self.checkpoint, self.downscaler, self.truth, self.options = checkpoint, downscaler, truth, options
+    checkpoint: Checkpoint
+    downscaler: Downscaler
+    truth: Truth
+    options: Options
 
     def ensemble(
         self, coarse: NDArray[np.float32], served: Served | None = None, *, conserve: bool = True, members: int = 0
@@ -143,7 +147,7 @@ class _Runner:
 
 
 def variants(served: Served) -> dict[str, Served]:
-    """Variants of what a checkpoint serves, by name; none is trained again."""
+    """Variants of windows and conservation, by name; no network is trained again."""
     c = served.configuration
     exact = ConservationFunction(threshold_mm=c.conservation.threshold_mm)
     uncut = ConservationFunction(threshold_mm=0.0, excess=c.conservation.excess)
@@ -151,19 +155,30 @@ def variants(served: Served) -> dict[str, Served]:
     def with_f(f: ConservationFunction) -> Served:
         return served.model_copy(update={"configuration": c.model_copy(update={"conservation": f})})
 
-    def with_c(**changes: float) -> Served:
-        return served.model_copy(update={"configuration": c.model_copy(update=changes)})
+    def with_length(length: int) -> Served:
+        return served.model_copy(update={"configuration": c.model_copy(update={"context_length": length})})
 
     return {
         "mean only": served.model_copy(update={"residual_scale": 0.0, "evaluations": 1}),
         "f exact": with_f(exact),
         "f without threshold": with_f(uncut),
+        "half of L": with_length(max(1, c.context_length // 2)),
+        "twice L": with_length(2 * c.context_length),
+    }
+
+
+def sampler_variants(served: Served) -> dict[str, Served]:
+    """Variants of the sampler, by name, of a denoiser that was not distilled: any steps serve it."""
+    c = served.configuration
+
+    def with_beta(beta: float) -> Served:
+        return served.model_copy(update={"configuration": c.model_copy(update={"beta": beta})})
+
+    return {
         "half the evaluations": served.model_copy(update={"evaluations": max(1, served.evaluations // 2)}),
         "twice the evaluations": served.model_copy(update={"evaluations": 2 * served.evaluations}),
-        "half of beta": with_c(beta=c.beta / 2),
-        "twice beta": with_c(beta=c.beta * 2),
-        "half of L": with_c(context_length=max(1, c.context_length // 2)),
-        "twice L": with_c(context_length=2 * c.context_length),
+        "half of beta": with_beta(c.beta / 2),
+        "twice beta": with_beta(c.beta * 2),
     }
 
 
@@ -203,7 +218,7 @@ def evaluate(
     extra = _ablations(runner, truth, report) if options.ablations else {}
     if options.reference:
         with _timed(seconds, REFERENCE, options.members):
-            extra[REFERENCE] = _reference(downscaler, truth, options, report)
+            extra[REFERENCE] = _reference(downscaler.teacher(checkpoint), truth, options, report)
         report(f"{REFERENCE}: {options.members} members done, {seconds[REFERENCE]:.0f} s each")
     crps = {name: crps_field(f, truth.fine) for name, f in (fields | extra).items()}
     table = {
@@ -253,9 +268,15 @@ def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> 
     for name, served in variants(runner.downscaler.served).items():
         found[name] = runner.ensemble(truth.coarse, served, members=1 if name == "mean only" else 0)[0]
         report(f"{name}: done")
+    teacher = replace(runner, downscaler=runner.downscaler.teacher(runner.checkpoint))
+    taught = teacher.downscaler.served
+    before = {} if taught is runner.downscaler.served else {NOT_DISTILLED: taught}
+    for name, served in (before | sampler_variants(taught)).items():
+        found[name] = teacher.ensemble(truth.coarse, served)[0]
+        report(f"{name}: done")
     found["without conservation"] = runner.ensemble(truth.coarse, conserve=False)[0]
     report("without conservation: done")
-    silent = _Runner(runner.checkpoint, without_attention(runner.downscaler), truth, runner.options)
+    silent = replace(runner, downscaler=without_attention(runner.downscaler))
     found["without attention over time"] = silent.ensemble(truth.coarse)[0]
     report("without attention over time: done")
     return found

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stsr_core.diffusion import sample
 from stsr_core.evaluation.scores import crps_field
 
 if TYPE_CHECKING:
@@ -95,4 +94,4 @@ def _residuals(downscaler: Downscaler, example: Example, mean: Tensor, generator
         return downscaler.expected_residual(noisy, angle, mean, example.conditions)
 
     noise = [torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(MEMBERS)]
-    return torch.cat([sample(denoise, one, downscaler.angles())[:, :, 0] for one in noise])
+    return torch.cat([downscaler.residual(denoise, one)[:, :, 0] for one in noise])

@@ -84,6 +84,7 @@ def train_checkpoint(
     recipe_name: RecipeName = "stsr",
     mean_steps: int | None,
     denoiser_steps: int | None,
+    distil_steps: int | None,
     learning_rate: float | None = None,
     start: Path | None = None,
     start_share: float = 0.0,
@@ -113,8 +114,9 @@ def train_checkpoint(
     chosen = PRESETS[preset]
     chosen = replace(
         chosen,
-        mean_steps=mean_steps or chosen.mean_steps,
-        denoiser_steps=denoiser_steps or chosen.denoiser_steps,
+        mean_steps=chosen.mean_steps if mean_steps is None else mean_steps,
+        denoiser_steps=chosen.denoiser_steps if denoiser_steps is None else denoiser_steps,
+        distil_steps=chosen.distil_steps if distil_steps is None else distil_steps,
         learning_rate=learning_rate or chosen.learning_rate,
     )
     configure = recipe if recipe_name == "stsr" else authors_recipe

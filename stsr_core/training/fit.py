@@ -1,4 +1,4 @@
-"""Fitting: the mean network first, then the residual denoiser around it.
+"""Fitting: the mean network first, then the residual denoiser around it, then what that one is distilled to.
 
 Every step is drawn from (seed, stage, step, rank) alone, so a killed training resumes from its last saved
 state as if nothing had happened. Under torchrun every rank draws its own patches and gradients are averaged.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Transform, write_checkpoint
+from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
 from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
 from stsr_core.downscaler import Downscaler, build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
@@ -34,6 +33,7 @@ from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO, condition, to_transformed
 from stsr_core.training.calibrate import Example, calibrated_spread
+from stsr_core.training.distil import DISTILLED_EVALUATIONS, RATE_SHARE, distillation_loss
 from stsr_core.training.patches import Patch, Region, draw_patch
 
 EMA_DECAY = 0.998
@@ -56,6 +56,7 @@ class Preset:
     architecture: Architecture
     mean_steps: int
     denoiser_steps: int
+    distil_steps: int
     cells_per_step: int  # fine cell-steps per step and rank
     learning_rate: float = 1e-3
     save_every: int = 100
@@ -64,17 +65,18 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(
-        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 300_000
+        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 2000, 300_000
     ),
     "base": Preset(
         Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),
         40_000,
         100_000,
+        30_000,
         4_000_000,
     ),
     "large": Preset(
         Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
-        60_000, 200_000, 8_000_000,
+        60_000, 200_000, 50_000, 8_000_000,
     ),
 }  # fmt: skip
 
@@ -426,17 +428,16 @@ class Training:
             scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
         return scales
 
-    def spreads(self, mean: MeanNetwork, denoiser: Denoiser, scales: Mapping[str, float]) -> dict[str, float]:
-        """Factor on the residual scale per factor, calibrated on validation patches."""
-        found = {}
-        for configuration in self.configurations:
-            served = Served(configuration=configuration, residual_scale=scales[str(configuration.factor)])
-            downscaler = Downscaler(
-                served, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision
-            )
+    def spreads(self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser) -> list[Served]:
+        """What is served, with factors on the residual scales that are calibrated on validation patches."""
+        found = []
+        for one in served:
+            configuration = one.configuration
+            downscaler = Downscaler(one, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision)
             rng = np.random.default_rng([self.seed, 55])
             examples = (self._example(configuration, rng) for _ in range(self.preset.calibration_patches))
-            spread = found[str(configuration.factor)] = calibrated_spread(downscaler, examples, self.seed)
+            spread = calibrated_spread(downscaler, examples, self.seed)
+            found.append(one.model_copy(update={"spread": spread}))
             self.report(f"{configuration.factor}: residuals of members are widened {spread:g} times")
         return found
 
@@ -468,8 +469,46 @@ def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Modul
     return other.eval()
 
 
+@dataclass
+class _Result:
+    """The checkpoint as far as it is fitted.
+
+    Attributes:
+        training: that fits it.
+        name: of the checkpoint.
+        provenance: what the card says of the data and the recipe.
+        weights: by network.
+        steps: by stage.
+    """
+
+    training: Training
+    name: str
+    provenance: Mapping[str, object]
+    weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    def fit(self, network: str, stage: Stage, loss: Loss, served: Sequence[Served] = ()) -> nn.Module:
+        """Train a stage to its end; what serves something is written whenever the stage is saved."""
+
+        def saved() -> None:
+            self.weights[network], self.steps[stage.name] = stage.weights(), stage.step
+            if served:
+                self.write(served)
+
+        fitted = self.training.advance(stage, loss, saved)
+        self.weights[network], self.steps[stage.name] = fitted.state_dict(), stage.step
+        return fitted
+
+    def write(self, served: Sequence[Served]) -> None:
+        """Write card and weights into the training's folder."""
+        card = _card(self.training, self.name, self.provenance, served, self.steps)
+        # Half precision halves what git and workers carry; networks run in single precision after loading.
+        half = {f"{name}.{k}": v.half() for name, part in self.weights.items() for k, v in part.items()}
+        write_checkpoint(self.training.folder / "checkpoint", card, half)
+
+
 def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Checkpoint:
-    """Train both networks and write the checkpoint into the training's folder.
+    """Train the networks and write the checkpoint into the training's folder.
 
     Args:
         training: what to train, on what; interrupted trainings go on from its folder.
@@ -478,40 +517,60 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
 
     Returns:
         The written checkpoint; a rank other than 0 waits for it and reads it.
+
+    Raises:
+        ConfigurationError: a network that is to keep the weights of a start, and there is none.
     """
-    preset, run = training.preset, training.run
+    preset, run, rate, share = training.preset, training.run, training.preset.learning_rate, training.start_share
     training.folder.mkdir(parents=True, exist_ok=True)
-    mean, denoiser = (network.to(run.device) for network in _networks(training))
-    mean_stage = Stage("mean", 1, mean, preset.mean_steps, preset.learning_rate, training.start_share)
-    fitted_mean = training.advance(mean_stage, mean_loss)
-    scales = training.residual_scales(fitted_mean)
-    stage = Stage("denoiser", 2, denoiser, preset.denoiser_steps, preset.learning_rate, training.start_share)
-    weights = {f"mean.{k}": v for k, v in fitted_mean.state_dict().items()}
-
-    def write(spreads: Mapping[str, float] = MappingProxyType({})) -> None:
-        counting = {f"denoiser.{k}": v for k, v in stage.weights().items()}
-        card = _card(training, name, provenance, _served(training, scales, spreads), stage.step)
-        # Half precision halves what git and workers carry; networks run in single precision after loading.
-        half = {k: v.half() for k, v in (weights | counting).items()}
-        write_checkpoint(training.folder / "checkpoint", card, half)
-
-    fitted_denoiser = training.advance(stage, denoiser_loss(fitted_mean, scales), saved=write)
-    assert isinstance(fitted_mean, MeanNetwork) and isinstance(fitted_denoiser, Denoiser)
+    result = _Result(training, name, provenance)
+    begun = [network.to(run.device) for network in _networks(training)]
+    mean = result.fit("mean", Stage("mean", 1, begun[0], preset.mean_steps, rate, share), mean_loss)
+    assert isinstance(mean, MeanNetwork)
+    scales = training.residual_scales(mean)
+    served = [Served(configuration=c, residual_scale=scales[str(c.factor)]) for c in training.configurations]
+    stage = Stage("denoiser", 2, begun[1], preset.denoiser_steps, rate, share)
+    denoiser = result.fit("denoiser", stage, denoiser_loss(mean, scales), served)
+    assert isinstance(denoiser, Denoiser)
+    if preset.distil_steps:
+        served = _distilled(result, served, mean, denoiser)
+    elif run.rank == 0:
+        served = training.spreads(served, mean, denoiser)
     if run.rank == 0:
-        write(training.spreads(fitted_mean, fitted_denoiser, scales))
+        result.write(served)
     if run.world > 1:
         dist.barrier()
     return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
+
+
+def _distilled(result: _Result, served: Sequence[Served], mean: MeanNetwork, teacher: Denoiser) -> list[Served]:
+    """Distil a denoiser; what is served then, on rank 0 with calibrated spreads of both."""
+    training, preset = result.training, result.training.preset
+
+    def of_student(taught: Sequence[Served]) -> list[Served]:
+        changes = [{"evaluations": DISTILLED_EVALUATIONS, "teacher": Teacher(spread=s.spread)} for s in taught]
+        return [s.model_copy(update=change) for s, change in zip(taught, changes, strict=True)]
+
+    result.weights["teacher"] = teacher.state_dict()
+    stage = Stage("student", 3, copy.deepcopy(teacher), preset.distil_steps, RATE_SHARE * preset.learning_rate)
+    scales = {str(s.configuration.factor): s.residual_scale for s in served}
+    student = result.fit("denoiser", stage, distillation_loss(mean, teacher, scales), of_student(served))
+    assert isinstance(student, Denoiser)
+    if training.run.rank:
+        return of_student(served)
+    return training.spreads(of_student(training.spreads(served, mean, teacher)), mean, student)
 
 
 def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
     """The networks as training begins with them.
 
     Raises:
-        ConfigurationError: the checkpoint to start from has other networks than are asked for.
+        ConfigurationError: the checkpoint to start from has other networks than are asked for, or is needed.
     """
     a = training.preset.architecture
     if training.start is None:
+        if not (training.preset.mean_steps and training.preset.denoiser_steps):
+            raise ConfigurationError("A network of 0 steps keeps the weights it starts with. Name them with --start.")
         torch.manual_seed(training.seed)
         return build_networks(a, len(training.statics))
     card = training.start.card
@@ -520,16 +579,11 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
             f"Checkpoint {card.name} has networks of {card.architecture} with static fields {card.statics}; asked for "
             f"are {a} with {training.statics}. Choose the preset and the fields it was trained with."
         )
-    return load_networks(training.start)
-
-
-def _served(training: Training, scales: Mapping[str, float], spreads: Mapping[str, float]) -> list[Served]:
-    keys = [(c, str(c.factor)) for c in training.configurations]
-    return [Served(configuration=c, residual_scale=scales[k], spread=spreads.get(k, 1.0)) for c, k in keys]
+    return load_networks(training.start, teacher=True)
 
 
 def _card(
-    training: Training, name: str, provenance: Mapping[str, object], served: Sequence[Served], step: int
+    training: Training, name: str, provenance: Mapping[str, object], served: Sequence[Served], steps: Mapping[str, int]
 ) -> dict[str, object]:
     preset = training.preset
     return {
@@ -540,8 +594,7 @@ def _card(
         "served": served,
         "training": {
             **provenance,
-            "mean_steps": preset.mean_steps,
-            "denoiser_steps": step,
+            **{f"{stage}_steps": count for stage, count in steps.items()},
             "cells_per_step": preset.cells_per_step * training.run.world,
             "learning_rate": preset.learning_rate,
             "seed": training.seed,

@@ -224,7 +224,14 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
         assert found["state_type"] == "COMPLETED", found["state"]["message"]
         return run
 
-    steps = {"factors": [factor], "train_on": [path], "validate_on": [path], "mean_steps": 1, "denoiser_steps": 1}
+    steps = {
+        "factors": [factor],
+        "train_on": [path],
+        "validate_on": [path],
+        "mean_steps": 1,
+        "denoiser_steps": 1,
+        "distil_steps": 1,
+    }
     done("train/train", folder=str(folder), **steps)
     card = folder / "checkpoint" / "stsr.json"
     run = done("train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps)

@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from stsr_core.checkpoint import Architecture
+from stsr_core.downscaler import Downscaler
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
@@ -18,7 +19,7 @@ from stsr_core.training.patches import Region, draw_patch, load_archive, patch_c
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))
 TINY = Preset(
-    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 1, save_every=2, calibration_patches=1
+    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 2, 1, save_every=2, calibration_patches=1
 )
 
 
@@ -162,13 +163,14 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
     again = fit(replace(training(regions, tmp_path / "again", unmoved), start=first), "x", {})
     assert again.card.training["start"] == first.digest
     assert [s.residual_scale for s in again.card.served] == [s.residual_scale for s in first.card.served]
-    for name, weights in first.weights().items():
-        torch.testing.assert_close(again.weights()[name], weights)
+    begun, now = first.weights(), again.weights()
+    for name in begun:  # a student begins as its teacher anew
+        torch.testing.assert_close(now[name], begun[name.replace("denoiser.", "teacher.")])
 
 
 def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first"), "x", {})
-    start, only_mean = first.weights(), replace(TINY, denoiser_steps=1, learning_rate=1e-2)
+    first = fit(training(regions, tmp_path / "first", replace(TINY, distil_steps=0)), "x", {})
+    start, only_mean = first.weights(), replace(TINY, denoiser_steps=1, distil_steps=0, learning_rate=1e-2)
     ends = {}
     for share in (0.0, 0.5, 1.0):
         run = replace(training(regions, tmp_path / f"{share}", only_mean), start=first, start_share=share)
@@ -185,12 +187,41 @@ def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_pa
     assert moved > 5
 
 
+def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(regions, tmp_path):
+    plain = fit(training(regions, tmp_path / "plain", replace(TINY, distil_steps=0)), "x", {})
+    distilled = fit(training(regions, tmp_path / "distilled"), "x", {})
+    assert plain.card.served[0].evaluations == 8
+    assert distilled.card.served[0].evaluations == 4
+    assert distilled.card.served[0].taught == plain.card.served[0]
+    assert distilled.card.training["student_steps"] == TINY.distil_steps
+    student = Downscaler.load(distilled, CONFIGURATION.factor, CPU)
+    teacher = Downscaler.load(plain, CONFIGURATION.factor, CPU)
+    found = student.teacher(distilled)
+    assert found.served == teacher.served
+    assert teacher.teacher(plain) is teacher
+    moved = 0
+    for name, weights in teacher.denoiser.state_dict().items():
+        torch.testing.assert_close(found.denoiser.state_dict()[name], weights)
+        moved += int((student.denoiser.state_dict()[name] != weights).any())
+    assert moved > 5
+
+
+def test_a_checkpoint_is_distilled_without_training_it_on(regions, tmp_path):
+    plain = fit(training(regions, tmp_path / "plain", replace(TINY, distil_steps=0)), "x", {})
+    only = replace(TINY, mean_steps=0, denoiser_steps=0)
+    distilled = fit(replace(training(regions, tmp_path / "distilled", only), start=plain), "x", {}).weights()
+    for name, weights in plain.weights().items():
+        torch.testing.assert_close(distilled[name.replace("denoiser.", "teacher.")], weights)
+    with pytest.raises(ConfigurationError, match="Name them with --start"):
+        fit(training(regions, tmp_path / "nothing", only), "x", {})
+
+
 def test_a_share_of_no_start_is_refused():
     for share, start in ((0.5, None), (1.5, "a.json"), (-0.1, "a.json")):
         with pytest.raises(ConfigurationError, match="Give one from 0 to 1 together with --start"):
             train_checkpoint(
                 Data([], []), [(8, 1)], folder="", name="x", preset="small", mean_steps=1, denoiser_steps=1,
-                start=start, start_share=share, device="cpu", seed=0, report=print,
+                distil_steps=1, start=start, start_share=share, device="cpu", seed=0, report=print,
             )  # fmt: skip
 
 

@@ -1,0 +1,62 @@
+"""Distillation: a denoiser that goes several steps of its sampler at once.
+
+A denoiser expects the mean of all residuals that a noised one may have been, and only small steps along such means lead
+to one of them. Yet where its sampler ends up from a noise level, at one far below, is a function of the noised
+residual, and can be learned (progressive distillation, Salimans and Ho, arXiv 2202.00512): the student of a denoiser
+makes a member in DISTILLED_EVALUATIONS steps of first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stsr_core.diffusion import add_noise, loss_weight, residual_of_step, sample, sampling_angles
+
+if TYPE_CHECKING:
+    from stsr_core.factors import FactorConfiguration
+    from stsr_core.training.fit import Loss
+
+DISTILLED_EVALUATIONS = 4  # with 2, ...
+TEACHER_STEPS = 3  # that the teacher takes for one of the student, more than its own sampler does
+RATE_SHARE = 0.3  # of the learning rate of the denoiser, near which the student begins
+
+
+def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, float]) -> Loss:
+    """Squared error of where one step leads, against where TEACHER_STEPS of the teacher lead.
+
+    Weighted as the loss of the teacher was. One step of the sampler for all patches of a batch, drawn evenly.
+    """
+
+    def loss(
+        network: nn.Module,
+        fine: Tensor,
+        conditions: Tensor,
+        configuration: FactorConfiguration,
+        generator: torch.Generator,
+    ) -> Tensor:
+        factor, device = configuration.factor, fine.device
+        number = int(torch.randint(DISTILLED_EVALUATIONS, (), generator=generator, device=device))
+        first, last = (n / DISTILLED_EVALUATIONS for n in (number, number + 1))
+        # The teacher's last step, to no noise, is of first order; it takes one more there.
+        angles = sampling_angles(configuration.beta, TEACHER_STEPS + (last == 1), first=first, last=last)
+
+        def denoise(network: nn.Module, noised: Tensor, angle: float) -> Tensor:
+            levels = torch.full((len(noised),), angle, device=device)
+            return network(noised, levels, expected, conditions, factor).float()
+
+        with torch.no_grad():
+            expected = mean(conditions, factor).float()
+            residual = (fine - expected) / scales[str(factor)]
+            noise = torch.randn(residual.shape, generator=generator, device=device)
+            noised = add_noise(residual, noise, torch.tensor(angles[0], device=device))
+            reached = sample(partial(denoise, teacher), noised.clone(), angles)
+        wanted = residual_of_step(noised, reached, angles[0], angles[-1])
+        found = denoise(network, noised, angles[0])
+        return loss_weight(torch.tensor(angles[0])) * (found - wanted).square().mean()
+
+    return loss
