@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,12 +42,46 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
         raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
 
 
+def _interpolation(cells: int, parts: int, device: torch.device) -> Tensor:
+    """Weights (cells * parts, cells) with which values at the centres of cells make those at the centres of parts."""
+    at = ((torch.arange(cells * parts, device=device) + 0.5) / parts - 0.5).clamp(0, cells - 1)
+    return (1 - (at[:, None] - torch.arange(cells, device=device)).abs()).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Refinement:
+    """Linear interpolation of (N, T, Y, X), axis by axis: half the time of torch's, and step by step in little memory.
+
+    Attributes:
+        t: weights (T, t, T) along time.
+        y: weights (Y*s, Y) along y.
+        x: weights (X*s, X) along x.
+    """
+
+    t: Tensor
+    y: Tensor
+    x: Tensor
+
+    @classmethod
+    def of(cls, coarse: Tensor, factor: Factor) -> _Refinement:
+        """That of fields shaped like `coarse`."""
+        nt, ny, nx = coarse.shape[-3:]
+        t, y, x = (
+            _interpolation(n, parts, coarse.device)
+            for n, parts in ((nt, factor.time), (ny, factor.space), (nx, factor.space))
+        )
+        return cls(t.unflatten(0, (nt, factor.time)), y, x)
+
+    def __call__(self, coarse: Tensor, steps: slice = slice(None)) -> Tensor:
+        """Interpolate to (N, T*t, Y*s, X*s), of T only `steps`."""
+        with torch.autocast(coarse.device.type, enabled=False):
+            frames = torch.einsum("ft,ntyx->nfyx", self.t[steps].flatten(0, 1), coarse)
+            return self.y @ frames @ self.x.T
+
+
 def refined(coarse: Tensor, factor: Factor) -> Tensor:
     """Interpolate (N, T, Y, X) linearly to (N, T*t, Y*s, X*s); the edges are repeated."""
-    s, t = factor.space, factor.time
-    padded = F.pad(coarse[:, None], (1, 1, 1, 1, 1, 1), mode="replicate")
-    zoom = (float(t), float(s), float(s))
-    return F.interpolate(padded, scale_factor=zoom, mode="trilinear", align_corners=False)[:, 0, t:-t, s:-s, s:-s]
+    return _Refinement.of(coarse, factor)(coarse)
 
 
 def _filled(values: Tensor, known: Tensor) -> Tensor:
@@ -60,33 +95,31 @@ def _filled(values: Tensor, known: Tensor) -> Tensor:
     return torch.where(known, values, mean)
 
 
-def _smooth_gain(shape: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
-    """Gain, smooth from cell to cell, that brings blocks close to their coarse amounts.
+def _smooth_gain(blocks: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
+    """Logarithm of the gain that, interpolated and applied, brings blocks close to their coarse amounts.
 
     Ratios of wanted to found block amounts are interpolated, applied, and taken again, SMOOTH_PASSES times.
 
     Args:
-        shape: amount before, (N, T*t, Y*s, X*s), >= 0.
+        blocks: amount before, (N, T, t, Y, s, X, s), >= 0.
         wanted: coarse amount, (N, T, Y, X), >= 0, no NaN.
         factor: (s, t).
 
     Returns:
-        Gain, shaped like `shape`.
+        (N, T, Y, X).
     """
-    log_gain = torch.zeros_like(shape)
-    blocks, gains, parts = _blocks(shape, factor), _blocks(log_gain, factor), slabs(wanted)
+    log_gain, refine, parts = torch.zeros_like(wanted), _Refinement.of(wanted, factor), slabs(wanted)
     for _ in range(SMOOTH_PASSES):
-        found = torch.cat([_total(blocks[:, part] * gains[:, part].exp(), factor) for part in parts], dim=1)
-        found = found[:, :, 0, :, 0, :, 0]
+        totals = [_total(blocks[:, part] * _blocks(refine(log_gain, part).exp_(), factor), factor) for part in parts]
+        found = torch.cat(totals, dim=1)[:, :, 0, :, 0, :, 0]
         known = (found > 0) & (wanted > 0)
         ratio = (
             torch.where(known, wanted / found.clamp(min=torch.finfo(found.dtype).tiny), 1.0)
             .log()
             .clamp(-LARGEST_PASS, LARGEST_PASS)
         )
-        log_gain.add_(refined(_filled(ratio, known), factor), alpha=RELAXATION)
-        log_gain.clamp_(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
-    return log_gain.exp_()
+        log_gain.add_(_filled(ratio, known), alpha=RELAXATION).clamp_(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
+    return log_gain
 
 
 def _largest(wanted: Tensor, excess: float | None) -> Tensor:
@@ -134,9 +167,10 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     blocks, wet, parts = _blocks(result, factor), torch.empty_like(wanted, dtype=torch.bool), slabs(amount)
     for part in parts:
         blocks[:, part], wet[:, part] = _shape(raw[:, part], most[:, part], function, factor)
-    gain = _blocks(_smooth_gain(result, amount.nan_to_num(), factor), factor)
+    log_gain, refine = _smooth_gain(blocks, amount.nan_to_num(), factor), _Refinement.of(amount, factor)
     for part in parts:
-        smooth = torch.where(wet[:, part], blocks[:, part] * gain[:, part], blocks[:, part])
+        gain = _blocks(refine(log_gain, part).exp_(), factor)
+        smooth = torch.where(wet[:, part], blocks[:, part] * gain, blocks[:, part])
         blocks[:, part] = _closed(smooth, wanted[:, part], most[:, part], factor)
     return result.reshape(fine.shape)
 
