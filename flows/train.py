@@ -55,7 +55,7 @@ def train(
         recipe: beta and L of stsr, or of the authors as the reference.
         mean_steps: steps of the mean network; without it by preset, 0 keeps that of `start`.
         denoiser_steps: steps of the denoiser; without it by preset, 0 keeps that of `start`.
-        distil_steps: steps in which it learns to make a member in 4 evaluations; 0 leaves it at 8.
+        distil_steps: steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8.
         learning_rate: largest learning rate; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         start_share: share of the weights of `start` in the result; 0.5 generalises better where data are few.

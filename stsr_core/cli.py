@@ -310,7 +310,7 @@ def train(
     ] = None,
     distil_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps in which it learns to make a member in 4 evaluations; 0 leaves it at 8."),
+        typer.Option(min=0, help="Steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate; default by preset.")] = None,
     start: Annotated[

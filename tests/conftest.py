@@ -17,10 +17,12 @@ CHANNELS = (8, 32)
 torch.set_num_threads(1)  # tiny networks lose more to threads than they win
 
 
-def random_checkpoint(folder: Path, factors: list[tuple[int, int]]) -> None:
+def random_checkpoint(folder: Path, factors: list[tuple[int, int]], *, distilled: bool = False) -> None:
     """Write a checkpoint of tiny networks whose outputs are not zero."""
     torch.manual_seed(0)
     networks = {"mean": MeanNetwork(CHANNELS), "denoiser": Denoiser(CHANNELS)}
+    if distilled:
+        networks["teacher"] = Denoiser(CHANNELS)
     for network in networks.values():
         torch.nn.init.normal_(network.unet.last.weight, std=0.05)
     card = {
@@ -28,7 +30,12 @@ def random_checkpoint(folder: Path, factors: list[tuple[int, int]]) -> None:
         "architecture": {"mean_channels": CHANNELS, "denoiser_channels": CHANNELS},
         "transform": {},
         "served": [
-            {"configuration": recipe(Factor(space=s, time=t)), "residual_scale": 0.3, "evaluations": 2}
+            {
+                "configuration": recipe(Factor(space=s, time=t)),
+                "residual_scale": 0.3,
+                "evaluations": 2,
+                "teacher": {"spread": 1.0, "evaluations": 4} if distilled else None,
+            }
             for s, t in factors
         ],
         "training": {"data": "none"},

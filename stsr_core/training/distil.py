@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from stsr_core.factors import FactorConfiguration
     from stsr_core.training.fit import Loss
 
-DISTILLED_EVALUATIONS = 4  # with 2, ...
-TEACHER_STEPS = 3  # that the teacher takes for one of the student, more than its own sampler does
-RATE_SHARE = 0.3  # of the learning rate of the denoiser, near which the student begins
+DISTILLED_EVALUATIONS = 2
+TEACHER_STEPS = 4  # that the teacher takes for one of the student, as in its own sampler
+RATE_SHARE = 0.4  # of the learning rate of the denoiser, near which the student begins
 
 
 def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, float]) -> Loss:

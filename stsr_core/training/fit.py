@@ -65,7 +65,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(
-        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 2000, 300_000
+        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 2500, 300_000
     ),
     "base": Preset(
         Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),

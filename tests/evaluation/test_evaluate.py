@@ -14,6 +14,7 @@ from stsr_core.evaluation.report import bars
 from stsr_core.evaluation.truth import read_truth
 from stsr_core.factors import Factor
 from stsr_core.store.statistics import STATISTICS
+from tests.conftest import random_checkpoint
 
 FACTOR = Factor(space=4, time=3)
 
@@ -71,17 +72,20 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
         read_truth([path], Factor(space=25, time=1), hours=2, cells=20, variable="precipitation")
 
 
-def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path, checkpoints):
+def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path):
+    random_checkpoint(tmp_path / "checkpoints", [(4, 3)], distilled=True)
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     lines: list[str] = []
     found = evaluate_checkpoint(
         [Path(path)], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
-        checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
-        device="cpu", report=lines.append,
+        checkpoints=tmp_path / "checkpoints", record=False, json_file=tmp_path / "s.json",
+        html_file=tmp_path / "s.html", device="cpu", report=lines.append,
     )  # fmt: skip
     methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation", "twice L"}
     assert methods | {"without attention over time", "half of beta"} <= set(found.table)
     assert all(found.table[name]["crps"] > 0 for name in methods)
+    crps = [found.table[name]["crps"] for name in ("stsr", "not distilled", "half the evaluations")]
+    assert len(set(crps)) == 3
     stsr = found.table["stsr"]
     assert stsr["closure_quanta"] == 0
     assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
