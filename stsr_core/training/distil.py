@@ -29,7 +29,7 @@ RATE_SHARE = 0.4  # of the learning rate of the denoiser, near which the student
 def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, float]) -> Loss:
     """Squared error of where one step leads, against where TEACHER_STEPS of the teacher lead.
 
-    Weighted as the loss of the teacher was. One step of the sampler for all patches of a batch, drawn evenly.
+    Weighted as the teacher's loss was. One step of the sampler for all patches of a batch, by the generator's seed.
     """
 
     def loss(
@@ -40,7 +40,7 @@ def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, 
         generator: torch.Generator,
     ) -> Tensor:
         factor, device = configuration.factor, fine.device
-        number = int(torch.randint(DISTILLED_EVALUATIONS, (), generator=generator, device=device))
+        number = generator.initial_seed() % DISTILLED_EVALUATIONS  # a draw from it would wait for the device
         first, last = (n / DISTILLED_EVALUATIONS for n in (number, number + 1))
         # The teacher's last step, to no noise, is of first order; it takes one more there.
         angles = sampling_angles(configuration.beta, TEACHER_STEPS + (last == 1), first=first, last=last)
