@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from stsr_core.diffusion import add_noise, loss_weight, residual_of_step, sample, sampling_angles
-
-if TYPE_CHECKING:
-    from stsr_core.factors import FactorConfiguration
-    from stsr_core.training.fit import Loss
+from stsr_core.training.losses import Loss, Residuals, residual_loss
 
 DISTILLED_EVALUATIONS = 2  # CRPS is that of 8 of the teacher, within 0.3 %, on validation windows at (8,3) and (25,6)
 TEACHER_STEPS = 4  # that the teacher takes for one of the student, as in its own sampler
@@ -31,32 +27,21 @@ def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, 
 
     Weighted as the teacher's loss was. One step of the sampler for all patches of a batch, by the generator's seed.
     """
+    return residual_loss(mean, scales, partial(_one_step, teacher))
 
-    def loss(
-        network: nn.Module,
-        fine: Tensor,
-        conditions: Tensor,
-        configuration: FactorConfiguration,
-        generator: torch.Generator,
-    ) -> Tensor:
-        factor, device = configuration.factor, fine.device
-        number = generator.initial_seed() % DISTILLED_EVALUATIONS  # a draw from it would wait for the device
-        first, last = (n / DISTILLED_EVALUATIONS for n in (number, number + 1))
-        # The teacher's last step, to no noise, is of first order; it takes one more there.
-        angles = sampling_angles(configuration.beta, TEACHER_STEPS + (last == 1), first=first, last=last)
 
-        def denoise(network: nn.Module, noised: Tensor, angle: float) -> Tensor:
-            levels = torch.full((len(noised),), angle, device=device)
-            return network(noised, levels, expected, conditions, factor).float()
+def _one_step(teacher: nn.Module, student: nn.Module, residuals: Residuals, generator: torch.Generator) -> Tensor:
+    number = generator.initial_seed() % DISTILLED_EVALUATIONS  # a draw from it would wait for the device
+    first, last = (n / DISTILLED_EVALUATIONS for n in (number, number + 1))
+    # The teacher's last step, to no noise, is of first order; it takes one more there.
+    angles = sampling_angles(residuals.configuration.beta, TEACHER_STEPS + (last == 1), first=first, last=last)
 
-        with torch.no_grad():
-            expected = mean(conditions, factor).float()
-            residual = (fine - expected) / scales[str(factor)]
-            noise = torch.randn(residual.shape, generator=generator, device=device)
-            noised = add_noise(residual, noise, torch.tensor(angles[0], device=device))
-            reached = sample(partial(denoise, teacher), noised.clone(), angles)
-        wanted = residual_of_step(noised, reached, angles[0], angles[-1])
-        found = denoise(network, noised, angles[0])
-        return loss_weight(torch.tensor(angles[0])) * (found - wanted).square().mean()
+    def denoise(network: nn.Module, noised: Tensor, angle: float) -> Tensor:
+        return residuals.denoised(network, noised, torch.full((len(noised),), angle, device=noised.device))
 
-    return loss
+    with torch.no_grad():
+        noised = add_noise(residuals.values, residuals.noise(generator), torch.tensor(angles[0]))
+        reached = sample(partial(denoise, teacher), noised.clone(), angles)
+    wanted = residual_of_step(noised, reached, angles[0], angles[-1])
+    found = denoise(student, noised, angles[0])
+    return loss_weight(torch.tensor(angles[0])) * (found - wanted).square().mean()

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
-from stsr_core.diffusion import add_noise, loss_weight, sampling_angle
 from stsr_core.downscaler import Downscaler, build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
@@ -34,6 +33,7 @@ from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO, condition, to_transformed
 from stsr_core.training.calibrate import Example, calibrated_spread
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, RATE_SHARE, distillation_loss
+from stsr_core.training.losses import Loss, denoiser_loss, mean_loss
 from stsr_core.training.patches import Patch, Region, draw_patch
 
 EMA_DECAY = 0.998
@@ -241,46 +241,6 @@ class Draw(NamedTuple):
             torch.from_numpy(np.stack([getattr(p, name) for p in patches])) for name in ("fine", "coarse", "statics")
         )
         return cls(fine, coarse, statics, number, seed)
-
-
-Loss = Callable[[nn.Module, Tensor, Tensor, FactorConfiguration, torch.Generator], Tensor]
-
-
-def mean_loss(
-    network: nn.Module, fine: Tensor, conditions: Tensor, configuration: FactorConfiguration, _: torch.Generator
-) -> Tensor:
-    """Mean squared error in transformed space; its minimum is the conditional mean."""
-    return (network(conditions, configuration.factor).float() - fine).square().mean()
-
-
-def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
-    """Return the denoising loss around a trained mean network.
-
-    Noise levels are drawn as densely as the sampler visits them, up to the end of the schedule of beta.
-    """
-
-    def loss(
-        network: nn.Module,
-        fine: Tensor,
-        conditions: Tensor,
-        configuration: FactorConfiguration,
-        generator: torch.Generator,
-    ) -> Tensor:
-        factor = configuration.factor
-        with torch.no_grad():
-            expected = mean(conditions, factor).float()
-        residual = (fine - expected) / scales[str(factor)]
-        # One stratified draw per patch covers the schedule evenly even in small batches.
-        n = len(fine)
-        device = fine.device
-        u = (torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device)) / n
-        angle = sampling_angle(u, configuration.beta)
-        noise = torch.randn(residual.shape, generator=generator, device=device)
-        levels = angle[:, None, None, None, None]
-        found = network(add_noise(residual, noise, levels), angle, expected, conditions, factor).float()
-        return (loss_weight(levels) * (found - residual).square()).mean()
-
-    return loss
 
 
 @dataclass(frozen=True)

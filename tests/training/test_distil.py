@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -32,17 +30,11 @@ class Teacher(nn.Module):
         return noised * np.cos(angle) * VARIANCE / deviation(angle) ** 2
 
 
-@dataclass(eq=False)
 class Student(nn.Module):
     """Goes where the noised residual's deviation, which the teacher leaves as it is on its way, leads in one step."""
 
-    evaluations: int
-
-    def __post_init__(self):
-        super().__init__()
-
     def forward(self, noised, levels, mean, conditions, factor):
-        angles = sampling_angles(CONFIGURATION.beta, self.evaluations)
+        angles = sampling_angles(CONFIGURATION.beta, DISTILLED_EVALUATIONS)
         number = int(np.argmin(np.abs(np.array(angles) - float(levels[0]))))
         angle, following = angles[number : number + 2]
         return residual_of_step(noised, noised * deviation(following) / deviation(angle), angle, following)
@@ -55,7 +47,7 @@ def loss_of(network: nn.Module, seed: int) -> float:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_best_student_goes_where_many_small_steps_of_its_teacher_lead(seed):
-    assert loss_of(Student(DISTILLED_EVALUATIONS), seed) < 0.06 * loss_of(Teacher(), seed)
+    assert loss_of(Student(), seed) < 0.06 * loss_of(Teacher(), seed)
 
 
 def test_every_step_of_the_sampler_is_taught():
