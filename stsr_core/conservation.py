@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SMOOTH_PASSES = 14  # passes of the smooth gain; more change less than the members differ
 RELAXATION = 1.8  # of a pass; 14 passes then do the work of 25, and with 2.2 they no longer converge
+GAIN_PARTS = 4  # parts along a coarse cell, at least, whose amounts the smooth gain is found with
 FILLING_PASSES = 3  # passes that hand what capped cells may not hold to the others of their block
 CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few times in the world
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
@@ -103,7 +104,7 @@ def _smooth_gain(blocks: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
     Args:
         blocks: amount before, (N, T, t, Y, s, X, s), >= 0.
         wanted: coarse amount, (N, T, Y, X), >= 0, no NaN.
-        factor: (s, t).
+        factor: (s, t) of `blocks`.
 
     Returns:
         (N, T, Y, X).
@@ -120,6 +121,14 @@ def _smooth_gain(blocks: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
         )
         log_gain.add_(_filled(ratio, known), alpha=RELAXATION).clamp_(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
     return log_gain
+
+
+def _parts(fine: Tensor, factor: Factor) -> tuple[Tensor, Factor]:
+    """Blocks of means over squares, as few along a coarse cell as GAIN_PARTS and s allow, and the factor of these."""
+    s = factor.space
+    cells = max(d for d in range(1, s + 1) if s % d == 0 and (d == 1 or s // d >= GAIN_PARTS))
+    coarser = factor.model_copy(update={"space": s // cells})
+    return _blocks(F.avg_pool2d(fine, cells), coarser), coarser
 
 
 def _largest(wanted: Tensor, excess: float | None) -> Tensor:
@@ -167,7 +176,8 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     blocks, wet, parts = _blocks(result, factor), torch.empty_like(wanted, dtype=torch.bool), slabs(amount)
     for part in parts:
         blocks[:, part], wet[:, part] = _shape(raw[:, part], most[:, part], function, factor)
-    log_gain, refine = _smooth_gain(blocks, amount.nan_to_num(), factor), _Refinement.of(amount, factor)
+    parted, coarser = _parts(result, factor)  # the gain hardly differs from cell to cell
+    log_gain, refine = _smooth_gain(parted, amount.nan_to_num(), coarser), _Refinement.of(amount, factor)
     for part in parts:
         gain = _blocks(refine(log_gain, part).exp_(), factor)
         smooth = torch.where(wet[:, part], blocks[:, part] * gain, blocks[:, part])

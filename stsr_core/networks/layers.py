@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import cached_property
 from importlib.util import find_spec
 
 import torch
@@ -18,29 +19,42 @@ from torch import Tensor, nn
 
 PATCH = 2  # fine cells per network cell along y and x
 STEM_CHANNELS = 8  # channels at full resolution before the last convolution
-MOST_SEQUENCES = 2**15  # that go through one kernel of attention
+MOST_SEQUENCES = 2**16  # that a GPU attends over at once; a batch of windows can have more pixels
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """3 x 3 convolution of what `_grown` has grown by a cell on every side."""
-    return nn.Conv2d(inputs, outputs, 3, stride=stride)
-
-
-def _grown(x: Tensor) -> Tensor:
-    """Mirror (N, C, H, W) at its borders, one cell wide.
+class MirroredConvolution(nn.Conv2d):
+    """3 x 3 convolution of (N, C, H, W), H and W two at least, mirrored at its borders by one cell.
 
     With zeros there instead, steps between the outermost cells of a domain were up to 2.5 times those inside.
     """
-    if torch.compiler.is_compiling():  # of F.pad it makes kernels that go along x, not along channels
-        rows, columns = (_mirror(n, x.device) for n in x.shape[-2:])
-        return x.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
-    with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; CPUs would do so in single precision
-        return F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
 
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, 3, stride=stride, padding=1)
 
-def _mirror(n: int, device: torch.device) -> Tensor:
-    """Positions 1, 0, 1, ..., n - 2, n - 1, n - 2 of `n` cells."""
-    return n - 1 - (n - 1 - torch.arange(-1, n + 1, device=device).abs()).abs()
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve to (N, C', H / stride, W / stride), rounded up."""
+        return self.of_grown(x) if x.device.type == "cpu" else self.with_sides(x)
+
+    def of_grown(self, x: Tensor) -> Tensor:
+        """Copy the input into a larger field first."""
+        with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; CPUs would do so in single precision
+            grown = F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
+        return F.conv2d(grown, self.weight, self.bias, self.stride)
+
+    def with_sides(self, x: Tensor) -> Tensor:
+        """Add what zeros lack along the four sides; copies took half of a GPU's time, but these calls more of a CPU's."""
+        y, (step, _) = super().forward(x), self.stride
+        weight = self.weight.to(y.dtype)  # once for the four sides
+        for axis in (-2, -1):
+            n, last = x.shape[axis], y.shape[axis] - 1
+            sides = [(0, 1, 0)] + [(last, n - 2, 2)] * (last * step == n - 1)  # output, mirrored input, row of the kernel
+            for into, source, row in sides:
+                line = x.narrow(axis, source, 1)
+                if axis == -2:  # the corners belong to the rows
+                    line = torch.cat((line[..., 1:2], line, line[..., -2:-1]), dim=-1)
+                padding = (0, 0) if axis == -2 else (1, 0)
+                y.narrow(axis, into, 1).add_(F.conv2d(line, weight.narrow(axis, row, 1), None, step, padding))
+        return y
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -48,25 +62,15 @@ def _normalised(x: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4).permute(0, 3, 1, 2).to(x.dtype)
 
 
-def _entered(x: Tensor) -> Tensor:
-    """Frames (N, C, H, W) as the first convolution takes them."""
-    return _grown(F.pixel_unshuffle(x, PATCH))
-
-
 def _normed(x: Tensor) -> Tensor:
     """What comes before the first convolution of a block."""
-    return _grown(F.silu(_normalised(x)))
+    return F.silu(_normalised(x))
 
 
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """What comes before the second convolution of a block; scale and shift (N, C)."""
     modulated = torch.addcmul(shift[:, :, None, None], _normalised(x), 1 + scale[:, :, None, None])
-    return _grown(F.silu(modulated.to(x.dtype)))
-
-
-def _left(x: Tensor) -> Tensor:
-    """What comes before the last convolution."""
-    return _grown(F.silu(F.pixel_shuffle(x, PATCH)))
+    return F.silu(modulated.to(x.dtype))
 
 
 class _Fused:
@@ -77,7 +81,11 @@ class _Fused:
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
         self.plain = plain
-        self.fused = torch.compile(plain, dynamic=True)
+
+    @cached_property
+    def fused(self) -> Callable[..., Tensor]:
+        """The function, translated when first called; torch.compile alone takes seconds to import."""
+        return torch.compile(self.plain, dynamic=True)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         fused = tensors[0].is_cuda and HAS_TRITON and torch.is_inference_mode_enabled()
@@ -85,8 +93,7 @@ class _Fused:
 
 
 HAS_TRITON = find_spec("triton") is not None
-normalised, grown, entered = _Fused(_normalised), _Fused(_grown), _Fused(_entered)
-normed, modulated, left = _Fused(_normed), _Fused(_modulated), _Fused(_left)
+normalised, normed, modulated = _Fused(_normalised), _Fused(_normed), _Fused(_modulated)
 
 
 class ResidualBlock(nn.Module):
@@ -94,9 +101,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
-        self.first = _convolution(channels, channels)
+        self.first = MirroredConvolution(channels, channels)
         self.modulation = nn.Linear(embedding, 2 * channels)
-        self.second = _convolution(channels, channels)
+        self.second = MirroredConvolution(channels, channels)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.normal_(self.second.weight, std=1e-2 / math.sqrt(9 * channels))
@@ -110,11 +117,15 @@ class ResidualBlock(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention; in single precision on CPUs, where the backward pass in half precision takes ten times as long."""
     if q.device.type != "cpu":
-        # Kernels of GPUs take fewer sequences at once than a batch of windows has pixels.
-        parts = zip(*(x.split(MOST_SEQUENCES) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        return _by_products(q, k, v)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as products of matrices: a GPU's kernels are made for longer sequences and take four times as long."""
+    parts = zip(*(x.split(MOST_SEQUENCES) for x in (q / math.sqrt(q.shape[-1]), k, v)), strict=True)
+    return torch.cat([(a @ b.mT).softmax(-1).to(c.dtype) @ c for a, b, c in parts])
 
 
 class TemporalAttention(nn.Module):
@@ -174,9 +185,10 @@ def _mirrored(x: Tensor, stride: int) -> Tensor:
     for axis in (-2, -1):
         n = x.shape[axis]
         wanted = max(2, -(-n // stride)) * stride
-        if n < wanted:
-            around = torch.arange(wanted, device=x.device) % (2 * n)
-            x = x.index_select(axis, torch.where(around < n, around, 2 * n - 1 - around))
+        while n < wanted:  # more than once where there is less than is lacking
+            added = min(n, wanted - n)
+            x = torch.cat((x, x.narrow(axis, n - added, added).flip(axis)), dim=axis)
+            n += added
     return x
 
 
@@ -213,14 +225,14 @@ class VideoUNet(nn.Module):
         self.outputs = outputs
         self.stride = PATCH * 2 ** (len(channels) - 1)
         self.embed = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.stem = _convolution(inputs * PATCH**2, channels[0])
+        self.stem = MirroredConvolution(inputs * PATCH**2, channels[0])
         below = [attention and i > 0 for i in range(len(channels))]
         self.down = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
-        self.reduce = nn.ModuleList(_convolution(a, b, stride=2) for a, b in itertools.pairwise(channels))
+        self.reduce = nn.ModuleList(MirroredConvolution(a, b, stride=2) for a, b in itertools.pairwise(channels))
         self.up = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
         self.expand = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in itertools.pairwise(channels))
-        self.head = _convolution(channels[0], STEM_CHANNELS * PATCH**2)
-        self.last = _convolution(STEM_CHANNELS, outputs)
+        self.head = MirroredConvolution(channels[0], STEM_CHANNELS * PATCH**2)
+        self.last = MirroredConvolution(STEM_CHANNELS, outputs)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
@@ -237,13 +249,14 @@ class VideoUNet(nn.Module):
         b, t, c, h, w = frames.shape
         x = _mirrored(frames.reshape(b * t, c, h, w), self.stride)
         embedding = self.embed(context).repeat_interleave(t, dim=0)
-        x = self.stem(entered(x))
+        x = self.stem(F.pixel_unshuffle(x, PATCH).contiguous(memory_format=torch.channels_last))
         skips = []
         for i, level in enumerate(self.down):
-            x = level(x if i == 0 else self.reduce[i - 1](grown(x)), embedding, t)
+            x = level(x if i == 0 else self.reduce[i - 1](x), embedding, t)
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
                 x = skips[i] + F.interpolate(self.expand[i](x), size=skips[i].shape[-2:], mode="nearest")
             x = self.up[i](x, embedding, t)
-        return self.last(left(self.head(grown(F.silu(x)))))[..., :h, :w].reshape(b, t, self.outputs, h, w)
+        x = F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH))
+        return self.last(x)[..., :h, :w].reshape(b, t, self.outputs, h, w)
