@@ -103,7 +103,8 @@ def sample(
         ahead = step / (2 * width) if order == 2 and last is not None and following > 0 else 0.0
         middle = expected if last is None else last.lerp_(expected, 1 + ahead)
         x.mul_(math.sin(following) / math.sin(angle)).add_(middle, alpha=math.sin(step) / math.sin(angle))
-        last, width = expected, step
+        last, width = (expected, step) if order == 2 else (None, 0.0)
+        del expected, middle  # else the next evaluation has one field more in memory
     return x
 
 

@@ -20,6 +20,7 @@ RESOURCE = "GPU"  # what every worker offers, CPU workers too, so that submissio
 SLOT = 0.5  # what a shard takes of it until it is written: while one is written, the next is computed
 ONE = {RESOURCE: 1.0}
 MANY = {RESOURCE: 4.0}  # a GPU computes shards faster than one thread of its CPU packs and writes them
+AT_ONCE = 2  # shards that a GPU computes: one while the other's thread prepares its work or waits for it
 # One thread a worker: more workers use the cores better, and results do not depend on their number.
 # Freed memory goes back to the system at once: else a worker holds 100 MB more, now and then, and gains no time.
 ENVIRONMENT = {
@@ -80,7 +81,7 @@ class Cluster:
             from dask_cuda import LocalCUDACluster
 
             count = min(self.workers or gpus, gpus)
-            return LocalCUDACluster(n_workers=count, threads_per_worker=1, resources=MANY, dashboard_address=":0")
+            return LocalCUDACluster(n_workers=count, threads_per_worker=AT_ONCE, resources=MANY, dashboard_address=":0")
         from distributed import LocalCluster
 
         return LocalCluster(

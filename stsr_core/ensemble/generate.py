@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from distributed import Client, Future, KilledWorker, WorkerPlugin, as_completed
 from distributed.comm.core import CommClosedError
 
 from stsr_core.downscaler import Downscaler, choose_device
-from stsr_core.ensemble.cluster import RESOURCE, SLOT
+from stsr_core.ensemble.cluster import AT_ONCE, RESOURCE, SLOT
 from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
@@ -61,6 +62,23 @@ class Networks(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """Load them; a worker chooses its device by itself, the driver may have none."""
         self.downscaler = self.downscaler.on(choose_device(self.device), precision=self.precision)
+        self.streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
+        if self.downscaler.device.type == "cuda":
+            for _ in range(AT_ONCE):
+                self.streams.put(torch.cuda.Stream(self.downscaler.device))
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Give a shard its own stream on a GPU, which works for one while the thread of another prepares or waits."""
+        if self.downscaler.device.type != "cuda":
+            yield
+            return
+        stream = self.streams.get()
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self.streams.put(stream)
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,8 @@ def _on_worker(task: ShardTask, run: _Run) -> _Outcome:
         worker.log_event(run.topic, (evaluations, seconds))
 
     try:
-        result = make_shard(task, plugin.downscaler, progress)
+        with plugin.stream():
+            result = make_shard(task, plugin.downscaler, progress)
         secede()
         return _written(task, result, run.target)
     except StsrError as e:
@@ -124,8 +143,8 @@ def _written(task: ShardTask, result: ShardResult, target: Target) -> Receipt:
         bytes_digest=digest,
         closure_quanta=result.closure_quanta,
         network_evaluations=result.evaluations,
-        **result.counts(),
-        sums=result.sums(factor),
+        **result.counts,
+        sums=result.sums,
     )
     write_receipt(target.url, target.array, receipt, target.options)
     return receipt

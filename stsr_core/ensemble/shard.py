@@ -17,10 +17,10 @@ from torch import Tensor
 from stsr_core.conservation import block_sums, quantise, slabs, wanted_quanta
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
+from stsr_core.ensemble.sums import counts, sums
 from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import StoreError
 from stsr_core.store.layout import MISSING, QUANTUM_MM
-from stsr_core.store.statistics import WET_MM, sums
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,34 +40,15 @@ class ShardResult:
         quanta: amount in quanta of 0.01 mm, (M, t, y, x), uint16, MISSING where the input is missing.
         closure_quanta: largest absolute difference between a block's sum and its rounded coarse total.
         evaluations: network evaluations on windows, those of the mean included.
+        counts: counts and moments for the receipt, see `store.receipts.Receipt`.
+        sums: sums for the receipt, see `store.statistics`.
     """
 
     quanta: NDArray[np.uint16]
     closure_quanta: int
     evaluations: int
-
-    def counts(self) -> dict[str, float]:
-        """Counts and moments for the receipt, see `store.receipts.Receipt`."""
-        members, cells = len(self.quanta), 0
-        found = dict.fromkeys(("wet", "missing", "sum_mm", "max_mm", "rain_mm", "spread_mm"), 0.0)
-        for frame in self.quanta.swapaxes(0, 1):  # step by step, in little memory
-            missing = frame == MISSING
-            amount = np.where(missing, np.uint16(0), frame) * np.float32(QUANTUM_MM)
-            wet = amount > WET_MM
-            rainy = amount[:, wet.any(axis=0)]
-            cells += rainy.shape[1]
-            found["wet"] += int(wet.sum())
-            found["missing"] += int(missing.sum())
-            found["sum_mm"] += float(amount.sum(dtype=np.float64))
-            found["max_mm"] = max(found["max_mm"], float(amount.max(initial=0.0)))
-            found["rain_mm"] += float(rainy.sum(dtype=np.float64)) / members
-            found["spread_mm"] += float(rainy.std(axis=0, ddof=1).sum(dtype=np.float64)) if members > 1 else 0.0
-        return found | {name: found[name] / max(1, cells) for name in ("rain_mm", "spread_mm")}
-
-    def sums(self, factor: Factor) -> dict[str, float]:
-        """Sums for the receipt, see `store.statistics.sums`."""
-        amount = np.where(self.quanta == MISSING, np.float32(np.nan), self.quanta * np.float32(QUANTUM_MM))
-        return sums(amount, factor)
+    counts: dict[str, float]
+    sums: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -180,7 +161,7 @@ class _Block:
                 total[:, *window.place].addcmul_(window.weights(), part)
         if total.is_cuda:  # waited for once: meanwhile the next windows were on their way to the device
             started = time.perf_counter()
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
             progress(0, time.perf_counter() - started)
         return total
 
@@ -257,12 +238,14 @@ def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lam
     block = _Block(task, downscaler)
     mean, around = block.mean(progress), block.conserved()
     first, last = task.shard.numbers
-    parts = []
+    region = task.shard.region(downscaler.factor.space, downscaler.factor.time)
+    stored = torch.empty([part.stop - part.start for part in region], dtype=torch.int16, device=mean.device)
+    closure = 0
     for member in range(first, last, block.at_once):
         group = range(member, min(member + block.at_once, last))
-        parts.append(_stored(task, _finished(block, block.members(group, mean, around, progress), around)))
-    quanta, closures = zip(*parts, strict=True)
-    return ShardResult(np.concatenate(quanta), max(closures), block.evaluations)
+        fine = _finished(block, block.members(group, mean, around, progress), around)
+        closure = max(closure, _store(task, fine, stored[group.start - first : group.stop - first]))
+    return _result(task, stored, closure, block.evaluations)
 
 
 def _core(task: ShardTask) -> NDArray[np.float32]:
@@ -285,8 +268,29 @@ def _parts(factor: Factor) -> tuple[int, int, int]:
 def _dry(task: ShardTask) -> ShardResult:
     """A shard without rain: zeros, and what is missing in the input."""
     first, last = task.shard.numbers
-    quanta = np.where(_hole(task), np.uint16(MISSING), np.uint16(0))
-    return ShardResult(np.repeat(quanta[None], last - first, axis=0), 0, 0)
+    quanta = np.repeat(np.where(_hole(task), np.uint16(MISSING), np.uint16(0))[None], last - first, axis=0)
+    nothing = torch.zeros((1, *_parts(task.recipe.served.configuration.factor)))
+    missing = {"missing": float((quanta == MISSING).sum())}
+    return ShardResult(
+        quanta, 0, 0, counts([nothing]) | missing, sums([nothing], task.recipe.served.configuration.factor)
+    )
+
+
+def _result(task: ShardTask, stored: Tensor, closure: int, evaluations: int) -> ShardResult:
+    """Count what a receipt says of quanta as `_store` leaves them, and bring them to the host."""
+    factor = task.recipe.served.configuration.factor
+    steps, rows = stored.shape[1:3] if stored.is_cuda else (1, factor.space)  # a CPU in little memory, see `slabs`
+    counted = counts(_amounts(part) for part in stored.split(steps, dim=1))
+    summed = sums((_amounts(part) for part in stored.split(rows, dim=2)), factor)
+    if stored.is_cuda:
+        stored = torch.empty_like(stored, device="cpu", pin_memory=True).copy_(stored)
+    return ShardResult(stored.numpy().view(np.uint16), closure, evaluations, counted, summed)
+
+
+def _amounts(stored: Tensor) -> Tensor:
+    """Amounts [mm per fine step] of quanta as `_store` leaves them, NaN where missing."""
+    quanta = stored.int() & MISSING
+    return torch.where(quanta == MISSING, torch.nan, quanta.float() * QUANTUM_MM)
 
 
 def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
@@ -298,11 +302,18 @@ def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
     return fine[..., *_within(task.shard.box, around, block.parts)]
 
 
-def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:
-    """Quanta of members (M, t, y, x), MISSING where the input is missing, and their largest closure."""
+def _store(task: ShardTask, fine: Tensor, stored: Tensor) -> int:
+    """Quantise members (M, t, y, x) and return their largest closure.
+
+    Args:
+        task: what they belong to.
+        fine: their amounts [mm per fine step].
+        stored: takes their quanta, MISSING where the input is missing: 16 bits without a sign, as int16, for torch does
+            little with uint16.
+    """
     factor = task.recipe.served.configuration.factor
     coarse, hole = (torch.from_numpy(field).to(fine.device) for field in (_core(task), _hole(task)))
-    stored, closure = np.empty(fine.shape, np.uint16), 0
+    closure = 0
     for part in slabs(coarse):
         steps = slice(part.start * factor.time, part.stop * factor.time)
         quanta = quantise(fine[:, steps], coarse[part] if task.recipe.conserve else None, factor, QUANTUM_MM)
@@ -315,5 +326,5 @@ def _stored(task: ShardTask, fine: Tensor) -> tuple[NDArray[np.uint16], int]:
         absent = hole[steps] | (quanta < 0)
         off = block_sums(quanta.masked_fill(absent, 0), factor) - wanted_quanta(coarse[part], factor, QUANTUM_MM)
         closure = max(closure, int(off.abs().max()))
-        stored[:, steps] = quanta.masked_fill_(absent, MISSING).to(torch.uint16).cpu().numpy()
-    return stored, closure
+        stored[:, steps] = quanta.masked_fill_(absent, MISSING).to(torch.int16)
+    return closure

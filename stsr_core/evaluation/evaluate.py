@@ -11,9 +11,11 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
+from stsr_core.ensemble.sums import sums
 from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
 from stsr_core.evaluation.bootstrap import block_means, ratio_interval
 from stsr_core.evaluation.reference import reference_ensemble
@@ -25,7 +27,7 @@ from stsr_core.networks.layers import Level
 from stsr_core.sources.cube import Cube
 from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
-from stsr_core.store.statistics import WET_MM, added, statistics, sums
+from stsr_core.store.statistics import WET_MM, added, statistics
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
@@ -240,9 +242,15 @@ def evaluate(
         ranks=rank_histogram(fields[OURS], truth.fine),
         spectra={"truth": power_spectrum(truth.fine), **{name: power_spectrum(f) for name, f in fields.items()}},
         fields=fields,
-        statistics=statistics(added(sums(place, factor) for place in np.moveaxis(fields[OURS], 1, 0))),
+        statistics=_own_statistics(fields[OURS], factor),
         signal=_warming(runner, truth, fields[OURS], report) if options.warming else {},
     )
+
+
+def _own_statistics(fields: NDArray[np.float32], factor: Factor) -> dict[str, float]:
+    """Statistics of ensembles (M, places, T, Y, X) [mm per fine step]."""
+    places = torch.from_numpy(fields).unbind(dim=1)
+    return statistics(added(sums(place.split(factor.space, dim=2), factor) for place in places))
 
 
 def _baselines(

@@ -37,17 +37,21 @@ class MirroredConvolution(nn.Conv2d):
 
     def of_grown(self, x: Tensor) -> Tensor:
         """Copy the input into a larger field first."""
-        with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; CPUs would do so in single precision
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # it only moves numbers; CPUs would do so in single precision
             grown = F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
         return F.conv2d(grown, self.weight, self.bias, self.stride)
 
     def with_sides(self, x: Tensor) -> Tensor:
-        """Add what zeros lack along the four sides; copies took half of a GPU's time, but these calls more of a CPU's."""
+        """Add what zeros lack along the sides; copies took half of a GPU's time, but these calls more of a CPU's."""
         y, (step, _) = super().forward(x), self.stride
         weight = self.weight.to(y.dtype)  # once for the four sides
         for axis in (-2, -1):
             n, last = x.shape[axis], y.shape[axis] - 1
-            sides = [(0, 1, 0)] + [(last, n - 2, 2)] * (last * step == n - 1)  # output, mirrored input, row of the kernel
+            sides = [(0, 1, 0)] + [(last, n - 2, 2)] * (
+                last * step == n - 1
+            )  # output, mirrored input, row of the kernel
             for into, source, row in sides:
                 line = x.narrow(axis, source, 1)
                 if axis == -2:  # the corners belong to the rows

@@ -69,7 +69,8 @@ def run(plan, library, client, progress=lambda *_: None):
 
 
 def made(*_):
-    return ShardResult(np.zeros((1, 1, 4, 4), np.uint16), 0, 0)
+    counts = dict.fromkeys(("wet", "missing", "sum_mm", "max_mm", "rain_mm", "spread_mm"), 0.0)
+    return ShardResult(np.zeros((1, 1, 4, 4), np.uint16), 0, 0, counts, {})
 
 
 @pytest.fixture(autouse=True)

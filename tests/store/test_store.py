@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
 from stsr_core.catalog.integrity import _closure as closure_of_version
 from stsr_core.configuration import Gates, LikeCard
+from stsr_core.ensemble.sums import sums
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
@@ -32,7 +34,7 @@ from stsr_core.store.layout import (
 from stsr_core.store.overview import halved_grid, write_overview
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.series import write_series
-from stsr_core.store.statistics import STATISTICS, statistics, sums
+from stsr_core.store.statistics import STATISTICS, statistics
 from stsr_core.store.verify import Expected, Stored, verify
 
 FACTOR = Factor(space=2, time=1)
@@ -55,6 +57,11 @@ REGIONS = [
 
 def key_of(region):
     return f"m0-t{region[1].start // 2}-y{region[2].start // 4}-x{region[3].start // 4}"
+
+
+def sums_of(quanta):
+    amount = np.where(quanta == MISSING, np.nan, quanta * 0.01).astype(np.float32)
+    return sums([torch.from_numpy(amount)], FACTOR)
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def store(tmp_path, quanta):
         receipt = Receipt(
             shard=key_of(region), plan_digest="p" + key_of(region), bytes_digest=digest, closure_quanta=0,
             network_evaluations=1, wet=10, missing=int((part == MISSING).sum()), sum_mm=1.0, max_mm=5.0,
-            rain_mm=1.0, spread_mm=0.5, sums=sums(np.where(part == MISSING, np.nan, part * np.float32(0.01)), FACTOR),
+            rain_mm=1.0, spread_mm=0.5, sums=sums_of(part),
         )  # fmt: skip
         write_receipt(url, "precipitation", receipt)
     return url
@@ -232,7 +239,7 @@ def like_card(store, coarse, card, gates=None):
 
 
 def test_statistics_must_be_like_those_of_the_card(store, coarse, quanta, monkeypatch):
-    whole = statistics(sums(np.where(quanta == MISSING, np.nan, quanta * np.float32(0.01)), FACTOR))
+    whole = statistics(sums_of(quanta))
     monkeypatch.setattr(verify_module, "JUDGED", 40)  # there are 47 wet coarse cells and steps
     assert all(gate.passed for gate in like_card(store, coarse, whole).values())
     other = {**whole, "members": whole["members"] / 1.4}

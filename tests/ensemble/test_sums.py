@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import gaussian_filter
 
 from stsr_core.configuration import LikeCard
+from stsr_core.ensemble import sums as shard_sums
 from stsr_core.factors import Factor
-from stsr_core.store.statistics import added, statistics, sums
+from stsr_core.store.statistics import added, statistics
 
 FACTOR = Factor(space=8, time=1)
 BOUNDS = {name: tuple(bounds) for name, bounds in LikeCard().model_dump().items()}
@@ -33,6 +35,10 @@ def conserved(amount):
     means = parts.mean(axis=(3, 5), keepdims=True)
     gain = np.where(means > 0, means[:1] / np.maximum(means, 1e-9), 0)
     return (parts * gain).reshape(amount.shape).astype(np.float32)
+
+
+def sums(amount, factor=FACTOR, rows=1):
+    return shard_sums.sums(torch.from_numpy(amount).split(rows * factor.space, dim=2), factor)
 
 
 def of(amount, factor=FACTOR):
@@ -105,6 +111,7 @@ def test_cells_that_are_dry_or_equally_wet_are_as_wet_as_their_unevenness_says()
 def test_sums_of_members_and_of_places_add_up_and_missing_cells_count_for_nothing():
     amount = rain(3)
     parts = [amount[:, :, :48], amount[:, :, 48:]]
+    assert sums(amount, rows=12) == pytest.approx(sums(amount), rel=1e-6)  # all at once, as on a GPU
     whole, together = sums(amount, FACTOR), added(sums(part, FACTOR) for part in parts)
     for name in set(whole) - {"change"}:
         assert together[name] == pytest.approx(whole[name], rel=1e-6)
@@ -112,3 +119,22 @@ def test_sums_of_members_and_of_places_add_up_and_missing_cells_count_for_nothin
     holed[:, :, 48:] = np.nan
     alone = sums(parts[0], FACTOR)
     assert sums(holed, FACTOR) == pytest.approx(alone, rel=1e-6)
+
+
+def test_counts_are_those_of_the_cells_whether_step_by_step_or_at_once():
+    amount = rain(4)
+    amount[:, 3, :20] = np.nan
+    by_step, at_once = (shard_sums.counts(torch.from_numpy(amount).split(n, dim=1)) for n in (1, 12))
+    assert by_step == pytest.approx(at_once, rel=1e-6)
+    held = np.nan_to_num(amount)
+    rainy = held[:, (held > 0.1).any(axis=0)]
+    assert by_step == pytest.approx(
+        {
+            "wet": (held > 0.1).sum(), "missing": 4 * 20 * 96, "sum_mm": held.sum(dtype=float), "max_mm": held.max(),
+            "rain_mm": rainy.mean(dtype=float), "spread_mm": rainy.std(axis=0, ddof=1).mean(dtype=float),
+        },
+        rel=1e-5,
+    )  # fmt: skip
+    dry = shard_sums.counts([torch.zeros(1, 2, 4, 4)])
+    assert set(dry) == set(by_step)
+    assert not any(dry.values())
