@@ -22,6 +22,7 @@ FILLING_PASSES = 3  # passes that hand what capped cells may not hold to the oth
 CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few times in the world
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
 LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
+SLAB_CELLS = 2**17  # fine cell-steps that a CPU works on together
 PARTS = 2**20  # of a quantum, in which the amounts of a block are added up before they are rounded to quanta
 
 
@@ -109,7 +110,7 @@ def _smooth_gain(blocks: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
     Returns:
         (N, T, Y, X).
     """
-    log_gain, refine, parts = torch.zeros_like(wanted), _Refinement.of(wanted, factor), slabs(wanted)
+    log_gain, refine, parts = torch.zeros_like(wanted), _Refinement.of(wanted, factor), slabs(wanted, factor)
     for _ in range(SMOOTH_PASSES):
         totals = [_total(blocks[:, part] * _blocks(refine(log_gain, part).exp_(), factor), factor) for part in parts]
         found = torch.cat(totals, dim=1)[:, :, 0, :, 0, :, 0]
@@ -173,7 +174,7 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     wanted = amount[:, :, None, :, None, :, None]
     most = _largest(amount.nan_to_num(), function.excess)
     raw, result = _blocks(whole, factor), torch.empty_like(whole, memory_format=torch.contiguous_format)
-    blocks, wet, parts = _blocks(result, factor), torch.empty_like(wanted, dtype=torch.bool), slabs(amount)
+    blocks, wet, parts = _blocks(result, factor), torch.empty_like(wanted, dtype=torch.bool), slabs(amount, factor)
     for part in parts:
         blocks[:, part], wet[:, part] = _shape(raw[:, part], most[:, part], function, factor)
     parted, coarser = _parts(result, factor)  # the gain hardly differs from cell to cell
@@ -185,12 +186,14 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     return result.reshape(fine.shape)
 
 
-def slabs(coarse: Tensor) -> list[slice]:
-    """Coarse steps of (..., T, Y, X) that are worked on together: a CPU takes one by one, in its caches and in little
-    memory, a GPU, which would wait for every call, all at once.
+def slabs(coarse: Tensor, factor: Factor) -> list[slice]:
+    """Coarse steps of (..., T, Y, X) that are worked on together.
+
+    As many as the caches of a CPU hold, in little memory; all at once on a GPU, which would wait for every call.
     """
-    steps = coarse.shape[-3]
-    at_once = steps if coarse.is_cuda else 1
+    steps, rows, columns = coarse.shape[-3:]
+    cells = coarse[..., 0, 0, 0].numel() * rows * columns * factor.space**2 * factor.time
+    at_once = steps if coarse.is_cuda else max(1, SLAB_CELLS // max(1, cells))
     return [slice(first, first + at_once) for first in range(0, steps, at_once)]
 
 

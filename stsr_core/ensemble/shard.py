@@ -314,7 +314,7 @@ def _store(task: ShardTask, fine: Tensor, stored: Tensor) -> int:
     factor = task.recipe.served.configuration.factor
     coarse, hole = (torch.from_numpy(field).to(fine.device) for field in (_core(task), _hole(task)))
     closure = 0
-    for part in slabs(coarse):
+    for part in slabs(coarse, factor):
         steps = slice(part.start * factor.time, part.stop * factor.time)
         quanta = quantise(fine[:, steps], coarse[part] if task.recipe.conserve else None, factor, QUANTUM_MM)
         most = int(quanta.max())

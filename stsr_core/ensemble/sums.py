@@ -24,18 +24,27 @@ def counts(frames: Iterable[Tensor]) -> dict[str, float]:
     Returns:
         wet, missing, sum_mm, max_mm, rain_mm and spread_mm.
     """
-    cells, largest, parts = 0, 0.0, []
+    largest, parts = 0.0, []
     for frame in frames:
         amount = frame.nan_to_num()
         wet = amount > WET_MM
-        rainy = amount[:, wet.any(dim=0)]
-        cells += rainy.shape[1]
+        rainy = wet.any(dim=0)
+        mean = amount.mean(dim=0)
+        variance = (amount - mean).square().sum(dim=0) / max(1, len(amount) - 1)
         largest = max(largest, float(amount.max()))
-        spread = _total(rainy.std(dim=0)) if len(rainy) > 1 and rainy.numel() else 0.0
-        sums = {"sum_mm": _total(amount), "rain_mm": _total(rainy) / len(rainy), "spread_mm": spread}
-        parts.append({"wet": int(wet.sum()), "missing": int(frame.isnan().sum()), **sums})
+        parts.append(
+            {
+                "wet": int(wet.sum()),
+                "missing": int(frame.isnan().sum()),
+                "sum_mm": _total(amount),
+                "rain_mm": _total(mean * rainy),
+                "spread_mm": _total(variance.sqrt() * rainy),
+                "rainy": int(rainy.sum()),
+            }
+        )
     found = added(parts)
-    return found | {"max_mm": largest} | {name: found[name] / max(1, cells) for name in ("rain_mm", "spread_mm")}
+    cells = max(1, found.pop("rainy"))
+    return found | {"max_mm": largest} | {name: found[name] / cells for name in ("rain_mm", "spread_mm")}
 
 
 def sums(rows: Iterable[Tensor], factor: Factor) -> Sums:

@@ -196,6 +196,12 @@ def _mirrored(x: Tensor, stride: int) -> Tensor:
     return x
 
 
+def _enlarged(x: Tensor, like: Tensor) -> Tensor:
+    """Repeat the cells of (N, C, H, W) up to the size of another field."""
+    with torch.autocast(x.device.type, enabled=False):  # it only moves numbers; GPUs would do so in single precision
+        return F.interpolate(x, size=like.shape[-2:], mode="nearest")
+
+
 class Level(nn.Module):
     """One level of the U-Net on its way down or up: a residual block, then attention over time if asked."""
 
@@ -260,7 +266,7 @@ class VideoUNet(nn.Module):
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
-                x = skips[i] + F.interpolate(self.expand[i](x), size=skips[i].shape[-2:], mode="nearest")
+                x = skips[i] + _enlarged(self.expand[i](x), skips[i])
             x = self.up[i](x, embedding, t)
         x = F.silu(F.pixel_shuffle(self.head(F.silu(x)), PATCH))
         return self.last(x)[..., :h, :w].reshape(b, t, self.outputs, h, w)
