@@ -37,9 +37,12 @@ from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
 from stsr_core.training.distil import distillation_loss
-from stsr_core.training.fit import PRESETS, Run, Stage, Training
+from stsr_core.training.fit import Training
 from stsr_core.training.losses import denoiser_loss, mean_loss
 from stsr_core.training.patches import region_of
+from stsr_core.training.presets import PRESETS
+from stsr_core.training.run import Run
+from stsr_core.training.stage import Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

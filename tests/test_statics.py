@@ -18,8 +18,8 @@ from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import cube_of
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training import command
-from stsr_core.training.fit import PRESETS, Preset
 from stsr_core.training.patches import Region, draw_patch, region_of
+from stsr_core.training.presets import PRESETS, Preset
 
 FACTOR = Factor(space=4, time=1)
 CRS = "EPSG:3035"

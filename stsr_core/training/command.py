@@ -18,8 +18,10 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.statics import StaticSource, named_sources
-from stsr_core.training.fit import PRESETS, Run, Training, fit
+from stsr_core.training.fit import Training, fit
 from stsr_core.training.patches import Region, load_archive
+from stsr_core.training.presets import PRESETS
+from stsr_core.training.run import Run
 
 RecipeName = Literal["stsr", "authors"]
 

@@ -7,7 +7,6 @@ state as if nothing had happened. Under torchrun every rank draws its own patche
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import time
@@ -20,11 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stsr_core.checkpoint import Architecture, Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
+from stsr_core.checkpoint import Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
 from stsr_core.downscaler import Downscaler, build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
 from stsr_core.factors import FactorConfiguration
@@ -35,10 +33,10 @@ from stsr_core.training.calibrate import Example, calibrated_spread
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, RATE_SHARE, distillation_loss
 from stsr_core.training.losses import Loss, denoiser_loss, mean_loss
 from stsr_core.training.patches import Patch, Region, draw_patch
+from stsr_core.training.presets import Preset
+from stsr_core.training.run import Run
+from stsr_core.training.stage import Stage
 
-EMA_DECAY = 0.998
-GRADIENT_LIMIT = 1.0
-WARMUP_STEPS = 100
 CHECKED_EVERY = 20  # steps between looks at the loss; every look waits for the device
 SCALE_PATCHES = 24  # patches that the residual scale is measured on
 MOST_LOADERS = 12  # processes that draw patches for a GPU; each draws some twenty million cells a second
@@ -47,174 +45,6 @@ VALIDATION_PATCHES = 3  # patches per factor of the validation loss
 
 class TrainingError(OperatorError):
     """Training that cannot go on; the last good state is kept."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Size of the networks and length of their training."""
-
-    architecture: Architecture
-    mean_steps: int
-    denoiser_steps: int
-    distil_steps: int
-    cells_per_step: int  # fine cell-steps per step and rank
-    learning_rate: float = 1e-3
-    save_every: int = 100
-    calibration_patches: int = 16  # per factor, that the spread of members is chosen on
-
-
-PRESETS: Mapping[str, Preset] = {
-    "small": Preset(
-        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 2500, 300_000
-    ),
-    "base": Preset(
-        Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),
-        40_000,
-        100_000,
-        30_000,
-        4_000_000,
-    ),
-    "large": Preset(
-        Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
-        60_000, 200_000, 50_000, 8_000_000,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a training runs: this process among all that torchrun started, and on what device."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: torch.device) -> Run:
-        """Join the process group that torchrun announced in the environment, or run alone."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
-            return cls(0, 1, device)
-        local = int(os.environ["LOCAL_RANK"])
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), world, device)
-
-    @property
-    def precision(self) -> torch.dtype:
-        """Half where the device computes in it, single elsewhere."""
-        native = self.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return torch.bfloat16 if native else torch.float32
-
-    def mixed(self) -> torch.autocast:
-        """Mixed precision; weights and their updates stay single."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Average tensors over all ranks, in place, in one message."""
-        if self.world == 1:
-            return
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(part.view_as(t))
-
-
-@dataclass
-class Stage:
-    """A network in training: its weights, their moving average, its optimiser, and the steps done.
-
-    `start_share` is the share that the weights it began with have in those that count, see `weights`.
-    """
-
-    name: str
-    number: int
-    network: nn.Module
-    steps: int
-    learning_rate: float
-    start_share: float = 0.0
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
-        )
-        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self.start = {k: v.clone() for k, v in self.average.items()}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that count: the moving average, drawn towards those that training began with.
-
-        What is tuned to a finite archive fits it better than other weather; half way back it serves both (WiSE-FT,
-        Wortsman et al., arXiv 2109.01903).
-        """
-        return {k: v.lerp(self.start[k], self.start_share) for k, v in self.average.items()}
-
-    def rate(self) -> float:
-        """Learning rate: linear warm-up, then a cosine to a fiftieth."""
-        done = min(1.0, self.step / self.steps)
-        return self.learning_rate * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * done))
-
-    def update(self, loss: Tensor, run: Run) -> None:
-        """Take one step down `loss`."""
-        self.optimiser.zero_grad(set_to_none=False)
-        loss.backward()
-        run.average([p.grad for p in self.network.parameters() if p.grad is not None])
-        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate()
-        self.optimiser.step()
-        self.step += 1
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        now = self.network.state_dict()
-        torch._foreach_lerp_([self.average[k] for k in now], list(now.values()), 1 - decay)
-
-    def save(self, folder: Path) -> None:
-        """Save everything needed to go on; the previous state stays until the new one is whole."""
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for i, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
-        path = folder / f"{self.name}.safetensors"
-        part = path.with_suffix(".part")
-        meta = {"step": str(self.step), "losses": json.dumps(self.losses[-2000:])}
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
-        part.replace(path)
-
-    def resume(self, folder: Path) -> None:
-        """Go on from the saved state, if there is one."""
-        path = folder / f"{self.name}.safetensors"
-        if not path.is_file():
-            return
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as opened:
-            meta = opened.metadata()
-        tensors = load_file(path, device=str(next(self.network.parameters()).device))
-        try:
-            self.network.load_state_dict(_part(tensors, "network."))
-        except RuntimeError as e:
-            raise ConfigurationError(
-                f"{path} was trained with other networks than the preset asks for. Use another --folder."
-            ) from e
-        self.average = _part(tensors, "average.")
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _part(tensors, "optimiser.").items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        self.step, self.losses = int(meta["step"]), json.loads(meta["losses"])
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 class Draw(NamedTuple):

@@ -13,9 +13,12 @@ from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
 from stsr_core.training.command import Data, train_checkpoint
-from stsr_core.training.fit import Preset, Run, Stage, Training, TrainingError, fit
+from stsr_core.training.fit import Training, TrainingError, fit
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import Region, draw_patch, load_archive, patch_cells
+from stsr_core.training.presets import Preset
+from stsr_core.training.run import Run
+from stsr_core.training.stage import Stage
 
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))

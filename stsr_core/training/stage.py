@@ -1,0 +1,110 @@
+"""A network in training: steps of its optimiser, the moving average of its weights, and its state on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stsr_core.errors import ConfigurationError
+from stsr_core.training.run import Run
+
+EMA_DECAY = 0.998
+GRADIENT_LIMIT = 1.0
+WARMUP_STEPS = 100
+
+
+@dataclass
+class Stage:
+    """A network in training: its weights, their moving average, its optimiser, and the steps done.
+
+    `start_share` is the share that the weights it began with have in those that count, see `weights`.
+    """
+
+    name: str
+    number: int
+    network: nn.Module
+    steps: int
+    learning_rate: float
+    start_share: float = 0.0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+        )
+        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.start = {k: v.clone() for k, v in self.average.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that count: the moving average, drawn towards those that training began with.
+
+        What is tuned to a finite archive fits it better than other weather; half way back it serves both (WiSE-FT,
+        Wortsman et al., arXiv 2109.01903).
+        """
+        return {k: v.lerp(self.start[k], self.start_share) for k, v in self.average.items()}
+
+    def rate(self) -> float:
+        """Learning rate: linear warm-up, then a cosine to a fiftieth."""
+        done = min(1.0, self.step / self.steps)
+        return self.learning_rate * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * done))
+
+    def update(self, loss: Tensor, run: Run) -> None:
+        """Take one step down `loss`."""
+        self.optimiser.zero_grad(set_to_none=False)
+        loss.backward()
+        run.average([p.grad for p in self.network.parameters() if p.grad is not None])
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate()
+        self.optimiser.step()
+        self.step += 1
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        now = self.network.state_dict()
+        torch._foreach_lerp_([self.average[k] for k in now], list(now.values()), 1 - decay)
+
+    def save(self, folder: Path) -> None:
+        """Save everything needed to go on; the previous state stays until the new one is whole."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        path = folder / f"{self.name}.safetensors"
+        part = path.with_suffix(".part")
+        meta = {"step": str(self.step), "losses": json.dumps(self.losses[-2000:])}
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
+        part.replace(path)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the saved state, if there is one."""
+        path = folder / f"{self.name}.safetensors"
+        if not path.is_file():
+            return
+        with safe_open(path, "pt") as opened:
+            meta = opened.metadata()
+        tensors = load_file(path, device=str(next(self.network.parameters()).device))
+        try:
+            self.network.load_state_dict(_part(tensors, "network."))
+        except RuntimeError as e:
+            raise ConfigurationError(
+                f"{path} was trained with other networks than the preset asks for. Use another --folder."
+            ) from e
+        self.average = _part(tensors, "average.")
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _part(tensors, "optimiser.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.step, self.losses = int(meta["step"]), json.loads(meta["losses"])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
