@@ -46,13 +46,15 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
 
 def _interpolation(cells: int, parts: int, device: torch.device) -> Tensor:
     """Weights (cells * parts, cells) with which values at the centres of cells make those at the centres of parts."""
-    at = ((torch.arange(cells * parts, device=device) + 0.5) / parts - 0.5).clamp(0, cells - 1)
-    return (1 - (at[:, None] - torch.arange(cells, device=device)).abs()).clamp(min=0)
+    fine, coarse = (torch.arange(n, device=device, dtype=torch.float64) for n in (cells * parts, cells))
+    at = ((fine + 0.5) / parts - 0.5).clamp(0, cells - 1)
+    return (1 - (at[:, None] - coarse).abs()).clamp(min=0).float()
 
 
 @dataclass(frozen=True)
 class _Refinement:
-    """Linear interpolation of (N, T, Y, X), axis by axis: half the time of torch's, and step by step in little memory.
+    """Linear interpolation of (N, T, Y, X), axis by axis: a third of the time of torch's, and step by step in little
+    memory. Axes that are not refined have no weights.
 
     Attributes:
         t: weights (T, t, T) along time.
@@ -60,25 +62,28 @@ class _Refinement:
         x: weights (X*s, X) along x.
     """
 
-    t: Tensor
-    y: Tensor
-    x: Tensor
+    t: Tensor | None
+    y: Tensor | None
+    x: Tensor | None
 
     @classmethod
     def of(cls, coarse: Tensor, factor: Factor) -> _Refinement:
         """That of fields shaped like `coarse`."""
         nt, ny, nx = coarse.shape[-3:]
         t, y, x = (
-            _interpolation(n, parts, coarse.device)
+            _interpolation(n, parts, coarse.device) if parts > 1 else None
             for n, parts in ((nt, factor.time), (ny, factor.space), (nx, factor.space))
         )
-        return cls(t.unflatten(0, (nt, factor.time)), y, x)
+        return cls(None if t is None else t.unflatten(0, (nt, factor.time)), y, x)
 
     def __call__(self, coarse: Tensor, steps: slice = slice(None)) -> Tensor:
-        """Interpolate to (N, T*t, Y*s, X*s), of T only `steps`."""
+        """Interpolate to (N, T*t, Y*s, X*s), of T only `steps`; always a new tensor."""
         with torch.autocast(coarse.device.type, enabled=False):
-            frames = torch.einsum("ft,ntyx->nfyx", self.t[steps].flatten(0, 1), coarse)
-            return self.y @ frames @ self.x.T
+            if self.t is None:
+                frames = coarse[:, steps].clone()
+            else:
+                frames = torch.einsum("ft,ntyx->nfyx", self.t[steps].flatten(0, 1), coarse)
+            return frames if self.y is None or self.x is None else self.y @ frames @ self.x.T
 
 
 def refined(coarse: Tensor, factor: Factor) -> Tensor:

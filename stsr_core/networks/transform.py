@@ -36,9 +36,7 @@ def linear_interpolation(coarse: Tensor, factor: Factor) -> Tensor:
         Amount [mm per fine step], (B, T*t, Y*s, X*s).
     """
     s, t = factor.space, factor.time
-    zoom = (float(t), float(s), float(s))
-    fine = F.interpolate(coarse[:, None] / t, scale_factor=zoom, mode="trilinear", align_corners=False)[:, 0]
-    return fine[:, t:-t, s:-s, s:-s]
+    return refined(coarse / t, factor)[:, t:-t, s:-s, s:-s]
 
 
 def pycnophylactic_gain(coarse: Tensor, space: int) -> Tensor:
