@@ -268,12 +268,11 @@ def _parts(factor: Factor) -> tuple[int, int, int]:
 def _dry(task: ShardTask) -> ShardResult:
     """A shard without rain: zeros, and what is missing in the input."""
     first, last = task.shard.numbers
+    factor = task.recipe.served.configuration.factor
     quanta = np.repeat(np.where(_hole(task), np.uint16(MISSING), np.uint16(0))[None], last - first, axis=0)
-    nothing = torch.zeros((1, *_parts(task.recipe.served.configuration.factor)))
-    missing = {"missing": float((quanta == MISSING).sum())}
-    return ShardResult(
-        quanta, 0, 0, counts([nothing]) | missing, sums([nothing], task.recipe.served.configuration.factor)
-    )
+    nothing = torch.zeros((1, *_parts(factor)))
+    counted = counts([nothing]) | {"missing": int((quanta == MISSING).sum())}
+    return ShardResult(quanta, 0, 0, counted, sums([nothing], factor))
 
 
 def _result(task: ShardTask, stored: Tensor, closure: int, evaluations: int) -> ShardResult:
