@@ -67,7 +67,7 @@ def reference_ensemble(
         seed: of the noise.
         statics: static fields as the networks see them, (S, Y*s, X*s).
         evaluations: network evaluations of a member.
-        progress: called with a line for every tile.
+        progress: called with a line for every wet step of a tile.
 
     Returns:
         Amount [mm per fine step], (M, T*t, Y*s, X*s), float32.
@@ -96,7 +96,7 @@ def reference_ensemble(
                 wanted = float(window[-2, 1:-1, 1:-1].sum()) * s * s
                 tile = _tile(downscaler, setting.beta, function, conditions, wanted, members, generator, evaluations)
                 out[:, step * t : (step + 1) * t][:, *place] = tile.cpu().numpy()
-            progress(f"reference: tile at row {y} and column {x} done")
+                progress(f"reference: tile at row {y} and column {x}, step {step + 1} of {coarse.shape[0]} done")
     return out
 
 
