@@ -134,7 +134,7 @@ def _parts(fine: Tensor, factor: Factor) -> tuple[Tensor, Factor]:
     s = factor.space
     cells = max(d for d in range(1, s + 1) if s % d == 0 and (d == 1 or s // d >= GAIN_PARTS))
     coarser = factor.model_copy(update={"space": s // cells})
-    return _blocks(F.avg_pool2d(fine, cells), coarser), coarser
+    return _blocks(F.avg_pool2d(fine, cells) if cells > 1 else fine, coarser), coarser
 
 
 def _largest(wanted: Tensor, excess: float | None) -> Tensor:
@@ -196,9 +196,9 @@ def slabs(coarse: Tensor, factor: Factor) -> list[slice]:
 
     As many as the caches of a CPU hold, in little memory; all at once on a GPU, which would wait for every call.
     """
-    steps, rows, columns = coarse.shape[-3:]
-    cells = coarse[..., 0, 0, 0].numel() * rows * columns * factor.space**2 * factor.time
-    at_once = steps if coarse.is_cuda else max(1, SLAB_CELLS // max(1, cells))
+    steps = coarse.shape[-3]
+    cells = coarse.numel() // steps * factor.space**2 * factor.time
+    at_once = steps if coarse.is_cuda else max(1, SLAB_CELLS // cells)
     return [slice(first, first + at_once) for first in range(0, steps, at_once)]
 
 
