@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,11 +45,16 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
         raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
 
 
+@lru_cache(maxsize=64)
 def _interpolation(cells: int, parts: int, device: torch.device) -> Tensor:
-    """Weights (cells * parts, cells) with which values at the centres of cells make those at the centres of parts."""
-    fine, coarse = (torch.arange(n, device=device, dtype=torch.float64) for n in (cells * parts, cells))
-    at = ((fine + 0.5) / parts - 0.5).clamp(0, cells - 1)
-    return (1 - (at[:, None] - coarse).abs()).clamp(min=0).float()
+    """Weights (cells * parts, cells) with which values at the centres of cells make those at the centres of parts.
+
+    Made on the CPU, so that they are there for every stream of a GPU.
+    """
+    with torch.inference_mode(mode=False):  # training uses them too
+        fine, coarse = (torch.arange(n, dtype=torch.float64) for n in (cells * parts, cells))
+        at = ((fine + 0.5) / parts - 0.5).clamp(0, cells - 1)
+        return (1 - (at[:, None] - coarse).abs()).clamp(min=0).float().to(device)
 
 
 @dataclass(frozen=True)

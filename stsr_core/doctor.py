@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from stsr_core.errors import StsrError
 from stsr_core.settings import Settings
+from stsr_core.translation import missing
 from stsr_core.version import code_version
 
 CLOCK_S = 5.0  # seconds that this clock may differ from that of the store
@@ -163,13 +164,21 @@ def _device(settings: Settings) -> Finding:
         return Finding("device", Health.good, f"CPU as set, {os.cpu_count()} cores")
     count, driver = visible_gpus(), _driver()
     if count:
-        return Finding("device", Health.good, f"{count} GPUs, driver {driver or 'unknown'}")
+        return _gpus(f"{count} GPUs, driver {driver or 'unknown'}")
     if driver:
         mend = "Install a driver that fits this torch's CUDA, or look at CUDA_VISIBLE_DEVICES."
         return Finding("device", Health.fault, f"driver {driver}, but torch sees no GPU", mend)
     if settings.device == "cuda":
         return Finding("device", Health.fault, "cuda is set, no GPU is here", "Set STSR_DEVICE=auto, or add a GPU.")
     return Finding("device", Health.good, f"no GPU, {os.cpu_count()} CPU cores")
+
+
+def _gpus(found: str) -> Finding:
+    lacking = missing()
+    if not lacking:
+        return Finding("device", Health.good, found)
+    mend = "Install gcc and Triton, which comes with torch for CUDA; without them shards take twice as long."
+    return Finding("device", Health.warning, f"{found}; {lacking}", mend)
 
 
 def _driver() -> str | None:

@@ -5,9 +5,11 @@ No files but the checkpoint, no Dask, no Prefect.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_amount
+
+Network = TypeVar("Network", bound=nn.Module)
 
 BATCH_BYTES = 1000  # memory that a network call takes per fine cell-step, generously
 BATCH_SHARE = 0.25  # of a GPU's memory that one call may take
@@ -79,6 +83,15 @@ def _only_run(network: nn.Module) -> None:
     network.eval().requires_grad_(False)
 
 
+def _put(network: Network, device: torch.device, precision: torch.dtype) -> Network:
+    """Copy a network to a device, with the weights of its layers as they are multiplied there."""
+    put = copy.deepcopy(network).to(device)
+    for layer in put.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(precision)
+    return put
+
+
 @dataclass(frozen=True)
 class Downscaler:
     """Networks of one checkpoint, ready for one factor on one device.
@@ -126,13 +139,14 @@ class Downscaler:
             precision: "float32", "bfloat16", or "auto" for bfloat16 on GPUs only.
         """
         gpu = device.type == "cuda"
-        for network in (self.mean_network, self.denoiser):
-            network.to(device)
         chosen = PRECISIONS["bfloat16" if gpu else "float32"] if precision == "auto" else PRECISIONS[precision]
         if chosen is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # as on CPUs, to the last digits
         memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-        return replace(self, device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES)
+        return replace(
+            self, mean_network=_put(self.mean_network, device, chosen), denoiser=_put(self.denoiser, device, chosen),
+            device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES,
+        )  # fmt: skip
 
     def teacher(self, checkpoint: Checkpoint) -> Downscaler:
         """The same with the denoiser that this one was distilled from; itself where it was not."""
@@ -140,7 +154,7 @@ class Downscaler:
             return self
         _, denoiser = load_networks(checkpoint, teacher=True)
         _only_run(denoiser)
-        return replace(self, served=self.served.taught, denoiser=denoiser.to(self.device))
+        return replace(self, served=self.served.taught, denoiser=_put(denoiser, self.device, self.precision))
 
     @property
     def factor(self) -> Factor:

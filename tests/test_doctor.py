@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from stsr_core import doctor
+from stsr_core import doctor, translation
 from stsr_core.doctor import Health, examine
 
 
@@ -60,3 +60,28 @@ def test_a_damaged_checkpoint_is_found(here, monkeypatch, checkpoints):
     weights.write_bytes(weights.read_bytes()[:-1])
     monkeypatch.setenv("STSR_CHECKPOINTS", str(here))
     assert "damaged" in found()["checkpoints"].found
+
+
+@pytest.mark.parametrize(("lacking", "health"), [("", Health.good), ("no C compiler is there", Health.warning)])
+def test_gpus_without_what_translates_kernels_are_a_warning(here, monkeypatch, lacking, health):
+    monkeypatch.setenv("STSR_DEVICE", "auto")
+    monkeypatch.setattr("stsr_core.ensemble.cluster.visible_gpus", lambda: 2)
+    monkeypatch.setattr(doctor, "missing", lambda: lacking)
+    device = found()["device"]
+    assert device.health is health
+    assert "2 GPUs" in device.found
+    assert lacking in device.found
+    assert ("gcc" in device.mend) is bool(lacking)
+
+
+def test_kernels_need_triton_and_a_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(translation, "find_spec", lambda _: object())
+    monkeypatch.setattr(translation.shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    assert not translation.missing()
+    monkeypatch.setattr(translation.shutil, "which", lambda _: None)
+    assert "compiler" in translation.missing()
+    monkeypatch.setenv("CC", "cc")
+    assert not translation.missing()
+    monkeypatch.setattr(translation, "find_spec", lambda _: None)
+    assert "Triton" in translation.missing()

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from stsr_core.translation import CAN_TRANSLATE
+
 LANES = 4  # numbers that one counter of the generator gives; they lie side by side along x
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -64,25 +66,32 @@ def lattice_noise(
     """
     digest = hashlib.sha256(f"{seed} {stream}".encode()).digest()
     key = int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
-    t, y, x = ((first, first + n) for first, n in zip(start, shape, strict=True))
-    groups = x[0] // LANES, -(-x[1] // LANES)
-    noise = torch.empty((shape[0], shape[1], groups[1] - groups[0], LANES), device=device)
-    # Step by step a CPU works in its caches; a GPU has none that would help, and calls of kernels to lose.
-    at_once = shape[0] if noise.is_cuda else 1
+    groups, offset = divmod(start[2], LANES)
+    box = (*shape[:2], -(-(offset + shape[2]) // LANES))
+    make = _by_steps
+    if torch.device(device).type == "cuda" and CAN_TRANSLATE:
+        from stsr_core.ensemble.noise_kernel import noise as make
+    found = make(key, member, (*start[:2], groups), box, torch.device(device))
+    return found.reshape(*shape[:2], -1)[..., offset : offset + shape[2]]
 
-    def words(first: int, stop: int, axis: int) -> Tensor:
-        index = torch.arange(first, stop, device=device) & WORD
+
+def _by_steps(
+    key: tuple[int, int], member: int, start: tuple[int, int, int], shape: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """Noise for a box of counters, (T, Y, G, LANES), step by step as a CPU does it in its caches."""
+    noise = torch.empty((*shape, LANES), device=device)
+
+    def words(first: int, number: int, axis: int) -> Tensor:
+        index = torch.arange(first, first + number, device=device) & WORD
         return index.reshape([-1 if n == axis else 1 for n in range(3)])
 
-    for first in range(*t, at_once):
-        last = min(first + at_once, t[1])
-        counter = words(*groups, 2), words(*y, 1), words(first, last, 0), torch.tensor(member, device=device)
+    row, group = words(start[1], shape[1], 1), words(start[2], shape[2], 2)
+    for step, frame in enumerate(noise):
+        counter = group, row, words(start[0] + step, 1, 0), torch.tensor(member, device=device)
         found = philox(counter, key)
         for pair, (a, b) in enumerate(zip(found[::2], found[1::2], strict=True)):
-            part = noise[first - t[0] : last - t[0], ..., 2 * pair : 2 * pair + 2]
-            part[..., 0], part[..., 1] = _normal(a, b)
-    offset = x[0] - groups[0] * LANES
-    return noise.reshape(*shape[:2], -1)[..., offset : offset + shape[2]]
+            frame[..., 2 * pair], frame[..., 2 * pair + 1] = (values[0] for values in _normal(a, b))
+    return noise
 
 
 def _normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class _Block:
         t, y, x = task.origin
         absolute = shifted(reach, (-t, -y, -x))
         boxes = [shifted(box, task.origin) for box in lattice.covering(absolute)]
-        tapers = lattice.weights(absolute, self.parts)
+        tapers = self._placed(lattice.weights(absolute, self.parts))
         every = not task.recipe.conserve
         windows = [
             self._window(box, taper)
@@ -114,9 +114,14 @@ class _Block:
         self.groups = [self._group(alike) for alike in self._alike(windows)]
         self.evaluations = 0
 
-    def _window(self, box: Box, weights: Weights) -> _Window:
-        t, y, x = (torch.from_numpy(axis).to(self.downscaler.device) for axis in weights)
-        return _Window(_within(box, self.reach, self.parts), _within(grown(box, HALO), self.task.read), (t, y, x))
+    def _placed(self, weights: Sequence[Weights]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Put the weights of all windows on the device; most share theirs along an axis with others."""
+        different = {id(axis): axis for taper in weights for axis in taper}
+        placed = {key: torch.from_numpy(axis).to(self.downscaler.device) for key, axis in different.items()}
+        return [(placed[id(t)], placed[id(y)], placed[id(x)]) for t, y, x in weights]
+
+    def _window(self, box: Box, taper: tuple[Tensor, Tensor, Tensor]) -> _Window:
+        return _Window(_within(box, self.reach, self.parts), _within(grown(box, HALO), self.task.read), taper)
 
     def _alike(self, windows: Sequence[_Window]) -> Iterator[Sequence[_Window]]:
         """Windows of one size, as many as the device takes at once with all members that go side by side."""

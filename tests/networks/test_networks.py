@@ -4,9 +4,9 @@ import torch
 from stsr_core.evaluation.scores import seam_ratio
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
-from stsr_core.networks import layers
+from stsr_core.networks.attention import TemporalAttention, _by_products
 from stsr_core.networks.denoiser import Denoiser
-from stsr_core.networks.layers import TemporalAttention, VideoUNet, _mirrored
+from stsr_core.networks.layers import VideoUNet, _grown
 from stsr_core.networks.mean import CONDITION_CHANNELS, LINEAR_CHANNEL, MeanNetwork
 from stsr_core.networks.transform import (
     condition,
@@ -117,11 +117,11 @@ def test_linear_interpolation_is_exact_on_a_plane_and_local():
 
 def test_frames_grow_by_mirroring_even_where_they_are_small():
     x = torch.arange(3.0)[None, None, None, :].expand(1, 1, 18, 3)
-    grown = _mirrored(x, 8)
+    grown = _grown(x, 8)
     assert grown.shape == (1, 1, 24, 16)  # two strides at least, for convolutions at the lowest level mirror too
     assert grown[0, 0, 5].tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1, 2, 2]
     whole = torch.rand(1, 1, 16, 24)
-    assert _mirrored(whole, 8) is whole
+    assert _grown(whole, 8) is whole
 
 
 def test_borders_see_what_the_middle_sees():
@@ -134,28 +134,6 @@ def test_borders_see_what_the_middle_sees():
     torch.testing.assert_close(found, found[..., 14:16, 14:16].repeat(1, 1, 1, 16, 16), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(2, 2), (2, 5), (7, 4), (12, 12)])
-def test_convolutions_mirror_alike_on_cpus_and_gpus(stride, size):
-    torch.manual_seed(0)
-    convolution = layers.MirroredConvolution(3, 4, stride)
-    x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
-    wanted, found = convolution.of_grown(x), convolution.with_sides(x)
-    torch.testing.assert_close(found, wanted)
-    (a,), (b,) = (torch.autograd.grad(y.square().sum(), x) for y in (wanted, found))
-    torch.testing.assert_close(b, a)
-
-
-def test_attention_is_the_same_on_cpus_and_gpus(monkeypatch):
+def test_attention_by_products_is_that_of_torch():
     q, k, v = (torch.randn(7, 2, 5, 8, dtype=torch.float64) for _ in range(3))
-    monkeypatch.setattr(layers, "MOST_SEQUENCES", 3)
-    torch.testing.assert_close(layers._by_products(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "others"), [("normalised", ()), ("normed", ()), ("modulated", (8, 8))])
-def test_what_a_gpu_has_translated_does_what_a_cpu_does_as_it_is_for_any_size(name, others):
-    function = getattr(layers, name)
-    for n, size in ((2, 12), (3, 18)):
-        tensors = [torch.randn(n, 8, size, size), *(torch.randn(n, c) for c in others)]
-        torch.testing.assert_close(function.fused(*tensors), function(*tensors), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_by_products(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
