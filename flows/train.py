@@ -37,6 +37,7 @@ def train(
     denoiser_steps: Steps = None,
     distil_steps: Steps = None,
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
+    cells_per_step: Annotated[int | None, Field(ge=1)] = None,
     start: Path | None = None,
     start_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
     seed: Annotated[int, Field(ge=0)] = 0,
@@ -57,6 +58,7 @@ def train(
         denoiser_steps: steps of the denoiser; without it by preset, 0 keeps that of `start`.
         distil_steps: steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8.
         learning_rate: largest learning rate; without it by preset.
+        cells_per_step: fine cells and hours that one step learns from; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         start_share: share of the weights of `start` in the result; 0.5 generalises better where data are few.
         seed: seed of weights and patches.
@@ -71,8 +73,8 @@ def train(
     checkpoint = chosen(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, distil_steps=distil_steps, learning_rate=learning_rate, start=start,
-        start_share=start_share, seed=seed,
+        denoiser_steps=denoiser_steps, distil_steps=distil_steps, learning_rate=learning_rate,
+        cells_per_step=cells_per_step, start=start, start_share=start_share, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -98,6 +100,7 @@ def fit(
     denoiser_steps: int | None,
     distil_steps: int | None,
     learning_rate: float | None,
+    cells_per_step: int | None,
     start: Path | None,
     start_share: float,
     seed: int,
@@ -106,6 +109,6 @@ def fit(
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
         mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, learning_rate=learning_rate,
-        start=start, start_share=start_share, device=Settings().device, seed=seed,
+        cells_per_step=cells_per_step, start=start, start_share=start_share, device=Settings().device, seed=seed,
         report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

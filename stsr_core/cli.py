@@ -313,6 +313,13 @@ def train(
         typer.Option(min=0, help="Steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate; default by preset.")] = None,
+    cells_per_step: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fine cells and hours that one step learns from, on each GPU; default by preset. GPUs take more.",
+        ),
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(help="Card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own."),
@@ -357,6 +364,7 @@ def train(
         denoiser_steps=denoiser_steps,
         distil_steps=distil_steps,
         learning_rate=learning_rate,
+        cells_per_step=cells_per_step,
         start=start,
         start_share=start_share,
         device=device.value,

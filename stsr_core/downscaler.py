@@ -25,7 +25,7 @@ from stsr_core.networks.transform import condition, linear_interpolation, pycnop
 
 Network = TypeVar("Network", bound=nn.Module)
 
-BATCH_BYTES = 1000  # memory that a network call takes per fine cell-step, generously
+BATCH_BYTES = 400  # memory that a network call takes per fine cell-step, generously: in bfloat16 it is about 150
 BATCH_SHARE = 0.25  # of a GPU's memory that one call may take
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -8,7 +8,7 @@ import xarray as xr
 import yaml
 
 import stsr_core
-from stsr_core.checkpoint import Architecture, Library
+from stsr_core.checkpoint import Architecture, Checkpoint, Library
 from stsr_core.configuration import shipped_catalog
 from stsr_core.ensemble.downscale import prepared
 from stsr_core.errors import ConfigurationError, SourceError
@@ -70,7 +70,7 @@ def checkpoints(folder) -> Path:
         patch.setitem(PRESETS, "small", TINY)  # type: ignore[arg-type]
         command.train_checkpoint(
             data, [(4, 1)], folder=folder / "run", name="o", preset="small", mean_steps=4, denoiser_steps=3,
-            distil_steps=1, device="cpu", seed=0, report=lambda _: None,
+            distil_steps=1, cells_per_step=4000, device="cpu", seed=0, report=lambda _: None,
         )  # fmt: skip
     return folder / "run" / "checkpoint"
 
@@ -86,6 +86,10 @@ def plan_with(folder: Path, checkpoints: Path, name: str):
         (cube,), space=4, time=1, members=1, seed=1, nearest=False, conserve=True, device="cpu",
         checkpoints=str(checkpoints), statics={"orography": source(folder, name)},
     )[0]  # fmt: skip
+
+
+def test_the_card_says_how_much_a_step_learnt_from(checkpoints):
+    assert Checkpoint.read(checkpoints / "o.json").card.training["cells_per_step"] == 4000
 
 
 def test_a_field_is_averaged_over_the_cells_of_a_grid(folder):

@@ -60,7 +60,5 @@ def noise(
     out = torch.empty((*shape, LANES), device=device)
     signed = [word - (word >> 31 << 32) for word in key]  # or the kernel was translated anew for large ones
     number = out.numel() // LANES
-    _noise_kernel[triton.cdiv(number, BLOCK),](
-        out, *signed, member, *start, *shape[1:], number, BLOCK=BLOCK, ROUNDS=ROUNDS
-    )
+    _noise_kernel[-(-number // BLOCK),](out, *signed, member, *start, *shape[1:], number, BLOCK=BLOCK, ROUNDS=ROUNDS)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,16 @@ CONDITION_CHANNELS = 5  # pycnophylactic and linear interpolation, phase in y, x
 LINEAR_CHANNEL = 1  # the linear interpolation among them
 
 
+@lru_cache
+def _scaled(space: int, time: int, device: torch.device) -> Tensor:
+    """log2 of a factor, scaled to about 0..1; copied once, as a GPU would stop for it at every call of a network."""
+    with torch.inference_mode(mode=False):  # training uses it too
+        return (torch.tensor([float(space), float(time)]).log2() / 4.0).to(device)
+
+
 def factor_context(factor: Factor, batch: int, device: torch.device) -> Tensor:
     """Return the factor as the networks see it, (B, 2): log2 of space and time, scaled to about 0..1."""
-    scaled = torch.tensor([float(factor.space), float(factor.time)], device=device).log2() / 4.0
-    return scaled.expand(batch, 2)
+    return _scaled(factor.space, factor.time, device).expand(batch, 2)
 
 
 class MeanNetwork(nn.Module):

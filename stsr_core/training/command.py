@@ -88,6 +88,7 @@ def train_checkpoint(
     denoiser_steps: int | None,
     distil_steps: int | None,
     learning_rate: float | None = None,
+    cells_per_step: int | None = None,
     start: Path | None = None,
     start_share: float = 0.0,
     device: str,
@@ -120,6 +121,7 @@ def train_checkpoint(
         denoiser_steps=chosen.denoiser_steps if denoiser_steps is None else denoiser_steps,
         distil_steps=chosen.distil_steps if distil_steps is None else distil_steps,
         learning_rate=learning_rate or chosen.learning_rate,
+        cells_per_step=cells_per_step or chosen.cells_per_step,
     )
     configure = recipe if recipe_name == "stsr" else authors_recipe
     begun = None if start is None else Checkpoint.read(start)
