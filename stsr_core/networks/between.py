@@ -40,13 +40,13 @@ def mirrored(x: Tensor) -> Tensor:
         return F.pad(x, (1, 1, 1, 1), mode="reflect").contiguous(memory_format=torch.channels_last)
 
 
-def from_cells(x: Tensor, stem: nn.Conv2d) -> Tensor:
-    """The way to half resolution: the cells of a patch become channels, and a convolution."""
+def from_cells(x: Tensor, stem: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """The way to half resolution: the cells of a patch become channels, and a convolution, with its bias as above."""
     if by_kernels(x):
         patches = kernels.unshuffled(x, stem.weight.dtype, PATCH)
         more = patches.shape[1] - stem.in_channels
-        return F.conv2d(patches, F.pad(stem.weight, (0, 0, 0, 0, 0, more)), stem.bias)
-    return stem(mirrored(F.pixel_unshuffle(x, PATCH).to(stem.weight.dtype)))
+        return F.conv2d(patches, F.pad(stem.weight, (0, 0, 0, 0, 0, more))), stem.bias
+    return stem(mirrored(F.pixel_unshuffle(x, PATCH).to(stem.weight.dtype))), None
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ def _normalised(x: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-4)
 
 
-def normed(x: Tensor) -> Tensor:
+def normed(x: Tensor, bias: Tensor | None) -> Tensor:
     """What comes before the first convolution of a block."""
     if by_kernels(x):
-        return kernels.pixels(x, mirror=True, norm=True, silu=True)
+        return kernels.pixels(x, mirror=True, norm=True, silu=True, bias=bias)
     return F.silu(_normalised(mirrored(x)).to(x.dtype)).permute(0, 3, 1, 2)
 
 
@@ -69,9 +69,11 @@ def modulated(x: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> T
     return F.silu(changed.to(x.dtype)).permute(0, 3, 1, 2)
 
 
-def summed(x: Tensor, bias: Tensor | None, skipped: Tensor) -> Tensor:
+def summed(x: Tensor, bias: Tensor | None, skipped: Tensor, skipped_bias: Tensor | None) -> Tensor:
     """What comes after it, with what the block was given."""
-    return kernels.added(x, bias, skipped) if by_kernels(x) else skipped + x
+    if not by_kernels(x):
+        return skipped + x
+    return kernels.added(x, bias if bias is None or skipped_bias is None else bias + skipped_bias, skipped)
 
 
 def tokens(x: Tensor) -> Tensor:

@@ -46,11 +46,11 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
         nn.init.normal_(self.second.weight, std=1e-2 / math.sqrt(9 * channels))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Transform (N, C, H, W) with an embedding (N, E)."""
+    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor) -> Tensor:
+        """Transform (N, C, H, W), a bias (C,) still to be added to it, with an embedding (N, E)."""
         scale, shift = self.modulation(embedding).chunk(2, dim=1)
-        inner = modulated(*convolved(self.first, normed(x)), scale, shift)
-        return summed(*convolved(self.second, inner), x)
+        inner = modulated(*convolved(self.first, normed(x, bias)), scale, shift)
+        return summed(*convolved(self.second, inner), x, bias)
 
 
 def _grown(x: Tensor, stride: int) -> Tensor:
@@ -76,9 +76,9 @@ class Level(nn.Module):
         self.block = ResidualBlock(channels, embedding)
         self.attention = TemporalAttention(channels) if attention else None
 
-    def forward(self, x: Tensor, embedding: Tensor, frames: int) -> Tensor:
-        """Transform (B * T, C, H, W)."""
-        x = self.block(x, embedding)
+    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor, frames: int) -> Tensor:
+        """Transform (B * T, C, H, W), a bias (C,) still to be added to it."""
+        x = self.block(x, bias, embedding)
         return x if self.attention is None else self.attention(x, frames)
 
 
@@ -125,13 +125,15 @@ class VideoUNet(nn.Module):
         b, t, c, h, w = frames.shape
         x = _grown(frames.reshape(b * t, c, h, w), self.stride)
         embedding = self.embed(context).repeat_interleave(t, dim=0)
-        x = from_cells(x, self.stem)
+        x, bias = from_cells(x, self.stem)
         skips = []
         for i, level in enumerate(self.down):
-            x = level(x if i == 0 else self.reduce[i - 1](mirrored(x)), embedding, t)
+            if i:
+                x, bias = convolved(self.reduce[i - 1], mirrored(x))  # type: ignore[arg-type]
+            x = level(x, bias, embedding, t)
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
                 x = merged(*convolved(self.expand[i], x), skips[i])  # type: ignore[arg-type]
-            x = self.up[i](x, embedding, t)
+            x = self.up[i](x, None, embedding, t)
         return to_cells(x, self.head, self.last)[..., :h, :w].reshape(b, t, self.outputs, h, w)

@@ -16,6 +16,7 @@ from torch import nn
 from stsr_core.ensemble import noise, noise_kernel
 from stsr_core.networks import attention, between
 from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.layers import ResidualBlock
 from stsr_core.factors import Factor
 
 by_kernels, steps = False, noise._by_steps
@@ -37,16 +38,19 @@ for channels, rows, columns in ((32, 2, 6), (96, 4, 2)):
     half = torch.randn(10, channels, rows // 2, columns // 2)
     scale, shift = torch.randn(10, 2 * channels).chunk(2, dim=1)
     layer, point = nn.Conv2d(channels, channels, 3), nn.Conv2d(channels, channels, 1)
-    head, last, stem = nn.Conv2d(channels, 32, 3), nn.Conv2d(8, 2, 3), nn.Conv2d(4 * 5, 16, 3)
+    head, last, stem = nn.Conv2d(channels, 32, 3), nn.Conv2d(8, 2, 3), nn.Conv2d(4 * 5, channels, 3)
     cells, attend = torch.randn(10, 5, 2 * rows, 2 * columns), attention.TemporalAttention(channels)
     nn.init.normal_(attend.out.weight)
     compared(lambda: between.mirrored(field))
-    compared(lambda: between.normed(field))
+    compared(lambda: between.normed(field, None))
     compared(lambda: between.tokens(field))
-    compared(lambda: between.summed(*between.convolved(layer, between.mirrored(field)), field))
     compared(lambda: between.modulated(*between.convolved(point, field), scale, shift))
     compared(lambda: between.merged(*between.convolved(point, half), field))
-    compared(lambda: between.from_cells(cells, stem))
+    block = ResidualBlock(channels, 7)
+    for weights in (block.second.weight, block.modulation.weight):
+        nn.init.normal_(weights, std=0.1)
+    compared(lambda: block(*between.convolved(layer, between.mirrored(field)), torch.ones(10, 7)))
+    compared(lambda: block(*between.from_cells(cells, stem), torch.ones(10, 7)))
     compared(lambda: between.to_cells(field, head, last))
     compared(lambda: attend(field, 5))
     compared(lambda: attend(field, 10))
