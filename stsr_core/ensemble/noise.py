@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from stsr_core.translation import CAN_TRANSLATE
+from stsr_core.translation import kernels_serve
 
 LANES = 4  # numbers that one counter of the generator gives; they lie side by side along x
 ROUNDS = 10
@@ -69,7 +69,7 @@ def lattice_noise(
     groups, offset = divmod(start[2], LANES)
     box = (*shape[:2], -(-(offset + shape[2]) // LANES))
     make = _by_steps
-    if torch.device(device).type == "cuda" and CAN_TRANSLATE:
+    if kernels_serve(torch.device(device)):
         from stsr_core.ensemble.noise_kernel import noise as make
     found = make(key, member, (*start[:2], groups), box, torch.device(device))
     return found.reshape(*shape[:2], -1)[..., offset : offset + shape[2]]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stsr_core.translation import CAN_TRANSLATE
+from stsr_core.translation import CAN_TRANSLATE, kernels_serve
 
 PATCH = 2  # fine cells per network cell along y and x
 if CAN_TRANSLATE:
@@ -22,7 +22,7 @@ if CAN_TRANSLATE:
 
 def by_kernels(x: Tensor) -> bool:
     """Whether kernels of our own do it."""
-    return x.is_cuda and CAN_TRANSLATE and torch.is_inference_mode_enabled()
+    return kernels_serve(x.device) and torch.is_inference_mode_enabled()
 
 
 def convolved(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,9 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
+
+from stsr_core import translation
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -66,6 +69,16 @@ for seed, member, start, shape in ((1, 0, (0, 0, 0), (3, 5, 16)), (7, 3, (-5, -1
         made.append(noise.lattice_noise(seed, member, start, shape, 12345))
     torch.testing.assert_close(made[1], made[0], atol=1e-5, rtol=1e-5)
 """
+
+
+def test_kernels_serve_recent_gpus_only(monkeypatch):
+    monkeypatch.setattr(translation, "CAN_TRANSLATE", True)
+    for capability, wanted in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        translation.kernels_serve.cache_clear()
+        assert translation.kernels_serve(torch.device("cuda")) is wanted
+        assert not translation.kernels_serve(torch.device("cpu"))
+    translation.kernels_serve.cache_clear()
 
 
 def test_kernels_do_what_cpus_do():
