@@ -31,6 +31,10 @@ def test_nothing_in_the_core_needs_prefect(module):
     assert "prefect" not in imported_by(module)
 
 
+def test_workers_on_cpus_do_without_triton():
+    assert "triton" not in imported_by("stsr_core.ensemble.generate")
+
+
 def test_importing_the_catalogue_is_cheap():
     assert not {"xarray", "zarr", "pystac", "dask", "pyarrow", "obstore"} & imported_by("stsr_core.catalog")
     assert processor_seconds("import stsr_core.catalog") - processor_seconds("pass") < 1

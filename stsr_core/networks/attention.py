@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stsr_core.networks.between import by_kernels, tokens
-from stsr_core.translation import CAN_TRANSLATE
-
-if CAN_TRANSLATE:
-    from stsr_core.networks import kernels
+from stsr_core.networks.between import by_kernels, kernels, tokens
 
 HALF = 16  # half of the channels of a head, which are rotated in pairs
 SLOWEST = 64.0  # the fastest pair turns by 1 from frame to frame, the slowest by 1 / SLOWEST ** (15 / 16)
@@ -86,7 +82,7 @@ class TemporalAttention(nn.Module):
         n, c, h, w = x.shape
         sequences = tokens(x).reshape(n // frames, frames, h * w, c)
         if by_kernels(x):
-            mixed = kernels.mixed(self.qkv(sequences), HALF, SLOWEST)
+            mixed = kernels().mixed(self.qkv(sequences), HALF, SLOWEST)
         else:
             mixed = _mixed(F.linear(sequences, *self._with_turned()))
         return x + self.out(mixed).reshape(n, h, w, c).permute(0, 3, 1, 2)

@@ -24,7 +24,7 @@ from stsr_core.networks.between import (
     normed,
     summed,
     to_cells,
-)  # fmt: skip
+)
 
 STEM_CHANNELS = 8  # channels at full resolution before the last convolution
 
