@@ -36,6 +36,7 @@ def train(
     mean_steps: Steps = None,
     denoiser_steps: Steps = None,
     distil_steps: Steps = None,
+    score_steps: Steps = None,
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
     cells_per_step: Annotated[int | None, Field(ge=1)] = None,
     start: Path | None = None,
@@ -56,7 +57,8 @@ def train(
         recipe: beta and L of stsr, or of the authors as the reference.
         mean_steps: steps of the mean network; without it by preset, 0 keeps that of `start`.
         denoiser_steps: steps of the denoiser; without it by preset, 0 keeps that of `start`.
-        distil_steps: steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8.
+        distil_steps: steps in which it learns to make a member in 2 evaluations; 0 keeps that of `start` or leaves 8.
+        score_steps: steps in which that is trained on towards the least CRPS of whole members; 0 leaves it as it is.
         learning_rate: largest learning rate; without it by preset.
         cells_per_step: fine cells and hours that one step learns from; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
@@ -73,8 +75,8 @@ def train(
     checkpoint = chosen(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, distil_steps=distil_steps, learning_rate=learning_rate,
-        cells_per_step=cells_per_step, start=start, start_share=start_share, seed=seed,
+        denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
+        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -99,6 +101,7 @@ def fit(
     mean_steps: int | None,
     denoiser_steps: int | None,
     distil_steps: int | None,
+    score_steps: int | None,
     learning_rate: float | None,
     cells_per_step: int | None,
     start: Path | None,
@@ -108,7 +111,7 @@ def fit(
     """Fit; a retry resumes from the last save."""
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
-        mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, learning_rate=learning_rate,
-        cells_per_step=cells_per_step, start=start, start_share=start_share, device=Settings().device, seed=seed,
-        report=lambda said: event("fit", checkpoint=name, said=said),
+        mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
+        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share,
+        device=Settings().device, seed=seed, report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

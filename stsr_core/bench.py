@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stsr_core.bench_regrid import peak_memory
-from stsr_core.checkpoint import Checkpoint, Library
+from stsr_core.checkpoint import Checkpoint, Library, Served, Transform
 from stsr_core.downscaler import Downscaler, build_networks, choose_device
 from stsr_core.ensemble.cluster import AT_ONCE, Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
@@ -36,12 +36,13 @@ from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
-from stsr_core.training.distil import distillation_loss
+from stsr_core.training.distil import DISTILLED_EVALUATIONS, distillation_loss
 from stsr_core.training.fit import Training
 from stsr_core.training.losses import denoiser_loss, mean_loss
 from stsr_core.training.patches import region_of
 from stsr_core.training.presets import PRESETS
 from stsr_core.training.run import Run
+from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -323,10 +324,12 @@ def bench_training(factor: Factor, *, preset: str, device: str, steps: int | Non
     mean, denoiser = (network.to(run.device) for network in build_networks(chosen.architecture))
     steps = steps or (3 if run.device.type == "cpu" else 300)
     scales = {str(factor): 1.0}
+    served = {str(factor): Served(configuration=recipe(factor), residual_scale=1.0, evaluations=DISTILLED_EVALUATIONS)}
     losses = {
         "mean": (mean, mean_loss),
         "denoiser": (denoiser, denoiser_loss(mean, scales)),
         "student": (copy.deepcopy(denoiser), distillation_loss(mean, denoiser, scales)),
+        "scored": (copy.deepcopy(denoiser), score_loss(mean, served, Transform().scale_mm)),
     }
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -105,6 +105,11 @@ class Card(_Frozen):
     training: dict[str, int | float | str | list[str]]
     weights_sha256: str
 
+    @property
+    def distilled(self) -> bool:
+        """Whether its denoiser was distilled from another, which the checkpoint keeps."""
+        return any(served.teacher for served in self.served)
+
     def serving(self, factor: Factor) -> Served:
         """Return what serves `factor`.
 

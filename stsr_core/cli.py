@@ -310,7 +310,17 @@ def train(
     ] = None,
     distil_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps in which it learns to make a member in 2 evaluations; 0 leaves it at 8."),
+        typer.Option(
+            min=0,
+            help="Steps in which it learns to make a member in 2 evaluations; 0 keeps that of --start or leaves 8.",
+        ),
+    ] = None,
+    score_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps in which that is trained on towards the least CRPS of whole members; 0 leaves it as it is.",
+        ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate; default by preset.")] = None,
     cells_per_step: Annotated[
@@ -363,6 +373,7 @@ def train(
         mean_steps=mean_steps,
         denoiser_steps=denoiser_steps,
         distil_steps=distil_steps,
+        score_steps=score_steps,
         learning_rate=learning_rate,
         cells_per_step=cells_per_step,
         start=start,

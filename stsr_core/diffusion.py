@@ -108,6 +108,11 @@ def sample(
     return x
 
 
+def reached_by_step(noised: Tensor, expected: Tensor, angle: float, following: float) -> Tensor:
+    """Where one step of first order leads from `noised` at `angle`; `sample` does it in place, this for gradients."""
+    return noised * (math.sin(following) / math.sin(angle)) + expected * (math.sin(angle - following) / math.sin(angle))
+
+
 def residual_of_step(noised: Tensor, reached: Tensor, angle: float, following: float) -> Tensor:
     """Residual that a denoiser must expect at `angle` for one step of first order to lead from noised to reached."""
     kept = math.sin(following) / math.sin(angle)

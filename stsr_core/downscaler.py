@@ -64,8 +64,7 @@ def load_networks(checkpoint: Checkpoint, *, teacher: bool = False) -> tuple[Mea
     """
     card, weights = checkpoint.card, checkpoint.weights()
     networks = build_networks(card.architecture, len(card.statics))
-    distilled = any(served.teacher for served in card.served)
-    for name, network in zip(("mean", "teacher" if teacher and distilled else "denoiser"), networks, strict=True):
+    for name, network in zip(("mean", "teacher" if teacher and card.distilled else "denoiser"), networks, strict=True):
         part = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
         try:
             network.load_state_dict(part)

@@ -60,7 +60,12 @@ def test_reading_and_regridding_are_measured_against_reading(tmp_path):
 
 def test_training_steps_are_measured():
     found = bench.bench_training(Factor(space=25, time=6), preset="small", device="cpu", steps=1)
-    assert set(found) == {"mean_patches_per_s", "denoiser_patches_per_s", "student_patches_per_s"}
+    assert set(found) == {
+        "mean_patches_per_s",
+        "denoiser_patches_per_s",
+        "student_patches_per_s",
+        "scored_patches_per_s",
+    }
     assert min(found.values()) > 0
 
 

@@ -23,7 +23,7 @@ from stsr_core.training.presets import PRESETS, Preset
 
 FACTOR = Factor(space=4, time=1)
 CRS = "EPSG:3035"
-TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 4, 3, 1, 1, save_every=2)
+TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 4, 3, 1, 1, 1, save_every=2)
 
 
 def projected(values: np.ndarray, spacing: float, **attributes: str) -> xr.DataArray:
@@ -70,7 +70,7 @@ def checkpoints(folder) -> Path:
         patch.setitem(PRESETS, "small", TINY)  # type: ignore[arg-type]
         command.train_checkpoint(
             data, [(4, 1)], folder=folder / "run", name="o", preset="small", mean_steps=4, denoiser_steps=3,
-            distil_steps=1, cells_per_step=4000, device="cpu", seed=0, report=lambda _: None,
+            distil_steps=1, score_steps=1, cells_per_step=4000, device="cpu", seed=0, report=lambda _: None,
         )  # fmt: skip
     return folder / "run" / "checkpoint"
 
@@ -192,5 +192,5 @@ def test_a_start_with_other_fields_is_refused(folder, checkpoints):
     with pytest.raises(ConfigurationError, match=r"trained with the static fields \['orography'\]; \[\] are named"):
         command.train_checkpoint(
             data, [(4, 1)], folder=folder / "other", name="o", preset="small", mean_steps=1, denoiser_steps=1,
-            distil_steps=1, device="cpu", seed=0, start=start, report=lambda _: None,
+            distil_steps=1, score_steps=1, device="cpu", seed=0, start=start, report=lambda _: None,
         )  # fmt: skip

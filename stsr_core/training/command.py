@@ -87,6 +87,7 @@ def train_checkpoint(
     mean_steps: int | None,
     denoiser_steps: int | None,
     distil_steps: int | None,
+    score_steps: int | None,
     learning_rate: float | None = None,
     cells_per_step: int | None = None,
     start: Path | None = None,
@@ -114,17 +115,19 @@ def train_checkpoint(
     fitted, watched = data.regions(data.train, cache), data.regions(data.validation, cache)
     if joined.world > 1 and joined.rank == 0:
         dist.barrier()
-    chosen = PRESETS[preset]
+    chosen, begun = PRESETS[preset], None if start is None else Checkpoint.read(start)
+    if score_steps is None and distil_steps == 0 and not (begun and begun.card.distilled):
+        score_steps = 0  # by default, for there is no distilled denoiser then
     chosen = replace(
         chosen,
         mean_steps=chosen.mean_steps if mean_steps is None else mean_steps,
         denoiser_steps=chosen.denoiser_steps if denoiser_steps is None else denoiser_steps,
         distil_steps=chosen.distil_steps if distil_steps is None else distil_steps,
+        score_steps=chosen.score_steps if score_steps is None else score_steps,
         learning_rate=learning_rate or chosen.learning_rate,
         cells_per_step=cells_per_step or chosen.cells_per_step,
     )
     configure = recipe if recipe_name == "stsr" else authors_recipe
-    begun = None if start is None else Checkpoint.read(start)
     training = Training(
         train=fitted,
         validation=watched,

@@ -1,4 +1,4 @@
-"""Fitting: the mean network first, then the residual denoiser around it, then what that one is distilled to.
+"""Fitting: the mean network, the residual denoiser around it, what that one is distilled to, and that by its scores.
 
 Every step is drawn from (seed, stage, step, rank) alone, so a killed training resumes from its last saved
 state as if nothing had happened. Under torchrun every rank draws its own patches and gradients are averaged.
@@ -7,6 +7,8 @@ state as if nothing had happened. Under torchrun every rank draws its own patche
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import os
 import time
@@ -35,6 +37,8 @@ from stsr_core.training.losses import Loss, denoiser_loss, mean_loss
 from stsr_core.training.patches import Patch, Region, draw_patch
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
+from stsr_core.training.score import RATE_SHARE as SCORE_RATE_SHARE
+from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
 
 CHECKED_EVERY = 20  # steps between looks at the loss; every look waits for the device
@@ -93,6 +97,18 @@ class Training:
     statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a distilled denoiser comes of it: its own, or without steps for that the one it starts from."""
+        return self.preset.distil_steps > 0 or (self.start is not None and self.start.card.distilled)
+
+    @property
+    def unchanged(self) -> dict[str, Served]:
+        """What the checkpoint that it starts from serves, by factor, if mean network and denoiser stay as they are."""
+        if self.start is None or self.preset.mean_steps or self.preset.denoiser_steps:
+            return {}
+        return {str(s.configuration.factor): s for s in self.start.card.served}
 
     def draw(self, stage: int, step: int) -> Draw:
         """Draw what one step on this rank sees."""
@@ -218,18 +234,34 @@ class Training:
             scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
         return scales
 
-    def spreads(self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser) -> list[Served]:
-        """What is served, with factors on the residual scales that are calibrated on validation patches."""
-        found = []
+    def spreads(
+        self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser, known: Mapping[str, float]
+    ) -> list[Served]:
+        """What is served, with factors on the residual scales that are calibrated on validation patches.
+
+        Those of `known`, by factor, and what the training's folder has of these networks need no calibration.
+        """
+        digest, path = _digest(mean, denoiser), self.folder / "spreads.json"
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        have = {**kept.get(digest, {}), **known}
         for one in served:
-            configuration = one.configuration
-            downscaler = Downscaler(one, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision)
-            rng = np.random.default_rng([self.seed, 55])
-            examples = (self._example(configuration, rng) for _ in range(self.preset.calibration_patches))
-            spread = calibrated_spread(downscaler, examples, self.seed)
-            found.append(one.model_copy(update={"spread": spread}))
-            self.report(f"{configuration.factor}: residuals of members are widened {spread:g} times")
-        return found
+            factor = str(one.configuration.factor)
+            if factor in have:
+                continue
+            have[factor] = self._spread(one, mean, denoiser)
+            if self.run.rank == 0:
+                self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps({**kept, digest: have}, indent=1))
+                part.replace(path)
+        return [s.model_copy(update={"spread": have[str(s.configuration.factor)]}) for s in served]
+
+    def _spread(self, served: Served, mean: MeanNetwork, denoiser: Denoiser) -> float:
+        configuration = served.configuration
+        downscaler = Downscaler(served, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision)
+        rng = np.random.default_rng([self.seed, 55])
+        examples = (self._example(configuration, rng) for _ in range(self.preset.calibration_patches))
+        return calibrated_spread(downscaler, examples, self.seed)
 
     def _example(self, configuration: FactorConfiguration, rng: np.random.Generator) -> Example:
         patch = draw_patch(self.validation, configuration, rng, augment=False)
@@ -251,6 +283,16 @@ class _Steps(Dataset[Draw]):
 
     def __getitem__(self, step: int) -> Draw:
         return self.training.draw(self.stage, step)
+
+
+def _digest(*networks: nn.Module) -> str:
+    """Of the weights of networks."""
+    found = hashlib.sha256()
+    for network in networks:
+        for name, weights in network.state_dict().items():
+            found.update(name.encode())
+            found.update(weights.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -309,7 +351,8 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
         The written checkpoint; a rank other than 0 waits for it and reads it.
 
     Raises:
-        ConfigurationError: a network that is to keep the weights of a start, and there is none.
+        ConfigurationError: a network that is to keep the weights of a start, and there is none; scores to train on
+            without a distilled denoiser.
     """
     preset, run, rate, share = training.preset, training.run, training.preset.learning_rate, training.start_share
     training.folder.mkdir(parents=True, exist_ok=True)
@@ -322,10 +365,10 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     stage = Stage("denoiser", 2, begun[1], preset.denoiser_steps, rate, share)
     denoiser = result.fit("denoiser", stage, denoiser_loss(mean, scales), served)
     assert isinstance(denoiser, Denoiser)
-    if preset.distil_steps:
+    if training.distilled:
         served = _distilled(result, served, mean, denoiser)
-    elif run.rank == 0:
-        served = training.spreads(served, mean, denoiser)
+    else:
+        served = training.spreads(served, mean, denoiser, {f: s.spread for f, s in training.unchanged.items()})
     if run.rank == 0:
         result.write(served)
     if run.world > 1:
@@ -334,21 +377,41 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
 
 
 def _distilled(result: _Result, served: Sequence[Served], mean: MeanNetwork, teacher: Denoiser) -> list[Served]:
-    """Distil a denoiser; what is served then, on rank 0 with calibrated spreads of both."""
+    """Distil a denoiser, then train on what came of it by its scores; what is served then, with calibrated spreads."""
     training, preset = result.training, result.training.preset
+    student = _student(result, served, mean, teacher)
+    assert isinstance(student, Denoiser)
+    start = training.unchanged
+    taught = training.spreads(served, mean, teacher, {f: s.taught.spread for f, s in start.items()})
+    known = {} if preset.distil_steps else {f: s.spread for f, s in start.items()}
+    served = training.spreads(_of_student(taught), mean, student, known)
+    if not preset.score_steps:
+        return served
+    loss = score_loss(mean, {str(s.configuration.factor): s for s in served}, training.transform.scale_mm)
+    stage = Stage("scored", 4, student, preset.score_steps, SCORE_RATE_SHARE * preset.learning_rate)
+    scored = result.fit("denoiser", stage, loss, served)
+    assert isinstance(scored, Denoiser)
+    return training.spreads(served, mean, scored, {})
 
-    def of_student(taught: Sequence[Served]) -> list[Served]:
-        changes = [{"evaluations": DISTILLED_EVALUATIONS, "teacher": Teacher(spread=s.spread)} for s in taught]
-        return [s.model_copy(update=change) for s, change in zip(taught, changes, strict=True)]
 
+def _student(result: _Result, served: Sequence[Served], mean: nn.Module, teacher: Denoiser) -> nn.Module:
+    """What a denoiser is distilled to, or without any steps for that what training starts from."""
+    training, preset = result.training, result.training.preset
     result.weights["teacher"] = teacher.state_dict()
+    if not preset.distil_steps:
+        assert training.start is not None
+        _, begun = load_networks(training.start)
+        result.weights["denoiser"] = begun.state_dict()
+        return begun.to(training.run.device)
     stage = Stage("student", 3, copy.deepcopy(teacher), preset.distil_steps, RATE_SHARE * preset.learning_rate)
     scales = {str(s.configuration.factor): s.residual_scale for s in served}
-    student = result.fit("denoiser", stage, distillation_loss(mean, teacher, scales), of_student(served))
-    assert isinstance(student, Denoiser)
-    if training.run.rank:
-        return of_student(served)
-    return training.spreads(of_student(training.spreads(served, mean, teacher)), mean, student)
+    return result.fit("denoiser", stage, distillation_loss(mean, teacher, scales), _of_student(served))
+
+
+def _of_student(taught: Sequence[Served]) -> list[Served]:
+    """How a student is served of what its teacher serves."""
+    changes = [{"evaluations": DISTILLED_EVALUATIONS, "teacher": Teacher(spread=s.spread)} for s in taught]
+    return [s.model_copy(update=change) for s, change in zip(taught, changes, strict=True)]
 
 
 def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
@@ -358,6 +421,11 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
         ConfigurationError: the checkpoint to start from has other networks than are asked for, or is needed.
     """
     a = training.preset.architecture
+    if training.preset.score_steps and not training.distilled:
+        raise ConfigurationError(
+            f"{training.preset.score_steps} steps towards the least CRPS are asked for, which only a distilled "
+            "denoiser can take. Give --distil-steps too, or --start with a checkpoint that is distilled."
+        )
     if training.start is None:
         if not (training.preset.mean_steps and training.preset.denoiser_steps):
             raise ConfigurationError("A network of 0 steps keeps the weights it starts with. Name them with --start.")

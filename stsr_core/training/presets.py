@@ -16,6 +16,7 @@ class Preset:
     mean_steps: int
     denoiser_steps: int
     distil_steps: int
+    score_steps: int
     cells_per_step: int  # fine cell-steps per step and rank
     learning_rate: float = 1e-3
     save_every: int = 100
@@ -24,17 +25,19 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "small": Preset(
-        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)), 1600, 4000, 2500, 300_000
+        Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)),
+        1600, 4000, 2500, 1500, 300_000,
     ),
     "base": Preset(
         Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),
         40_000,
         100_000,
         30_000,
+        20_000,
         4_000_000,
     ),
     "large": Preset(
         Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
-        60_000, 200_000, 50_000, 8_000_000,
+        60_000, 200_000, 50_000, 30_000, 8_000_000,
     ),
 }  # fmt: skip

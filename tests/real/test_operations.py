@@ -231,6 +231,7 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
         "mean_steps": 1,
         "denoiser_steps": 1,
         "distil_steps": 1,
+        "score_steps": 1,
     }
     done("train/train", folder=str(folder), **steps)
     card = folder / "checkpoint" / "stsr.json"

@@ -23,8 +23,9 @@ from stsr_core.training.stage import Stage
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))
 TINY = Preset(
-    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 2, 1, save_every=2, calibration_patches=1
+    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 2, 2, 1, save_every=2, calibration_patches=1
 )
+PLAIN = replace(TINY, distil_steps=0, score_steps=0)
 
 
 def fine_dataset(rain: np.ndarray) -> xr.Dataset:
@@ -173,8 +174,8 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
 
 
 def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first", replace(TINY, distil_steps=0)), "x", {})
-    start, only_mean = first.weights(), replace(TINY, denoiser_steps=1, distil_steps=0, learning_rate=1e-2)
+    first = fit(training(regions, tmp_path / "first", PLAIN), "x", {})
+    start, only_mean = first.weights(), replace(PLAIN, denoiser_steps=1, learning_rate=1e-2)
     ends = {}
     for share in (0.0, 0.5, 1.0):
         run = replace(training(regions, tmp_path / f"{share}", only_mean), start=first, start_share=share)
@@ -192,7 +193,7 @@ def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_pa
 
 
 def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(regions, tmp_path):
-    plain = fit(training(regions, tmp_path / "plain", replace(TINY, distil_steps=0)), "x", {})
+    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
     distilled = fit(training(regions, tmp_path / "distilled"), "x", {})
     assert plain.card.served[0].evaluations == 8
     assert distilled.card.served[0].evaluations == 2
@@ -211,13 +212,47 @@ def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(regions
 
 
 def test_a_checkpoint_is_distilled_without_training_it_on(regions, tmp_path):
-    plain = fit(training(regions, tmp_path / "plain", replace(TINY, distil_steps=0)), "x", {})
+    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
     only = replace(TINY, mean_steps=0, denoiser_steps=0)
     distilled = fit(replace(training(regions, tmp_path / "distilled", only), start=plain), "x", {}).weights()
     for name, weights in plain.weights().items():
         torch.testing.assert_close(distilled[name.replace("denoiser.", "teacher.")], weights)
-    with pytest.raises(ConfigurationError, match="Name them with --start"):
+    with pytest.raises(ConfigurationError, match=r"Name them with --start"):
         fit(training(regions, tmp_path / "nothing", only), "x", {})
+
+
+def test_what_was_distilled_is_trained_on_by_its_scores(regions, tmp_path):
+    first = fit(training(regions, tmp_path / "first", replace(TINY, score_steps=0)), "x", {})
+    only = replace(TINY, mean_steps=0, denoiser_steps=0, distil_steps=0)
+    scored = fit(replace(training(regions, tmp_path / "scored", only), start=first), "x", {})
+    assert scored.card.training["scored_steps"] == TINY.score_steps
+    assert "student_steps" not in scored.card.training
+    assert scored.card.served[0].evaluations == 2
+    begun, moved = first.weights(), 0
+    for name, weights in scored.weights().items():
+        if name.startswith("denoiser."):
+            moved += int((weights != begun[name]).any())
+        else:
+            torch.testing.assert_close(weights, begun[name])
+    assert moved > 5
+    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
+    for start, steps in ((plain, only), (None, replace(TINY, distil_steps=0))):
+        with pytest.raises(ConfigurationError, match="2 steps towards the least CRPS .* Give --distil-steps too"):
+            fit(replace(training(regions, tmp_path / "none", steps), start=start), "x", {})
+
+
+def test_spreads_are_calibrated_once(regions, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("stsr_core.training.fit.calibrated_spread", lambda *_: asked.append(1) or 1.0 + len(asked) / 10)
+    first = fit(training(regions, tmp_path), "x", {})
+    assert len(asked) == 3  # teacher, student, and what was trained on by scores
+    again = fit(training(regions, tmp_path), "x", {})
+    assert len(asked) == 3
+    assert again.card == first.card
+    only = replace(TINY, mean_steps=0, denoiser_steps=0, distil_steps=0)
+    scored = fit(replace(training(regions, tmp_path / "scored", only), start=first), "x", {})
+    assert scored.card.served[0].taught == first.card.served[0].taught
+    assert len(asked) == 4
 
 
 def test_a_share_of_no_start_is_refused():
@@ -225,7 +260,7 @@ def test_a_share_of_no_start_is_refused():
         with pytest.raises(ConfigurationError, match="Give one from 0 to 1 together with --start"):
             train_checkpoint(
                 Data([], []), [(8, 1)], folder="", name="x", preset="small", mean_steps=1, denoiser_steps=1,
-                distil_steps=1, start=start, start_share=share, device="cpu", seed=0, report=print,
+                distil_steps=1, score_steps=1, start=start, start_share=share, device="cpu", seed=0, report=print,
             )  # fmt: skip
 
 
