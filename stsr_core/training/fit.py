@@ -38,6 +38,7 @@ from stsr_core.training.patches import Patch, Region, draw_patch
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.score import RATE_SHARE as SCORE_RATE_SHARE
+from stsr_core.training.score import START_SHARE as SCORE_START_SHARE
 from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
 
@@ -388,7 +389,8 @@ def _distilled(result: _Result, served: Sequence[Served], mean: MeanNetwork, tea
     if not preset.score_steps:
         return served
     loss = score_loss(mean, {str(s.configuration.factor): s for s in served}, training.transform.scale_mm)
-    stage = Stage("scored", 4, student, preset.score_steps, SCORE_RATE_SHARE * preset.learning_rate)
+    rate = SCORE_RATE_SHARE * preset.learning_rate
+    stage = Stage("scored", 4, student, preset.score_steps, rate, SCORE_START_SHARE)
     scored = result.fit("denoiser", stage, loss, served)
     assert isinstance(scored, Denoiser)
     return training.spreads(served, mean, scored, {})
