@@ -7,7 +7,7 @@ rain is possible, and noise that no score of a single cell sees; so light rain c
 differences between neighbouring cells and steps.
 
 The result lies half way back to where that training began. On validation windows this keeps two thirds of what it
-gains at (25,6), (8,3) and (10,1), and nothing of what it loses at (1,3) and (1,6), 1 % there.
+gains at (25,6), (8,3) and (10,1), and little of the 1 % that it loses at (1,3) and (1,6).
 
 Source: training by the (almost) fair CRPS, Lang et al., arXiv 2412.15832; of several aspects, Lang et al.,
 arXiv 2506.10868. Every part is a proper score, and so is their sum (Gneiting and Raftery 2007, doi
