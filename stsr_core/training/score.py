@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from stsr_core.conservation import block_sums, conserve
 from stsr_core.diffusion import reached_by_step, sampling_angles
 from stsr_core.factors import Factor, FactorConfiguration
 from stsr_core.networks.transform import to_amount
-from stsr_core.training.losses import Loss, Residuals
+from stsr_core.training.losses import Loss, Residuals, residual_loss
 
 RATE_SHARE = 0.3  # of the learning rate of the denoiser
 START_SHARE = 0.5  # of the weights it begins with in the result, see `stage.Stage.weights`
@@ -37,9 +38,8 @@ LARGEST_TRANSFORMED = 8.0  # of members, so that gradients stay finite; 600 mm
 TRACE_MM = 1e-4  # amount below which cells and blocks count as dry
 LARGEST_GAIN = 50.0  # that gradients are multiplied by
 LIGHT_MM = ((0.2, 0.4), (0.05, 0.3))  # scales of the logarithms of light rain, and their weights
-ACROSS_WEIGHT = (
-    4.0  # of differences between neighbouring cells; with 1 members had a quarter of the radar's power at 3 km
-)
+# Of differences between neighbouring cells; with 1 members had a quarter of the radar's power at 3 km.
+ACROSS_WEIGHT = 4.0
 CHANGE_WEIGHT = 0.25  # of changes from step to step
 RAIN_MM, RAIN_POWER = 0.3, 0.7  # scores of amounts count by 1 / (RAIN_MM + mean of the patch) ** RAIN_POWER
 
@@ -53,25 +53,21 @@ def score_loss(mean: nn.Module, served: Mapping[str, Served], scale_mm: float) -
         scale_mm: constant of the transform.
     """
 
-    def whole(
-        network: nn.Module,
-        fine: Tensor,
-        conditions: Tensor,
-        configuration: FactorConfiguration,
-        generator: torch.Generator,
-    ) -> Tensor:
-        factor, how = configuration.factor, served[str(configuration.factor)]
-        with torch.no_grad():
-            expected = mean(conditions, factor).float()
-        residuals = Residuals(torch.zeros_like(fine), expected, conditions, configuration)
-        truth = to_amount(fine[:, :, 0], scale_mm)
-        coarse = block_sums(truth, factor) / factor.space**2
-        width = how.residual_scale * how.spread
-        made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
-        members = [conserved(_amounts((expected + width * r)[:, :, 0], scale_mm), coarse, configuration) for r in made]
-        return scores(members[0], members[1], truth)
+    scales = {factor: how.residual_scale for factor, how in served.items()}
+    return residual_loss(mean, scales, partial(_scored, served, scale_mm))
 
-    return whole
+
+def _scored(
+    served: Mapping[str, Served], scale_mm: float, network: nn.Module, residuals: Residuals, generator: torch.Generator
+) -> Tensor:
+    configuration, expected = residuals.configuration, residuals.expected
+    factor, how = configuration.factor, served[str(configuration.factor)]
+    truth = to_amount((expected + how.residual_scale * residuals.values)[:, :, 0], scale_mm)
+    coarse = block_sums(truth, factor) / factor.space**2
+    width = how.residual_scale * how.spread
+    made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
+    members = [conserved(_amounts((expected + width * r)[:, :, 0], scale_mm), coarse, configuration) for r in made]
+    return scores(members[0], members[1], truth)
 
 
 def _residual(network: nn.Module, residuals: Residuals, evaluations: int, generator: torch.Generator) -> Tensor:
