@@ -10,7 +10,7 @@ from stsr_core.checkpoint import Served
 from stsr_core.conservation import block_sums, conserve
 from stsr_core.diffusion import residual_of_step, sample, sampling_angles
 from stsr_core.factors import ConservationFunction, Factor, FactorConfiguration, recipe
-from stsr_core.training.score import conserved, fair_crps, score_loss, scores
+from stsr_core.training.score import _amounts, conserved, fair_crps, score_loss, scores
 
 CONFIGURATION = recipe(Factor(space=4, time=2))
 SCALE_MM = 0.2
@@ -86,7 +86,7 @@ def test_members_like_the_truth_score_best(wrong):
     smooth, rough = rough_and_smooth(120)
     truth, *members = smooth.split(40)
     others = rough[40:].split(40) if wrong == "rough" else [WRONG[wrong](f) for f in members]
-    assert scores(*others, truth) > 1.01 * scores(*members, truth)
+    assert scores(*others, truth, 4.0) > 1.01 * scores(*members, truth, 4.0)
 
 
 class Mean(nn.Module):
@@ -141,11 +141,44 @@ def test_gradients_say_how_the_score_changes(width, configuration):
     assert student.width.grad.item() == pytest.approx((above - below).item() / (2 * near), abs=0.02)
 
 
+class Level(nn.Module):
+    """Leads from noise to one residual everywhere, which is learned."""
+
+    def __init__(self, residual: float) -> None:
+        super().__init__()
+        self.residual = nn.Parameter(torch.tensor(residual))
+
+    def forward(self, noised, levels, mean, conditions, factor):
+        return self.residual * torch.ones_like(noised)
+
+
+@pytest.mark.parametrize("rain", [0.0, 0.02])
+def test_members_that_are_far_drier_than_dry_come_back(rain):
+    network = Level(-20.0)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.3)
+    served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, evaluations=2)
+    loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
+    dry = rain * (showers(0, (1, 6, 1, 8, 8)) > 0)
+    for step in range(100):
+        optimiser.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        loss(network, dry, torch.zeros(1, 6, 5, 8, 8), CONFIGURATION, generator).backward()
+        optimiser.step()
+    assert 1 + WIDTH * network.residual.item() > -0.3
+
+
+def test_members_without_rain_are_driven_to_more_but_not_to_less():
+    dry = torch.full((3,), -1.0, requires_grad=True)
+    (found,) = torch.autograd.grad((_amounts(dry, SCALE_MM) * torch.tensor([-1.0, 0.0, 1.0])).sum(), dry)
+    assert found[0] < 0
+    assert found[1] == found[2] == 0
+
+
 def test_members_in_training_are_those_of_the_sampler(monkeypatch):
     from stsr_core.training import score
 
     seen = []
-    monkeypatch.setattr(score, "scores", lambda first, second, truth: seen.append((first, second)) or first.mean())
+    monkeypatch.setattr(score, "scores", lambda first, second, *_: seen.append((first, second)) or first.mean())
     served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, spread=1.2, evaluations=2)
     student, fine = Student(1.3), 1 + showers(5, (2, 6, 1, 8, 8))
     loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
