@@ -34,7 +34,10 @@ from stsr_core.training.losses import Loss, Residuals, residual_loss
 RATE_SHARE = 0.3  # of the learning rate of the denoiser
 START_SHARE = 0.5  # of the weights it begins with in the result, see `stage.Stage.weights`
 LEAK = 0.1  # share of the gradient that passes where amounts are cut off, else cells that dried out stay so
-BELOW_WEIGHT = 0.1  # of the mean square of transformed members below zero, which draws them back
+# Of the mean square of what transformed members lie below LEAST_TRANSFORMED, which draws them back; drawn all the way
+# to zero, cells that should be dry have drizzle.
+BELOW_WEIGHT = 0.1
+LEAST_TRANSFORMED = -2.0
 LARGEST_TRANSFORMED = 8.0  # of members, so that gradients stay finite; 600 mm
 TRACE_MM = 1e-4  # amount below which cells and blocks count as dry
 LARGEST_GAIN = 50.0  # that gradients are multiplied by
@@ -70,7 +73,7 @@ def _scored(
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
     transformed = [(expected + width * r)[:, :, 0] for r in made]
     first, second = (conserved(_amounts(x, scale_mm), coarse, configuration) for x in transformed)
-    below = torch.stack(transformed).clamp(max=0.0).square().mean()
+    below = (LEAST_TRANSFORMED - torch.stack(transformed)).clamp(min=0.0).square().mean()
     return scores(first, second, truth, min(factor.space, ACROSS_WEIGHT)) + BELOW_WEIGHT * below
 
 
