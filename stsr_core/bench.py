@@ -261,13 +261,17 @@ def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
 
 def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
     """Floating-point operations of the denoiser per fine cell-step, how many a second the networks did, and the share
-    of what the device can do, taken from products of large matrices in the networks' precision."""
+    of what the device can do, taken from products of large matrices in the networks' precision.
+
+    They are counted on the CPU: torch does not see those of a GPU's own kernels.
+    """
+    counted = downscaler.on(torch.device("cpu"))
     coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
     statics = None if plan.statics is None else torch.from_numpy(plan.statics)[None]
-    conditions = downscaler.condition(coarse[None], statics)
+    conditions = counted.condition(coarse[None], statics)
     frame = torch.zeros_like(conditions[:, :, :1])
     with FlopCounterMode(display=False) as counter:
-        downscaler.expected_residual(frame, 0.5, frame, conditions)
+        counted.expected_residual(frame, 0.5, frame, conditions)
     per_cell = counter.get_total_flops() / frame.numel()
     peak = peak_flops(downscaler.device, downscaler.precision)
     return {
