@@ -42,8 +42,7 @@ LARGEST_TRANSFORMED = 8.0  # of members, so that gradients stay finite; 600 mm
 TRACE_MM = 1e-4  # amount below which cells and blocks count as dry
 LARGEST_GAIN = 50.0  # that gradients are multiplied by
 LIGHT_MM = ((0.2, 0.4), (0.05, 0.3))  # scales of the logarithms of light rain, and their weights
-# Of differences between neighbouring cells, and s if that is less; with 1 members of (25,6) had a quarter of the
-# radar's power at 3 km, and with 4 those of (1,3), where coarse cells tell neighbours apart, lost 1 % of CRPS.
+# Of differences between neighbouring cells; with 1 members had a quarter of the radar's power at 3 km.
 ACROSS_WEIGHT = 4.0
 CHANGE_WEIGHT = 0.25  # of changes from step to step
 RAIN_MM, RAIN_POWER = 0.3, 0.7  # scores of amounts count by 1 / (RAIN_MM + mean of the patch) ** RAIN_POWER
@@ -74,7 +73,7 @@ def _scored(
     transformed = [(expected + width * r)[:, :, 0] for r in made]
     first, second = (conserved(_amounts(x, scale_mm), coarse, configuration) for x in transformed)
     below = (LEAST_TRANSFORMED - torch.stack(transformed)).clamp(min=0.0).square().mean()
-    return scores(first, second, truth, min(factor.space, ACROSS_WEIGHT)) + BELOW_WEIGHT * below
+    return scores(first, second, truth) + BELOW_WEIGHT * below
 
 
 def _residual(network: nn.Module, residuals: Residuals, evaluations: int, generator: torch.Generator) -> Tensor:
@@ -160,16 +159,16 @@ def fair_crps(first: Tensor, second: Tensor, truth: Tensor) -> Tensor:
     return 0.5 * ((first - truth).abs() + (second - truth).abs() - (first - second).abs())
 
 
-def scores(first: Tensor, second: Tensor, truth: Tensor, across: float) -> Tensor:
+def scores(first: Tensor, second: Tensor, truth: Tensor) -> Tensor:
     """Weighted sum of fair CRPS of two members (B, T, H, W) against the truth [mm per fine step].
 
-    Of amounts and of their differences from cell to cell (weight `across`) and step to step, relative to the rain of a
-    patch; and of logarithms, which tell light rain from none.
+    Of amounts and of their differences from cell to cell and step to step, relative to the rain of a patch; and of
+    logarithms, which tell light rain from none.
     """
     fields = first, second, truth
     rain = (RAIN_MM + truth.mean(dim=(1, 2, 3))) ** RAIN_POWER
     parts = fair_crps(*fields).mean(dim=(1, 2, 3))
-    for axis, weight in ((-1, across / 2), (-2, across / 2), (-3, CHANGE_WEIGHT)):
+    for axis, weight in ((-1, ACROSS_WEIGHT / 2), (-2, ACROSS_WEIGHT / 2), (-3, CHANGE_WEIGHT)):
         if truth.shape[axis] > 1:
             parts = parts + weight * fair_crps(*(f.diff(dim=axis) for f in fields)).mean(dim=(1, 2, 3))
     loss = (parts / rain).mean()

@@ -86,7 +86,7 @@ def test_members_like_the_truth_score_best(wrong):
     smooth, rough = rough_and_smooth(120)
     truth, *members = smooth.split(40)
     others = rough[40:].split(40) if wrong == "rough" else [WRONG[wrong](f) for f in members]
-    assert scores(*others, truth, 4.0) > 1.01 * scores(*members, truth, 4.0)
+    assert scores(*others, truth) > 1.01 * scores(*members, truth)
 
 
 class Mean(nn.Module):
@@ -178,7 +178,7 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch):
     from stsr_core.training import score
 
     seen = []
-    monkeypatch.setattr(score, "scores", lambda first, second, *_: seen.append((first, second)) or first.mean())
+    monkeypatch.setattr(score, "scores", lambda first, second, truth: seen.append((first, second)) or first.mean())
     served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, spread=1.2, evaluations=2)
     student, fine = Student(1.3), 1 + showers(5, (2, 6, 1, 8, 8))
     loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
