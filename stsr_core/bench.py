@@ -148,7 +148,8 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
         **_flops(
             plan,
-            downscaler.on(device, precision=options.precision),
+            downscaler,
+            peak_flops(device, downscaler.on(device, precision=options.precision).precision),
             float(first["cell_evaluations_per_s_in_networks"]),
         ),
     }
@@ -259,21 +260,19 @@ def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
     return time.perf_counter() - started
 
 
-def _flops(plan: Plan, downscaler: Downscaler, rate: float) -> dict[str, float]:
+def _flops(plan: Plan, downscaler: Downscaler, peak: float, rate: float) -> dict[str, float]:
     """Floating-point operations of the denoiser per fine cell-step, how many a second the networks did, and the share
-    of what the device can do, taken from products of large matrices in the networks' precision.
+    of the peak of the device, see `peak_flops`.
 
-    They are counted on the CPU: torch does not see those of a GPU's own kernels.
+    They are counted with networks on the CPU: torch does not see those of a GPU's own kernels.
     """
-    counted = downscaler.on(torch.device("cpu"))
     coarse = torch.from_numpy(np.pad(plan.cube.amount[:3], 1, mode="edge"))
     statics = None if plan.statics is None else torch.from_numpy(plan.statics)[None]
-    conditions = counted.condition(coarse[None], statics)
+    conditions = downscaler.condition(coarse[None], statics)
     frame = torch.zeros_like(conditions[:, :, :1])
     with FlopCounterMode(display=False) as counter:
-        counted.expected_residual(frame, 0.5, frame, conditions)
+        downscaler.expected_residual(frame, 0.5, frame, conditions)
     per_cell = counter.get_total_flops() / frame.numel()
-    peak = peak_flops(downscaler.device, downscaler.precision)
     return {
         "flop_per_cell_evaluation": per_cell,
         "gflop_per_s_per_worker": per_cell * rate / 1e9,

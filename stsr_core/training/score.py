@@ -89,31 +89,31 @@ def _residual(network: nn.Module, residuals: Residuals, evaluations: int, genera
     return x
 
 
-class _Leaking(torch.autograd.Function):
-    """max(x, 0); where x is below 0, LEAK of the gradient passes towards more, and towards less if that is wanted."""
+def _cut(x: Tensor) -> Tensor:
+    """max(x, 0), with LEAK of the gradient where x is below 0."""
+    return torch.where(x > 0, x, LEAK * (x - x.detach()))
+
+
+class _NotToLess(torch.autograd.Function):
+    """x; where it is not above 0, gradients pass towards more only.
+
+    Nothing holds cells that are dry already, and networks that are driven to less there drift till they fail.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, less: bool) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.less = less  # type: ignore[attr-defined]
-        return x.clamp(min=0.0)
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        (gradient,) = gradients
-        leaking = gradient if ctx.less else gradient.clamp(max=0.0)  # type: ignore[attr-defined]
-        return torch.where(x > 0, gradient, LEAK * leaking), None
-
-
-def _cut(x: Tensor, *, less: bool) -> Tensor:
-    found: Tensor = _Leaking.apply(x, less)  # type: ignore[no-untyped-call]
-    return found
+        return torch.where(x > 0, gradients[0], gradients[0].clamp(max=0.0))
 
 
 def _amounts(transformed: Tensor, scale_mm: float) -> Tensor:
-    """Amounts; cells without any are not driven to less, where nothing holds them and networks drift till they fail."""
-    return to_amount(_cut(transformed, less=False).clamp(max=LARGEST_TRANSFORMED), scale_mm)
+    held: Tensor = _NotToLess.apply(transformed)  # type: ignore[no-untyped-call]
+    return to_amount(_cut(held).clamp(max=LARGEST_TRANSFORMED), scale_mm)
 
 
 def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) -> Tensor:
@@ -128,7 +128,7 @@ def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) 
         configuration: of the factor.
     """
     factor, function = configuration.factor, configuration.conservation
-    above = _cut(fine - function.threshold_mm, less=True)
+    above = _cut(fine - function.threshold_mm)
     with torch.no_grad():
         wanted = conserve(fine, coarse, factor, function)
         of_block = _over_blocks(_ratio(coarse, above, factor), factor)  # for dry cells, which have no gain of their own
