@@ -425,6 +425,7 @@ def evaluate(
     """
     from stsr_core.evaluation.command import evaluate_checkpoint, table_text
     from stsr_core.evaluation.evaluate import Options
+    from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
 
     settings = Settings()
@@ -435,7 +436,7 @@ def evaluate(
     evaluation = evaluate_checkpoint(
         data, space, time, options,
         checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file, device=device.value,
-        precision=settings.precision, report=lambda s: print(s, file=sys.stderr),
+        precision=settings.precision, report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, (low, high) in evaluation.intervals.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 Advance = Callable[[int, float], None]  # steps just done, and the seconds of work in them
+Watch = Callable[[str, int], AbstractContextManager[Advance]]  # of a description and the steps in all
 LINE_EVERY_S = 10.0  # seconds between plain lines
 
 
@@ -21,6 +22,12 @@ def progress_bar(description: str, total: int) -> Iterator[Advance]:
     else:
         with _lines(description, total) as advance:
             yield advance
+
+
+@contextmanager
+def unwatched(_description: str, _total: int) -> Iterator[Advance]:
+    """Show nothing."""
+    yield lambda _steps, _seconds: None
 
 
 @contextmanager

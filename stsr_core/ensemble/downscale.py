@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -47,17 +48,30 @@ if TYPE_CHECKING:
 ARRAY = "precipitation"  # name of the amounts in every store
 
 
-def ensemble_quanta(plan: Plan, downscaler: Downscaler, *, workers: int = 1) -> NDArray[np.uint16]:
+def ensemble_quanta(
+    plan: Plan, downscaler: Downscaler, *, workers: int = 1, progress: Progress = lambda _, __: None
+) -> NDArray[np.uint16]:
     """Make all shards of a plan in this process.
+
+    Args:
+        plan: what to make.
+        downscaler: networks.
+        workers: threads.
+        progress: called with the number of network evaluations just done and the seconds they took, from any of the
+            threads, one at a time.
 
     Returns:
         Amounts in quanta of 0.01 mm, (member, time, y, x), uint16.
     """
-    out = np.empty(plan.fine_shape, np.uint16)
+    out, lock = np.empty(plan.fine_shape, np.uint16), Lock()
+
+    def done(evaluations: int, seconds: float) -> None:
+        with lock:
+            progress(evaluations, seconds)
 
     def make(shard: Shard) -> None:
         torch.set_num_threads(1)
-        out[shard.region(plan.space, plan.time)] = make_shard(plan.task(shard), downscaler).quanta
+        out[shard.region(plan.space, plan.time)] = make_shard(plan.task(shard), downscaler, done).quanta
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(make, plan.shards))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.factors import Factor
+    from stsr_core.progress import Advance
 
 
 RAINFARM_CELLS = 4  # coarse cells along the longer side that pysteps needs to fit a slope
@@ -34,14 +36,9 @@ def linear(coarse: NDArray[np.float32], factor: Factor) -> NDArray[np.float32]:
     return linear_interpolation(padded[None], factor).numpy()
 
 
-def has_rainfarm() -> bool:
-    """Whether pysteps is installed (extra `evaluate`)."""
-    return importlib.util.find_spec("pysteps") is not None
-
-
 def without_rainfarm(coarse_shape: tuple[int, ...]) -> str | None:
     """Why RainFARM cannot be run on a coarse grid (..., Y, X), and what to do; None where it can."""
-    if not has_rainfarm():
+    if importlib.util.find_spec("pysteps") is None:
         return "install it with pip install 'stsr[evaluate]'."
     rows, columns = coarse_shape[-2:]
     if max(rows, columns) < RAINFARM_CELLS:
@@ -52,7 +49,14 @@ def without_rainfarm(coarse_shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def rainfarm(coarse: NDArray[np.float32], factor: Factor, members: int, seed: int) -> NDArray[np.float32]:
+def rainfarm(
+    coarse: NDArray[np.float32],
+    factor: Factor,
+    members: int,
+    seed: int,
+    *,
+    progress: Advance = lambda _, __: None,
+) -> NDArray[np.float32]:
     """Downscale by RainFARM (Rebora et al. 2006, D'Onofrio et al. 2014; pysteps), then conserve exactly.
 
     Coarse amounts are interpolated linearly in time first, for pysteps refines in space only.
@@ -62,6 +66,7 @@ def rainfarm(coarse: NDArray[np.float32], factor: Factor, members: int, seed: in
         factor: (s, t).
         members: number of members.
         seed: of the random fields.
+        progress: called with 1 and the seconds it took when a member is made.
 
     Returns:
         Amount [mm per fine step], (M, T*t, Y*s, X*s), float32.
@@ -72,10 +77,16 @@ def rainfarm(coarse: NDArray[np.float32], factor: Factor, members: int, seed: in
     padded = torch.from_numpy(np.pad(amount, ((1, 1), (0, 0), (0, 0)), mode="edge"))[None, None] / factor.time
     in_time = F.interpolate(padded, scale_factor=(float(factor.time), 1.0, 1.0), mode="trilinear")[0, 0]
     frames = in_time[factor.time : -factor.time].numpy().astype(np.float64)
+    (steps, ny, nx), s = frames.shape, factor.space
+    fields = np.empty((members, steps, ny * s, nx * s), np.float32)
     state = np.random.get_state()  # pysteps draws from the global generator
     np.random.seed(seed)
     try:
-        fields = np.stack([np.stack([_frame(method, frame, factor.space) for frame in frames]) for _ in range(members)])
+        for member in fields:
+            started = time.perf_counter()
+            for step, frame in enumerate(frames):
+                member[step] = _frame(method, frame, s)
+            progress(1, time.perf_counter() - started)
     finally:
         np.random.set_state(state)
     exact = ConservationFunction(threshold_mm=0.0)

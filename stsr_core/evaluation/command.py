@@ -11,6 +11,7 @@ from stsr_core.checkpoint import Library, with_scores
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report
+from stsr_core.progress import Watch, unwatched
 
 
 def evaluate_checkpoint(
@@ -26,13 +27,14 @@ def evaluate_checkpoint(
     device: str,
     precision: str = "auto",
     report: Callable[[str], None],
+    watch: Watch = unwatched,
 ) -> Evaluation:
     """Evaluate the checkpoint that serves (space, time), and keep its scores where asked."""
     library = Library.open(checkpoints)
     factor = library.family.exact(space, time)
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
-    evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report)
+    evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report, watch=watch)
     if record:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}

@@ -24,6 +24,7 @@ from stsr_core.evaluation.truth import Truth, read_truth
 from stsr_core.factors import ConservationFunction
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
+from stsr_core.progress import Watch, unwatched
 from stsr_core.sources.cube import Cube
 from stsr_core.statics import StaticSource, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -42,6 +43,7 @@ WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive 
 OURS = "stsr"
 REFERENCE = "reference"
 NOT_DISTILLED = "not distilled"  # what variants of the sampler vary
+UNCONSERVED, NO_ATTENTION = "without conservation", "without attention over time"
 BASELINES = ("even", "linear", "rainfarm")
 
 
@@ -132,17 +134,26 @@ class _Runner:
     downscaler: Downscaler
     truth: Truth
     options: Options
+    watch: Watch = unwatched
 
     def ensemble(
-        self, coarse: NDArray[np.float32], served: Served | None = None, *, conserve: bool = True, members: int = 0
+        self,
+        coarse: NDArray[np.float32],
+        served: Served | None = None,
+        *,
+        name: str = OURS,
+        conserve: bool = True,
+        members: int = 0,
     ) -> tuple[NDArray[np.float32], int]:
-        """Ensemble (M, P, T, Y, X) [mm per fine step] and its largest closure [quanta]."""
+        """Ensemble (M, P, T, Y, X) [mm per fine step] and its largest closure [quanta]; `name` is watched."""
         used = served or self.downscaler.served
         downscaler = replace(self.downscaler, served=used)
         o, factor = self.options, downscaler.factor
         recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
         plans = [Plan((as_cube(c, factor),), recipe, s) for c, s in zip(coarse, self.truth.statics, strict=True)]
-        stored = np.stack([ensemble_quanta(plan, downscaler, workers=o.workers) for plan in plans], axis=1)
+        with self.watch(name, sum(plan.evaluations(shard) for plan in plans for shard in plan.shards)) as advance:
+            made = [ensemble_quanta(plan, downscaler, workers=o.workers, progress=advance) for plan in plans]
+        stored = np.stack(made, axis=1)
         closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
         amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))
         return amount.astype(np.float32), closure
@@ -202,21 +213,25 @@ def evaluate(
     options: Options,
     *,
     report: Callable[[str], None] = lambda _: None,
+    watch: Watch = unwatched,
 ) -> Evaluation:
-    """Score a checkpoint and the baselines on fine files, all files as one sample."""
+    """Score a checkpoint and the baselines on fine files, all files as one sample.
+
+    `report` is called with a line about each part that is done, `watch` with the name and length of what is begun.
+    """
     factor = downscaler.factor
     truth = read_truth(
         urls, factor, hours=options.hours, cells=options.cells, variable=options.variable,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
     )  # fmt: skip
     report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
-    runner = _Runner(checkpoint, downscaler, truth, options)
+    runner = _Runner(checkpoint, downscaler, truth, options, watch)
     fields: dict[str, NDArray[np.float32]] = {}
     seconds: dict[str, float] = {}
     with _timed(seconds, OURS, options.members):
         fields[OURS], closure = runner.ensemble(truth.coarse)
     report(f"{OURS}: {options.members} members done, {seconds[OURS]:.0f} s each")
-    fields |= _baselines(truth, factor, options, report)
+    fields |= _baselines(truth, factor, options, report, watch)
     extra = _ablations(runner, truth, report) if options.ablations else {}
     if options.reference:
         with _timed(seconds, REFERENCE, options.members):
@@ -254,7 +269,7 @@ def _own_statistics(fields: NDArray[np.float32], factor: Factor) -> dict[str, fl
 
 
 def _baselines(
-    truth: Truth, factor: Factor, options: Options, report: Callable[[str], None]
+    truth: Truth, factor: Factor, options: Options, report: Callable[[str], None], watch: Watch
 ) -> dict[str, NDArray[np.float32]]:
     fields = {
         "even": np.stack([even_spreading(c, factor) for c in truth.coarse], axis=1),
@@ -263,8 +278,9 @@ def _baselines(
     if why := without_rainfarm(truth.coarse.shape):
         report(f"RainFARM is left out: {why}")
     else:
-        members = [rainfarm(c, factor, options.members, options.seed) for c in truth.coarse]
-        fields["rainfarm"] = np.stack(members, axis=1)
+        with watch("rainfarm", options.members * len(truth.coarse)) as advance:
+            places = [rainfarm(c, factor, options.members, options.seed, progress=advance) for c in truth.coarse]
+        fields["rainfarm"] = np.stack(places, axis=1)
     hole = np.isnan(truth.fine)
     for field_ in fields.values():
         field_[:, hole] = np.nan
@@ -274,19 +290,19 @@ def _baselines(
 def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> dict[str, NDArray[np.float32]]:
     found = {}
     for name, served in variants(runner.downscaler.served).items():
-        found[name] = runner.ensemble(truth.coarse, served, members=1 if name == "mean only" else 0)[0]
+        found[name] = runner.ensemble(truth.coarse, served, name=name, members=1 if name == "mean only" else 0)[0]
         report(f"{name}: done")
     teacher = replace(runner, downscaler=runner.downscaler.teacher(runner.checkpoint))
     taught = teacher.downscaler.served
     before = {} if taught is runner.downscaler.served else {NOT_DISTILLED: taught}
     for name, served in (before | sampler_variants(taught)).items():
-        found[name] = teacher.ensemble(truth.coarse, served)[0]
+        found[name] = teacher.ensemble(truth.coarse, served, name=name)[0]
         report(f"{name}: done")
-    found["without conservation"] = runner.ensemble(truth.coarse, conserve=False)[0]
-    report("without conservation: done")
+    found[UNCONSERVED] = runner.ensemble(truth.coarse, name=UNCONSERVED, conserve=False)[0]
+    report(f"{UNCONSERVED}: done")
     silent = replace(runner, downscaler=without_attention(runner.downscaler))
-    found["without attention over time"] = silent.ensemble(truth.coarse)[0]
-    report("without attention over time: done")
+    found[NO_ATTENTION] = silent.ensemble(truth.coarse, name=NO_ATTENTION)[0]
+    report(f"{NO_ATTENTION}: done")
     return found
 
 
@@ -320,7 +336,7 @@ def _warming(
     """
     signal = {}
     for factor in WARMING:
-        raised, _ = runner.ensemble(truth.coarse * np.float32(factor))
+        raised, _ = runner.ensemble(truth.coarse * np.float32(factor), name=f"input x {factor:g}")
         before, after = _statistics(base), _statistics(raised)
         expected = _statistics(truth.fine * np.float32(factor))
         reference = _statistics(truth.fine)

@@ -1,5 +1,6 @@
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,21 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     random_checkpoint(tmp_path / "checkpoints", [(4, 3)], distilled=True)
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     lines: list[str] = []
+    begun, done = {}, {}
+
+    @contextmanager
+    def watch(name, total):
+        begun[name], done[name] = total, 0
+
+        def advance(steps, _seconds):
+            done[name] += steps
+
+        yield advance
+
     found = evaluate_checkpoint(
         [Path(path)], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
         checkpoints=tmp_path / "checkpoints", record=False, json_file=tmp_path / "s.json",
-        html_file=tmp_path / "s.html", device="cpu", report=lines.append,
+        html_file=tmp_path / "s.html", device="cpu", report=lines.append, watch=watch,
     )  # fmt: skip
     methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation", "twice L"}
     assert methods | {"without attention over time", "half of beta"} <= set(found.table)
@@ -102,6 +114,8 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     assert {"closure_quanta", "crps_over_rainfarm"} <= {name for name, *_ in bars(found)}
     assert "crps_over_rainfarm" in table_text(found.table)
     assert any("members done" in line for line in lines)
+    assert done == begun
+    assert {*found.table, "input x 1.2"} - {"even", "linear"} <= set(begun)
 
 
 def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):

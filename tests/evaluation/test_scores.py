@@ -112,6 +112,22 @@ def test_fractions_skill_forgives_small_displacements_only():
     assert fractions_skill(far, truth, 1.0, 9) < 0.05
 
 
+def test_fractions_skill_of_one_member_is_that_of_pysteps():
+    fss = pytest.importorskip("pysteps.verification.spatialscores").fss
+    ensemble, truth = (np.random.default_rng(k).gamma(0.3, 3, (1, 1, 50, 70)).astype(np.float32) for k in (0, 1))
+    for threshold, scale in ((1.0, 9), (2.0, 4), (5.0, 33)):
+        assert fractions_skill(ensemble[None], truth, threshold, scale) == pytest.approx(
+            fss(ensemble[0, 0], truth[0, 0], threshold, scale), rel=1e-5
+        )
+    assert np.isnan(fractions_skill(ensemble[None], truth, 1e3, 9))
+
+
+def test_fractions_skill_rewards_members_that_are_as_uncertain_as_the_truth():
+    truth, *members = (np.random.default_rng(k).gamma(0.3, 3, (1, 2, 60, 60)).astype(np.float32) for k in range(17))
+    together = fractions_skill(np.stack(members), truth, 1.0, 9)
+    assert together > 1.01 * max(fractions_skill(member[None], truth, 1.0, 9) for member in members)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.2, 3.0), st.integers(0, 99))
 def test_the_interval_of_a_ratio_holds_the_ratio(scale, seed):
