@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +73,8 @@ def rainfarm(
     Returns:
         Amount [mm per fine step], (M, T*t, Y*s, X*s), float32.
     """
-    from pysteps.downscaling import rainfarm as method
+    with redirect_stdout(sys.stderr):  # pysteps says where its configuration is, which is no score
+        from pysteps.downscaling import rainfarm as method
 
     amount = np.nan_to_num(coarse)
     padded = torch.from_numpy(np.pad(amount, ((1, 1), (0, 0), (0, 0)), mode="edge"))[None, None] / factor.time
