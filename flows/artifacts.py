@@ -26,6 +26,8 @@ from prefect.logging import get_logger
 if TYPE_CHECKING:
     from logging import Logger, LoggerAdapter
 
+    from stsr_core.progress import Advance
+
 UPDATE_EVERY_S = 5.0  # seconds between updates of a progress artifact
 MAX_PICTURE_BYTES = 2_000_000  # larger pictures are only linked
 
@@ -78,7 +80,7 @@ def picture(key: str, png: bytes, description: str) -> None:
 
 
 @contextmanager
-def live_progress(key: str, total: int, description: str) -> Iterator[Callable[[int], None]]:
+def live_progress(key: str, total: int, description: str) -> Iterator[Advance]:
     """Show progress while the context lasts; yields what is called with the steps just done, from any thread.
 
     A thread of the driver writes at most every few seconds; calls only count.
@@ -86,7 +88,7 @@ def live_progress(key: str, total: int, description: str) -> Iterator[Callable[[
     artifact = shown(create_progress_artifact, progress=0.0, key=key, description=description)
     done, stop, lock = 0, threading.Event(), threading.Lock()
 
-    def advance(steps: int) -> None:
+    def advance(steps: int, _seconds: float) -> None:
         nonlocal done
         with lock:
             done += steps

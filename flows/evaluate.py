@@ -22,7 +22,10 @@ from stsr_core.settings import Settings
 from stsr_core.statics import named_sources
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from stsr_core.evaluation.evaluate import Table
+    from stsr_core.progress import Advance
 
 Paths = Annotated[list[Path], Field(min_length=1)]
 
@@ -81,12 +84,17 @@ def score(
 ) -> Evaluation:
     """Score."""
     settings = Settings()
+    named, key = f"({factor.space},{factor.time})", f"{factor.space}x{factor.time}"
+
+    def watch(part: str, total: int) -> AbstractContextManager[Advance]:
+        return artifacts.live_progress(artifacts.key_of("progress", key, part), total, f"Progress of {part} at {named}")
+
     return evaluate_checkpoint(
         data, factor.space, factor.time, options,
         checkpoints=Path(settings.checkpoints) if settings.checkpoints else None,
         record=record, json_file=None, html_file=report, device=settings.device,
-        precision=settings.precision,
-        report=lambda said: event("score", factor=f"({factor.space},{factor.time})", said=said),
+        precision=settings.precision, watch=watch,
+        report=lambda said: event("score", factor=named, said=said),
     )  # fmt: skip
 
 

@@ -237,7 +237,7 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
 
         def progress(steps: int, seconds: float) -> None:
             advance(steps, seconds)
-            show(steps)
+            show(steps, seconds)
 
         generate(
             plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,

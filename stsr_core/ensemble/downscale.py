@@ -18,7 +18,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
-from stsr_core.ensemble.shard import Progress, make_shard
+from stsr_core.ensemble.shard import make_shard
 from stsr_core.errors import StoreError
 from stsr_core.factors import Factor
 from stsr_core.regrid import regrid_to_factor
@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.grids import TimeLabel
+    from stsr_core.progress import Advance
     from stsr_core.sources.cube import Cube
 
 ARRAY = "precipitation"  # name of the amounts in every store
 
 
 def ensemble_quanta(
-    plan: Plan, downscaler: Downscaler, *, workers: int = 1, progress: Progress = lambda _, __: None
+    plan: Plan, downscaler: Downscaler, *, workers: int = 1, progress: Advance = lambda _, __: None
 ) -> NDArray[np.uint16]:
     """Make all shards of a plan in this process.
 
@@ -222,7 +223,7 @@ def downscale_to_store(
     overwrite: bool = False,
     extend: bool = False,
     storage_options: Mapping[str, object] | None = None,
-    progress: Progress = lambda _, __: None,
+    progress: Advance = lambda _, __: None,
 ) -> None:
     """Write a plan's ensemble to a Zarr store on a cluster; the same call again finishes what was interrupted.
 

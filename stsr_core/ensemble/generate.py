@@ -22,7 +22,7 @@ from distributed.comm.core import CommClosedError
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import AT_ONCE, RESOURCE, SLOT
-from stsr_core.ensemble.shard import Progress, ShardResult, make_shard
+from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.store.layout import write_shard
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from distributed import Worker
 
     from stsr_core.ensemble.plan import Plan, Shard, ShardTask
+    from stsr_core.progress import Advance
 
 WAITING = 1  # shards per worker that are submitted beyond those that it works on
 SWITCH_SECONDS = 1e-4  # that a thread that packs holds up those that feed a GPU; Python's 5 ms cost it 7 %
@@ -205,7 +206,7 @@ def generate(
     *,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress,
+    progress: Advance,
 ) -> None:
     """Make shards of a plan.
 
@@ -319,7 +320,7 @@ class _Flight:
 
 
 @contextmanager
-def _reported(client: Client, topic: str, progress: Progress) -> Iterator[None]:
+def _reported(client: Client, topic: str, progress: Advance) -> Iterator[None]:
     """Pass on what workers log about their network evaluations."""
 
     def handler(event: tuple[float, tuple[int, float]]) -> None:

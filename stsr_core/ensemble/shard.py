@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from stsr_core.downscaler import Downscaler
     from stsr_core.ensemble.windows import Weights
     from stsr_core.factors import Factor
-
-Progress = Callable[[int, float], None]  # network evaluations just done, and the seconds they took
+    from stsr_core.progress import Advance
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class _Block:
         found = self._conditions(group) if group.conditions is None else group.conditions
         return found if members == 1 else found.repeat_interleave(members, dim=0)
 
-    def blend(self, evaluate: Callable[[_Group], Tensor], members: int, progress: Progress) -> Tensor:
+    def blend(self, evaluate: Callable[[_Group], Tensor], members: int, progress: Advance) -> Tensor:
         """Evaluate every wet window and blend them; dry ones, where there is no mean nor residual, count as zeros.
 
         Args:
@@ -170,11 +169,11 @@ class _Block:
             progress(0, time.perf_counter() - started)
         return total
 
-    def mean(self, progress: Progress) -> Tensor:
+    def mean(self, progress: Advance) -> Tensor:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""
         return self.blend(lambda group: self.downscaler.mean(self.conditions(group, 1)), 1, progress)
 
-    def members(self, members: range, mean: Tensor, box: Box, progress: Progress) -> Tensor:
+    def members(self, members: range, mean: Tensor, box: Box, progress: Advance) -> Tensor:
         """Amounts [mm per fine step] of members in a box, (M, t, y, x), before conservation."""
         t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
         nt, ny, nx = self.shape
@@ -225,7 +224,7 @@ def fill_missing(coarse: NDArray[np.float32]) -> NDArray[np.float32]:
     return filled
 
 
-def make_shard(task: ShardTask, downscaler: Downscaler, progress: Progress = lambda _, __: None) -> ShardResult:
+def make_shard(task: ShardTask, downscaler: Downscaler, progress: Advance = lambda _, __: None) -> ShardResult:
     """Make one shard.
 
     Deterministic: the same task gives the same bytes on one kind of device, whatever ran before.

@@ -237,15 +237,10 @@ def evaluate(
         with _timed(seconds, REFERENCE, options.members):
             extra[REFERENCE] = _reference(downscaler.teacher(checkpoint), truth, options, report)
         report(f"{REFERENCE}: {options.members} members done, {seconds[REFERENCE]:.0f} s each")
-    crps = {name: crps_field(f, truth.fine) for name, f in (fields | extra).items()}
-    table = {
-        name: {"crps": float(np.nanmean(crps[name], dtype=np.float64)), **scores(f, truth.fine, factor)}
-        for name, f in (fields | extra).items()
-    }
+    table, blocks = _scored(fields | extra, truth, factor, watch)
     table[OURS]["closure_quanta"] = closure
     for name, value in seconds.items():
         table[name]["seconds_per_member"] = value
-    blocks = {name: block_means(c) for name, c in crps.items()}
     others = [name for name in fields if name != OURS]
     for name in others:
         table[OURS][f"crps_over_{name}"] = table[OURS]["crps"] / table[name]["crps"]
@@ -260,6 +255,22 @@ def evaluate(
         statistics=_own_statistics(fields[OURS], factor),
         signal=_warming(runner, truth, fields[OURS], report) if options.warming else {},
     )
+
+
+def _scored(
+    ensembles: Mapping[str, NDArray[np.float32]], truth: Truth, factor: Factor, watch: Watch
+) -> tuple[Table, dict[str, NDArray[np.float64]]]:
+    """Scores of ensembles (M, P, T, Y, X) by name, and their CRPS by block of the bootstrap."""
+    table: Table = {}
+    blocks = {}
+    with watch("scores", len(ensembles)) as advance:
+        for name, ensemble in ensembles.items():
+            started = time.monotonic()
+            crps = crps_field(ensemble, truth.fine)
+            table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **scores(ensemble, truth.fine, factor)}
+            blocks[name] = block_means(crps)
+            advance(1, time.monotonic() - started)
+    return table, blocks
 
 
 def _own_statistics(fields: NDArray[np.float32], factor: Factor) -> dict[str, float]:

@@ -115,7 +115,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     assert "crps_over_rainfarm" in table_text(found.table)
     assert any("members done" in line for line in lines)
     assert done == begun
-    assert {*found.table, "input x 1.2"} - {"even", "linear"} <= set(begun)
+    assert {*found.table, "input x 1.2", "scores"} - {"even", "linear"} <= set(begun)
 
 
 def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):

@@ -99,7 +99,7 @@ from flows import artifacts
 artifacts.facts("plan-x", {"shards": 3}, "Plan")
 artifacts.picture("quicklook-x", b"png", "Picture")
 with artifacts.live_progress("progress-x", 10, "Progress") as advance:
-    advance(5)
+    advance(5, 1.0)
 print("went on")
 """
 

@@ -240,7 +240,9 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
     assert rows["learning_rate"] == "1e-05"
     assert rows["start"] == Checkpoint.read(card).digest
     run = done("evaluate/evaluate", data=[path], factor=factor, members=2, hours=4, cells=40)
-    assert "crps" in site.api.artifacts(run)["scores-4x1"]["data"]
+    shown = site.api.artifacts(run)
+    assert "crps" in shown["scores-4x1"]["data"]
+    assert [shown[f"progress-4x1-{part}"]["data"] for part in ("stsr", "scores")] == [100.0, 100.0]
     run = done("maintain/maintain", product=PRODUCT, dry_run=True, retention={"keep": 1, "days": 0})
     (row,) = json.loads(site.api.artifacts(run)["maintain"]["data"])
     assert row["flaws"] == "none"
