@@ -425,6 +425,7 @@ def evaluate(
     """
     from stsr_core.evaluation.command import evaluate_checkpoint, table_text
     from stsr_core.evaluation.evaluate import Options
+    from stsr_core.evaluation.report import interval_text
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
 
@@ -439,8 +440,8 @@ def evaluate(
         precision=settings.precision, report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
     )  # fmt: skip
     say(table_text(evaluation.table))
-    for name, (low, high) in evaluation.intervals.items():
-        say(f"CRPS over {name}: 95 % interval {low:.3f} to {high:.3f}")
+    for name, interval in evaluation.intervals.items():
+        say(f"CRPS over {name}: 95 % interval {interval_text(interval) or 'unknown, as it hardly rains'}")
 
 
 @app.command()

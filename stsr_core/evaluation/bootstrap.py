@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +28,17 @@ def block_means(crps: NDArray[np.float32]) -> NDArray[np.float64]:
 def ratio_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of mean(first) / mean(second) over resampled blocks."""
+    """Interval of mean(first) / mean(second) over resampled blocks; NaN where none has a ratio.
+
+    Resamples in which both are zero, as where it hardly rains, have none and are left out.
+    """
     index = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)))
-    ratios = first[index].mean(axis=1) / second[index].mean(axis=1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    above, below = first[index].mean(axis=1), second[index].mean(axis=1)
+    known = (above > 0) | (below > 0)
+    if not known.any():
+        return math.nan, math.nan
+    with np.errstate(divide="ignore"):
+        ratios = above[known] / below[known]
+    # no interpolation, as a ratio may be infinite
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], method="closest_observation")
     return float(low), float(high)

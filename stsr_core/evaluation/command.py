@@ -10,7 +10,7 @@ from pathlib import Path
 from stsr_core.checkpoint import Library, with_scores
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
-from stsr_core.evaluation.report import html_report
+from stsr_core.evaluation.report import html_report, number_text
 from stsr_core.progress import Watch, unwatched
 
 
@@ -40,7 +40,7 @@ def evaluate_checkpoint(
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
         checkpoint = with_scores(checkpoint, factor, scores, statistics)
     if json_file is not None:
-        json_file.write_text(json.dumps(evaluation.as_json(), indent=1))
+        json_file.write_text(json.dumps(evaluation.as_json(), indent=1, allow_nan=False))
     if html_file is not None:
         html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
     return evaluation
@@ -51,6 +51,6 @@ def table_text(table: Table) -> str:
     methods = list(table)
     names = list(dict.fromkeys(name for scores in table.values() for name in scores))
     rows = [["score", *methods]]
-    rows += [[n, *(f"{table[m][n]:.3f}" if n in table[m] else "" for m in methods)] for n in names]
+    rows += [[n, *(number_text(table[m].get(n)) for m in methods)] for n in names]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,8 @@ class Evaluation:
     signal: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """Every number, ready for json.dump."""
-        return {
+        """Every number, ready for json.dump; None for those that are undefined, for which JSON has no word."""
+        numbers = {
             "factor": [self.factor.space, self.factor.time],
             "places": list(self.truth.names),
             "shape": list(self.truth.fine.shape),
@@ -115,6 +116,16 @@ class Evaluation:
             "rank_histogram": self.ranks.tolist(),
             "warming": self.signal,
         }
+        return {name: _defined(value) for name, value in numbers.items()}
+
+
+def _defined(value: object) -> object:
+    """The same with None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _defined(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:

@@ -75,8 +75,16 @@ def html_report(evaluation: Evaluation, checkpoint: Checkpoint) -> str:
     )
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+def number_text(value: float | None) -> str:
+    """Three decimals, two digits of what is smaller, nothing for what is undefined."""
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """`low to high`, nothing for what is undefined."""
+    return "" if interval is None or math.isnan(interval[0]) else " to ".join(map(number_text, interval))
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
@@ -92,13 +100,12 @@ def _cell(text: str, css: str = "") -> str:
 def _bar_table(evaluation: Evaluation) -> str:
     rows = []
     for name, found, (low, high), met in bars(evaluation):
-        interval = evaluation.intervals.get(name.removeprefix("crps_over_"))
-        between = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+        between = interval_text(evaluation.intervals.get(name.removeprefix("crps_over_")))
         needed = f"{low:g} to {high:g}"
         rows.append(
             [
                 _cell(name),
-                _cell(_number(found)),
+                _cell(number_text(found)),
                 _cell(between),
                 _cell(needed),
                 _cell("met" if met else "missed", "yes" if met else "no"),
@@ -109,7 +116,7 @@ def _bar_table(evaluation: Evaluation) -> str:
 
 def _score_table(evaluation: Evaluation) -> str:
     names = list(dict.fromkeys(n for scores in evaluation.table.values() for n in scores))
-    rows = [[_cell(n), *(_cell(_number(s.get(n))) for s in evaluation.table.values())] for n in names]
+    rows = [[_cell(n), *(_cell(number_text(s.get(n))) for s in evaluation.table.values())] for n in names]
     return _table("All scores, mm per fine step", ["score", *evaluation.table], rows)
 
 
@@ -117,7 +124,7 @@ def _signal_table(evaluation: Evaluation) -> str:
     if not evaluation.signal:
         return ""
     names = list(next(iter(evaluation.signal.values())))
-    rows = [[_cell(n), *(_cell(_number(s[n])) for s in evaluation.signal.values())] for n in names]
+    rows = [[_cell(n), *(_cell(number_text(s[n])) for s in evaluation.signal.values())] for n in names]
     return _table("Response to a wetter input", ["statistic", *(f"x {k}" for k in evaluation.signal)], rows)
 
 

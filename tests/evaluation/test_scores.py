@@ -144,3 +144,11 @@ def test_blocks_leave_missing_cells_out():
     crps = np.ones((1, 7, 130, 10), np.float32)
     crps[:, :6, :128] = np.nan
     assert block_means(crps).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_interval_leaves_resamples_without_rain_out():
+    blocks = np.zeros(10)
+    blocks[0] = 1.0  # a third of the resamples have none of it
+    assert ratio_interval(2 * blocks, blocks) == (2.0, 2.0)
+    assert ratio_interval(blocks, 0 * blocks) == (np.inf, np.inf)
+    assert np.isnan(ratio_interval(0 * blocks, 0 * blocks)).all()
