@@ -51,7 +51,7 @@ def train(
         folder: folder of the training and, in the end, of the checkpoint.
         archive: archive of catalog.yaml to train on.
         train_on: without an archive, fine files or folders of them to fit on.
-        validate_on: likewise, to watch the loss on.
+        validate_on: likewise, to choose on: the weights of the least loss are kept.
         name: name of the checkpoint.
         preset: size of the networks.
         recipe: beta and L of stsr, or of the authors as the reference.

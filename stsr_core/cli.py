@@ -286,7 +286,8 @@ def train(
         typer.Option("--train", help="Without an archive: fine files, or folders of them, to fit on."),
     ] = None,
     validation: Annotated[
-        list[Path] | None, typer.Option("--validation", help="Likewise, to watch the loss on.")
+        list[Path] | None,
+        typer.Option("--validation", help="Likewise, to choose on: the weights of the least loss are kept."),
     ] = None,
     space: Annotated[int | None, typer.Option(help="Factor in space.")] = None,
     time: Annotated[int | None, typer.Option(help="Factor in time.")] = None,

@@ -32,7 +32,7 @@ class Data:
 
     Attributes:
         train: files, folders, globs or URLs to fit on.
-        validation: likewise, to watch the loss on.
+        validation: likewise, to choose the weights on: those of the least loss are kept.
         variable: name of the amounts.
         declared: what the files do not say themselves.
         base: folder that relative paths start from.

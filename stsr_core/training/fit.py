@@ -154,13 +154,15 @@ class Training:
         return (statics - offsets) / widths
 
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
-        """Loss of the weights that count on fixed validation patches, averaged over the factors."""
-        network = _with_weights(stage.network, stage.weights())
+        """Loss of a stage's candidate on fixed validation patches, averaged over the factors; the same on all ranks."""
+        network = _with_weights(stage.network, stage.candidate())
         values = []
         for drawn in self._watched:
             with torch.no_grad(), self.run.mixed():
                 values.append(loss(network, *self.batch(drawn)))
-        return float(torch.stack(values).mean())
+        found = torch.stack(values).mean().float()
+        self.run.average([found])
+        return float(found)
 
     @cached_property
     def _watched(self) -> list[Draw]:
@@ -176,6 +178,8 @@ class Training:
     def advance(self, stage: Stage, loss: Loss, saved: Callable[[], None] = lambda: None) -> nn.Module:
         """Train a stage to its end and return the network with the weights that count; `saved` is called at each save.
 
+        Those are the ones of the least validation loss of all saves.
+
         Raises:
             TrainingError: the loss is no longer finite; the last saved state is kept.
         """
@@ -187,19 +191,17 @@ class Training:
                 value = loss(stage.network, *self.batch(drawn))
             stage.update(value, self.run)
             unseen.append(value.detach())
-            saving = stage.step % self.preset.save_every == 0
-            if saving or stage.step == stage.steps or len(unseen) == CHECKED_EVERY:
+            saving = stage.step % self.preset.save_every == 0 or stage.step == stage.steps
+            if saving or len(unseen) == CHECKED_EVERY:
                 stage.losses += self._finite(torch.stack(unseen).tolist(), stage)
                 unseen.clear()
-            if saving and self.run.rank == 0:
-                stage.save(self.folder)
-                saved()
-                rate = (time.monotonic() - started) / (stage.step - first)
-                self.report(
-                    f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
-                    f"validation {self.validation_loss(stage, loss):.4f}  {rate:.2f} s/step  "
-                    f"left {rate * (stage.steps - stage.step) / 60:.0f} min"
-                )
+            if saving:
+                (validation,) = self._finite([self.validation_loss(stage, loss)], stage)
+                stage.judge(validation)
+                if self.run.rank == 0:
+                    stage.save(self.folder)
+                    saved()
+                    self.report(_state(stage, validation, (time.monotonic() - started) / (stage.step - first)))
         return _with_weights(stage.network, stage.weights())
 
     def _finite(self, losses: list[float], stage: Stage) -> list[float]:
@@ -286,6 +288,15 @@ class _Steps(Dataset[Draw]):
         return self.training.draw(self.stage, step)
 
 
+def _state(stage: Stage, validation: float, seconds: float) -> str:
+    """How far a stage is, whose steps take so many seconds."""
+    return (
+        f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
+        f"validation {validation:.4f} (least {stage.least:.4f} at {stage.kept})  {seconds:.2f} s/step  "
+        f"left {seconds * (stage.steps - stage.step) / 60:.0f} min"
+    )
+
+
 def _digest(*networks: nn.Module) -> str:
     """Of the weights of networks."""
     found = hashlib.sha256()
@@ -311,7 +322,7 @@ class _Result:
         name: of the checkpoint.
         provenance: what the card says of the data and the recipe.
         weights: by network.
-        steps: by stage.
+        steps: done by each stage, and that at which the weights were kept that count.
     """
 
     training: Training
@@ -324,13 +335,18 @@ class _Result:
         """Train a stage to its end; what serves something is written whenever the stage is saved."""
 
         def saved() -> None:
-            self.weights[network], self.steps[stage.name] = stage.weights(), stage.step
+            self.take(network, stage)
             if served:
                 self.write(served)
 
         fitted = self.training.advance(stage, loss, saved)
-        self.weights[network], self.steps[stage.name] = fitted.state_dict(), stage.step
+        self.take(network, stage)
         return fitted
+
+    def take(self, network: str, stage: Stage) -> None:
+        """Take the weights of a network that count, and their steps."""
+        self.weights[network] = stage.weights()
+        self.steps |= {f"{stage.name}_steps": stage.step, f"{stage.name}_kept": stage.kept}
 
     def write(self, served: Sequence[Served]) -> None:
         """Write card and weights into the training's folder."""
@@ -454,7 +470,7 @@ def _card(
         "served": served,
         "training": {
             **provenance,
-            **{f"{stage}_steps": count for stage, count in steps.items()},
+            **steps,
             "cells_per_step": preset.cells_per_step * training.run.world,
             "learning_rate": preset.learning_rate,
             "seed": training.seed,

@@ -25,7 +25,8 @@ WARMUP_STEPS = 100
 class Stage:
     """A network in training: its weights, their moving average, its optimiser, and the steps done.
 
-    `start_share` is the share that the weights it began with have in those that count, see `weights`.
+    `start_share` is the share that the weights it began with have in those that count, see `weights`; `least` is the
+    least validation loss yet and `kept` the step at which it was found, see `judge`.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Stage:
     start_share: float = 0.0
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    least: float = math.inf
+    kept: int = 0
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(
@@ -43,14 +46,31 @@ class Stage:
         )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.start = {k: v.clone() for k, v in self.average.items()}
+        self.best = self.start
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that count: the moving average, drawn towards those that training began with.
+    def candidate(self) -> dict[str, Tensor]:
+        """What would count if training ended now: the moving average, drawn towards the weights it began with.
 
         What is tuned to a finite archive fits it better than other weather; half way back it serves both (WiSE-FT,
         Wortsman et al., arXiv 2109.01903).
         """
-        return {k: v.lerp(self.start[k], self.start_share) for k, v in self.average.items()}
+        return self._drawn(self.average)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that count: the candidate of the least validation loss."""
+        return self._drawn(self.best)
+
+    def _drawn(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.lerp(self.start[k], self.start_share) for k, v in weights.items()}
+
+    def judge(self, validation_loss: float) -> None:
+        """Let the candidate count if it has the least validation loss yet.
+
+        A small archive is learned by heart before training ends, and other weather is served worse from then on.
+        """
+        if validation_loss < self.least:
+            self.least, self.kept = validation_loss, self.step
+            self.best = {k: v.clone() for k, v in self.average.items()}
 
     def rate(self) -> float:
         """Learning rate: linear warm-up, then a cosine to a fiftieth."""
@@ -75,11 +95,13 @@ class Stage:
         """Save everything needed to go on; the previous state stays until the new one is whole."""
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
         path = folder / f"{self.name}.safetensors"
         part = path.with_suffix(".part")
-        meta = {"step": str(self.step), "losses": json.dumps(self.losses[-2000:])}
+        meta = {name: json.dumps(getattr(self, name)) for name in ("step", "least", "kept")}
+        meta["losses"] = json.dumps(self.losses[-2000:])
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
         part.replace(path)
 
@@ -90,6 +112,8 @@ class Stage:
             return
         with safe_open(path, "pt") as opened:
             meta = opened.metadata()
+        if "least" not in meta:
+            raise ConfigurationError(f"{path} was left by an earlier version of this code. Use another --folder.")
         tensors = load_file(path, device=str(next(self.network.parameters()).device))
         try:
             self.network.load_state_dict(_part(tensors, "network."))
@@ -97,13 +121,15 @@ class Stage:
             raise ConfigurationError(
                 f"{path} was trained with other networks than the preset asks for. Use another --folder."
             ) from e
-        self.average = _part(tensors, "average.")
+        self.average, self.best = _part(tensors, "average."), _part(tensors, "best.")
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _part(tensors, "optimiser.").items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-        self.step, self.losses = int(meta["step"]), json.loads(meta["losses"])
+        self.step, self.least, self.kept, self.losses = (
+            json.loads(meta[name]) for name in ("step", "least", "kept", "losses")
+        )
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
+import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.stage import Stage
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))
 TINY = Preset(
@@ -152,6 +157,33 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(regio
     assert again.step == 2
 
 
+def test_the_weights_of_the_least_validation_loss_count(regions, tmp_path, monkeypatch):
+    losses = iter([0.7, 0.5, 0.6, 0.8, 0.9])
+    monkeypatch.setattr(Training, "validation_loss", lambda *_: next(losses))
+    run, stage = training(regions, tmp_path), first_stage(steps=6)
+    candidates = []
+    kept = run.advance(stage, mean_loss, lambda: candidates.append(stage.candidate())).state_dict()
+    again = first_stage(steps=6)
+    again.resume(tmp_path)
+    assert (again.step, again.kept, again.least) == (6, 4, 0.5)
+    for name, weights in candidates[1].items():
+        assert torch.equal(kept[name], weights)
+        assert torch.equal(again.weights()[name], weights)
+    assert any((candidates[1][name] != candidates[2][name]).any() for name in kept)
+    card = fit(training(regions, tmp_path, PLAIN), "x", {}).card.training
+    assert {n: card[n] for n in ("mean_steps", "mean_kept", "denoiser_steps", "denoiser_kept")} == {
+        "mean_steps": 6, "mean_kept": 4, "denoiser_steps": 4, "denoiser_kept": 2
+    }  # fmt: skip
+
+
+def test_what_an_earlier_version_left_is_not_gone_on_with(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"network.x": torch.zeros(1)}, tmp_path / "mean.safetensors", metadata={"step": "2", "losses": "[]"})
+    with pytest.raises(ConfigurationError, match="left by an earlier version"):
+        first_stage(steps=6).resume(tmp_path)
+
+
 def test_the_learning_rate_warms_up_and_falls():
     stage = first_stage(steps=1000)
     rates = []
@@ -175,7 +207,7 @@ def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
 
 def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_path):
     first = fit(training(regions, tmp_path / "first", PLAIN), "x", {})
-    start, only_mean = first.weights(), replace(PLAIN, denoiser_steps=1, learning_rate=1e-2)
+    start, only_mean = first.weights(), replace(PLAIN, denoiser_steps=1, learning_rate=1e-2, save_every=9)
     ends = {}
     for share in (0.0, 0.5, 1.0):
         run = replace(training(regions, tmp_path / f"{share}", only_mean), start=first, start_share=share)
@@ -278,3 +310,42 @@ def test_mixed_precision_gives_the_loss_of_single_precision(regions):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = mean_loss(network, fine, conditions, configuration, generator)
     torch.testing.assert_close(mixed, mean_loss(network, fine, conditions, configuration, generator), rtol=0.01, atol=0)
+
+
+RANK = """
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from stsr_core.training.fit import _digest
+from stsr_core.training.losses import mean_loss
+from stsr_core.training.patches import load_archive
+from stsr_core.training.run import Run
+from tests.training.test_fit import CPU, TINY, first_stage, training
+
+run = Run.join(CPU)
+torch.manual_seed(0)
+stage = first_stage(steps=6)
+regions = load_archive([sys.argv[1]])
+folder = Path(sys.argv[2])
+kept = replace(training(regions, folder, TINY), run=run).advance(stage, mean_loss)
+found = {"weights": _digest(kept), "kept": stage.kept, "least": stage.least, "losses": stage.losses}
+(folder / f"{run.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_keep_the_same_weights(archive, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), archive[0], str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["losses"] != second["losses"]  # each drew patches of its own
+    assert {**first, "losses": 0} == {**second, "losses": 0}
