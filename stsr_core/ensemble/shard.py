@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from stsr_core.conservation import block_sums, quantise, slabs, wanted_quanta
+from stsr_core.conservation import CEILING_MM, block_sums, quantise, slabs, wanted_quanta
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
 from stsr_core.ensemble.sums import counts, sums
@@ -297,11 +297,13 @@ def _amounts(stored: Tensor) -> Tensor:
 
 
 def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
-    """Conserve members in a box around the shard, and cut the shard out of them."""
+    """Conserve members in a box around the shard, or only keep them below CEILING_MM, and cut the shard out of them."""
     task = block.task
     if task.recipe.conserve:
         coarse = torch.from_numpy(task.coarse[_within(around, task.read)]).to(fine.device)
         fine = block.downscaler.conserve(fine, coarse)
+    else:
+        fine = fine.clamp(max=CEILING_MM)
     return fine[..., *_within(task.shard.box, around, block.parts)]
 
 

@@ -10,6 +10,7 @@ import xarray as xr
 
 import stsr_core
 from stsr_core.checkpoint import Served
+from stsr_core.conservation import CEILING_MM
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, prepared
@@ -157,6 +158,8 @@ def test_without_conservation_the_totals_are_the_networks_own(library, rain):
     plan, downscaler = plan_of(library, cube_of(rain), conserve=False)
     sums = block_sums(ensemble_quanta(plan, downscaler), 4, 1)
     assert (sums != np.rint(16 * rain.astype(np.float64) / QUANTUM_MM)).any()
+    wild = replace(downscaler, served=downscaler.served.model_copy(update={"spread": 100.0}))
+    assert ensemble_quanta(plan, wild).max() * QUANTUM_MM == pytest.approx(CEILING_MM)
 
 
 def test_digests_follow_the_input_near_a_shard_and_not_the_number_of_members(library, rain):
