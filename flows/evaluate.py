@@ -37,6 +37,7 @@ def evaluate(
     members: Annotated[int, Field(ge=1, le=1000)] = 8,
     hours: Annotated[int, Field(ge=1)] = 24,
     cells: Annotated[int, Field(ge=8)] = 384,
+    coarser: Annotated[int, Field(ge=1)] = 1,
     variable: str = "precipitation",
     ablations: bool = False,
     reference: bool = False,
@@ -53,6 +54,7 @@ def evaluate(
         members: number of members.
         hours: fine steps that are scored, the wettest of each file.
         cells: fine cells along the square that is scored, in the middle.
+        coarser: times that the spacing of the data is multiplied by first, to stand for other grids.
         variable: variable that holds the amounts.
         ablations: also score variants of sampler, windows and f.
         reference: also score the authors' setting; slow.
@@ -67,8 +69,8 @@ def evaluate(
     settings = Settings()
     workers = settings.workers or os.cpu_count() or 1
     options = Options(
-        members=members, hours=hours, cells=cells, variable=variable, workers=workers, ablations=ablations,
-        reference=reference, warming=warming,
+        members=members, hours=hours, cells=cells, coarser=coarser, variable=variable, workers=workers,
+        ablations=ablations, reference=reference, warming=warming,
         statics=named_sources(statics or [], choose_catalog(settings.catalog_file), settings.source_options),
     )  # fmt: skip
     named = patient(score, f"score ({factor.space},{factor.time}) on {len(data)} inputs", hours=7 * 24)

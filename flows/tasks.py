@@ -222,8 +222,11 @@ def missing(plan: Plan, attempt: Attempt) -> list[Shard]:
 
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
     """Make shards of a plan on the cluster, with progress in the log and in the UI."""
-    factor = plan.recipe.served.configuration.factor
-    downscaler = Downscaler.load(library.serving(factor), factor, choose_device("cpu"))
+    configuration = plan.recipe.served.configuration
+    downscaler = Downscaler.load(
+        library.serving(configuration.factor), configuration.factor, choose_device("cpu"),
+        spacing_km=configuration.spacing_km,
+    )  # fmt: skip
     target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (

@@ -41,6 +41,7 @@ def train(
     cells_per_step: Annotated[int | None, Field(ge=1)] = None,
     start: Path | None = None,
     start_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
+    only_spacing: bool = False,
     seed: Annotated[int, Field(ge=0)] = 0,
     statics: list[str] | None = None,
 ) -> str:
@@ -63,6 +64,7 @@ def train(
         cells_per_step: fine cells and hours that one step learns from; without it by preset.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         start_share: share of the weights of `start` in the result; 0.5 generalises better where data are few.
+        only_spacing: train only what tells the networks of `start` the spacing of the fine grid.
         seed: seed of weights and patches.
         statics: static fields that the networks see, by their names in catalog.yaml, or as NAME=FILE.
 
@@ -76,7 +78,8 @@ def train(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
         denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
-        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share, seed=seed,
+        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share,
+        only_spacing=only_spacing, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -106,6 +109,7 @@ def fit(
     cells_per_step: int | None,
     start: Path | None,
     start_share: float,
+    only_spacing: bool,
     seed: int,
 ) -> Checkpoint:
     """Fit; a retry resumes from the last save."""

@@ -339,6 +339,13 @@ def train(
         float,
         typer.Option(help="Share of the weights of --start in the result; 0.5 generalises better where data are few."),
     ] = 0.0,
+    only_spacing: Annotated[
+        bool,
+        typer.Option(
+            "--only-spacing",
+            help="Train only what tells the networks of --start the fine spacing; at 1 km they stay as they are.",
+        ),
+    ] = False,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     seed: Annotated[int, typer.Option(help="Seed of weights and patches.")] = 0,
     catalog_file: Annotated[Path | None, typer.Option(help="catalog.yaml that names the archive.")] = None,
@@ -358,7 +365,7 @@ def train(
         raise ConfigurationError("Name --space and --time, or --factor once or more; one of the two.")
     if space is not None and time is not None:
         wanted = [(space, time)]
-    checkpoint = train_checkpoint(
+    train_checkpoint(
         Data.of(
             archive,
             train or [],
@@ -379,11 +386,11 @@ def train(
         cells_per_step=cells_per_step,
         start=start,
         start_share=start_share,
+        only_spacing=only_spacing,
         device=device.value,
         seed=seed,
         report=say,
     )
-    say(f"Checkpoint {checkpoint.weights_path.with_suffix('.json')}, digest {checkpoint.digest[:12]}.")
 
 
 def _factor(text: str) -> tuple[int, int]:
@@ -401,6 +408,10 @@ def evaluate(
     members: Annotated[int, typer.Option(help="Members.")] = 8,
     hours: Annotated[int, typer.Option(help="Fine steps that are scored, the wettest of each file.")] = 24,
     cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,
+    coarser: Annotated[
+        int,
+        typer.Option(min=1, help="First average the data to so many times their spacing, to stand for other grids."),
+    ] = 1,
     variable: Annotated[str, typer.Option(help="Variable that holds the amounts.")] = "precipitation",
     ablations: Annotated[
         bool, typer.Option("--ablations", help="Also score variants of sampler, windows and f.")
@@ -432,8 +443,9 @@ def evaluate(
 
     settings = Settings()
     options = Options(
-        members=members, hours=hours, cells=cells, variable=variable, workers=workers or os.cpu_count() or 1,
-        ablations=ablations, reference=reference, warming=warming, statics=_statics(static, settings),
+        members=members, hours=hours, cells=cells, coarser=coarser, variable=variable,
+        workers=workers or os.cpu_count() or 1, ablations=ablations,
+        reference=reference, warming=warming, statics=_statics(static, settings),
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,

@@ -116,9 +116,15 @@ class Downscaler:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, factor: Factor, device: torch.device, *, precision: str = "auto"
+        cls,
+        checkpoint: Checkpoint,
+        factor: Factor,
+        device: torch.device,
+        *,
+        spacing_km: float = 1.0,
+        precision: str = "auto",
     ) -> Downscaler:
-        """Load the weights; see `on` for the precision.
+        """Load the weights, for a fine grid of that spacing; see `on` for the precision.
 
         Raises:
             CheckpointError: weights damaged, of other shapes than the card says, or factor not served.
@@ -127,8 +133,12 @@ class Downscaler:
         for network in networks:
             _only_run(network)
         card = checkpoint.card
-        loaded = cls(card.serving(factor), card.transform.scale_mm, *networks, torch.device("cpu"))
+        loaded = cls(card.serving(factor, spacing_km), card.transform.scale_mm, *networks, torch.device("cpu"))
         return loaded.on(device, precision=precision)
+
+    def told(self, spacing_km: int) -> Downscaler:
+        """The same on a fine grid of another spacing."""
+        return replace(self, served=self.served.told(spacing_km))
 
     def on(self, device: torch.device, *, precision: str = "auto") -> Downscaler:
         """Put the networks on a device.
@@ -187,17 +197,18 @@ class Downscaler:
     def mean(self, conditions: Tensor) -> Tensor:
         """Transformed conditional mean of windows, (B, T, 5 + S, H, W) to (B, T, 1, H, W), float32."""
         with self._precision():
-            return self.mean_network(conditions, self.factor).float()
+            return self.mean_network(conditions, self.factor, self.served.configuration.spacing_km).float()
 
     def expected_residual(self, noisy: Tensor, angle: float, mean: Tensor, conditions: Tensor) -> Tensor:
         """Residual that the denoiser expects in windows at one noise level, unit variance, (B, T, 1, H, W)."""
         with self._precision():
             angles = torch.full((len(noisy),), angle, device=self.device)
-            return self.denoiser(noisy, angles, mean, conditions, self.factor).float()
+            spacing = self.served.configuration.spacing_km
+            return self.denoiser(noisy, angles, mean, conditions, self.factor, spacing).float()
 
     def amounts(self, mean: Tensor, residual: Tensor) -> Tensor:
         """Amounts [mm per fine step] of a transformed mean and a residual of unit variance, >= 0."""
-        return to_amount(mean + self.served.residual_scale * self.served.spread * residual, self.scale_mm)
+        return to_amount(mean + self.served.width * residual, self.scale_mm)
 
     def conserve(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """Scale fine amounts to their coarse totals by the configuration's f, see `conservation.conserve`."""

@@ -7,6 +7,7 @@ factor; training and sampling both read it here, and a checkpoint's card repeats
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,7 @@ from stsr_core.errors import FactorError
 
 ATTENTION_HORIZON_H = 12.0  # hours that a window's attention spans; reference settings span 10 to 18 h
 LARGEST = (25, 6)  # factor in space and in time
+SPACINGS_KM = (1, 2, 3, 4, 5)  # of fine grids, that networks can be told
 
 
 class Factor(BaseModel):
@@ -62,6 +64,8 @@ class FactorConfiguration(BaseModel):
         beta: noise amplitude, the last value of the linear beta schedule over 1000 steps.
         context_length: L, the coarse frames that a window holds.
         conservation: f.
+        spacing_km: spacing of the fine grid as the networks are told it, one of SPACINGS_KM. Rain moves, grows and
+            decays slower where it is counted in larger cells.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -70,6 +74,16 @@ class FactorConfiguration(BaseModel):
     beta: float = Field(gt=0.0)
     context_length: int = Field(ge=1)
     conservation: ConservationFunction
+    spacing_km: int = Field(default=1, ge=SPACINGS_KM[0], le=SPACINGS_KM[-1])
+
+    def told(self, spacing_km: int) -> FactorConfiguration:
+        """The same on a fine grid of another spacing."""
+        return self.model_copy(update={"spacing_km": spacing_km})
+
+
+def nearest_spacing(km: float, spacings: Sequence[int] = SPACINGS_KM) -> int:
+    """The spacing among those that can be told that is nearest to one in km, by the logarithm."""
+    return min(spacings, key=lambda known: abs(math.log(known / km)))
 
 
 def recipe(factor: Factor, *, fine_step_h: float = 1.0) -> FactorConfiguration:

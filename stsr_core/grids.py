@@ -80,6 +80,22 @@ class Grid:
         """(Y, X)."""
         return self.y.size, self.x.size
 
+    @property
+    def spacing_km(self) -> float:
+        """Geometric mean of the sides of the cell in the middle, on the ground; 1 km where no CRS tells."""
+        if self.crs_wkt is None:
+            return 1.0
+        from pyproj import CRS, Geod, Transformer
+
+        to_degrees = Transformer.from_crs(CRS.from_wkt(self.crs_wkt), 4326, always_xy=True)
+        west_east, south_north = np.array([-0.5, 0.5, 0.0, 0.0]), np.array([0.0, 0.0, -0.5, 0.5])
+        longitude, latitude = to_degrees.transform(
+            self.x.first + self.x.step * (self.x.size // 2 + west_east),
+            self.y.first + self.y.step * (self.y.size // 2 + south_north),
+        )
+        sides = Geod(ellps="WGS84").inv(longitude[::2], latitude[::2], longitude[1::2], latitude[1::2])[2]
+        return math.sqrt(math.prod(sides)) / 1000.0
+
     def refine(self, parts: int) -> Grid:
         """Split every cell into `parts` x `parts` equal cells."""
         return Grid(self.y.refine(parts), self.x.refine(parts), self.crs_wkt)

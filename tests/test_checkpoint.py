@@ -45,7 +45,7 @@ def test_truncated_or_absent_weights_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"format": 1}, "format"), ({"format": 3}, "format"), ({"surprise": 1}, "surprise")]
+    ("change", "message"), [({"format": 2}, "format"), ({"format": 4}, "format"), ({"surprise": 1}, "surprise")]
 )
 def test_a_card_that_is_not_understood_is_refused(folder, change, message):
     path = folder / "tiny.json"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stsr_core.errors import FactorError
-from stsr_core.factors import Factor, Family, recipe
+from stsr_core.factors import Factor, Family, nearest_spacing, recipe
 
 FAMILY = Family((Factor(space=10, time=1), Factor(space=8, time=3), Factor(space=25, time=6)))
 any_factor = st.builds(Factor, space=st.integers(1, 25), time=st.integers(1, 6))
@@ -17,6 +17,12 @@ def test_nearest_is_by_log_distance_on_both_axes():
     assert match.distance == pytest.approx(math.log(10 / 9.2))
     assert not match.exact
     assert FAMILY.nearest(8, 3).exact
+
+
+def test_the_spacing_that_is_told_is_the_nearest_by_its_logarithm():
+    assert [nearest_spacing(km) for km in (0.1, 0.93, 1.4, 1.45, 4.6, 60.0)] == [1, 1, 1, 2, 5, 5]
+    assert nearest_spacing(4.6, (1, 3)) == 3
+    assert recipe(Factor(space=8, time=3)).told(5).spacing_km == 5
 
 
 def test_a_request_beyond_the_limit_is_refused_and_told_what_to_train():

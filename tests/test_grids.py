@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyproj import CRS
 
 from stsr_core.errors import ShapeError
 from stsr_core.factors import Factor
-from stsr_core.grids import Axis, TimeAxis, coarsen
+from stsr_core.grids import Axis, Grid, TimeAxis, coarsen
 
 steps = st.sampled_from([0.1, 0.25, 1 / 24, 1000.0, 10_000.0, -0.1, -1000.0])
 
@@ -25,6 +26,22 @@ def test_refined_cells_fill_the_coarse_ones(index, step, size, parts):
 def test_a_cell_has_the_same_lattice_index_in_every_subset(index, offset, step, start):
     axis = Axis((index + offset) * step, step, 40)
     assert axis.isel(start, 40).lattice_index == axis.lattice_index + start
+
+
+@pytest.mark.parametrize(
+    ("crs", "first", "step", "expected"),
+    [
+        (2154, (6.5e6, 7e5), (-1000.0, 1000.0), 1.0),  # Lambert-93, metres
+        (4326, (45.0, 5.0), (-0.01, 0.01), 0.9356),  # 1.1113 km along the meridian, 0.7876 along the parallel
+        (4326, (0.0, 179.99), (1.0, 1.0), 110.95),  # across the antimeridian
+    ],
+)
+def test_spacing_is_measured_on_the_ground(crs, first, step, expected):
+    y, x = (Axis(f, s, 3) for f, s in zip(first, step, strict=True))
+    grid = Grid(y, x, CRS.from_epsg(crs).to_wkt())
+    assert grid.spacing_km == pytest.approx(expected, rel=3e-3)
+    assert grid.refine(2).spacing_km == pytest.approx(grid.spacing_km / 2, rel=3e-3)
+    assert Grid(y, x).spacing_km == 1.0
 
 
 @pytest.mark.parametrize("calendar", [None, "360_day", "noleap"])

@@ -112,9 +112,12 @@ def prepared(
     library = Library.open(checkpoints)
     cubes, factor = matched(cubes, space, time, library, nearest=nearest)
     checkpoint: Checkpoint = library.serving(factor)
-    recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
-    fields = static_fields(checkpoint.card.statics, statics, cubes[0].grid.refine(factor.space))
-    return Plan(cubes, recipe, fields), Downscaler.load(checkpoint, factor, choose_device(device))
+    grid = cubes[0].grid.refine(factor.space)
+    served = checkpoint.card.serving(factor, grid.spacing_km)
+    recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
+    fields = static_fields(checkpoint.card.statics, statics, grid)
+    downscaler = Downscaler.load(checkpoint, factor, choose_device(device), spacing_km=grid.spacing_km)
+    return Plan(cubes, recipe, fields), downscaler
 
 
 def downscale(

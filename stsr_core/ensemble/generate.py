@@ -59,7 +59,8 @@ class Networks(WorkerPlugin):
     """Puts the networks on a worker's device, once per worker and checkpoint."""
 
     def __init__(self, digest: str, downscaler: Downscaler, device: str, precision: str) -> None:
-        self.name = f"stsr-networks-{digest}-{downscaler.factor}-{device}-{precision}"
+        told = downscaler.served.configuration
+        self.name = f"stsr-networks-{digest}-{told.factor}-{told.spacing_km}km-{device}-{precision}"
         self.downscaler, self.device, self.precision = downscaler, device, precision
 
     def setup(self, worker: Worker) -> None:

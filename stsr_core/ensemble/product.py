@@ -50,15 +50,15 @@ def plan_product(
 
     `statics` says where the static fields are that the checkpoint may need.
     """
-    checkpoint = library.serving(found.factor)
+    checkpoint, grid = library.serving(found.factor), cubes[0].grid.refine(found.factor.space)
     recipe = Recipe.of(
         checkpoint,
-        checkpoint.card.serving(found.factor),
+        checkpoint.card.serving(found.factor, grid.spacing_km),
         seed=product.seed,
         members=product.members,
         conserve=product.conserve,
     )
-    fields = static_fields(checkpoint.card.statics, statics, cubes[0].grid.refine(found.factor.space))
+    fields = static_fields(checkpoint.card.statics, statics, grid)
     return Plan(cubes, recipe, fields)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from stsr_core.checkpoint import Library, with_scores
 from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report, number_text
+from stsr_core.factors import nearest_spacing
 from stsr_core.progress import Watch, unwatched
 
 
@@ -35,7 +37,9 @@ def evaluate_checkpoint(
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report, watch=watch)
-    if record:
+    on_card = checkpoint.card.spacings_km[0]
+    fitting = nearest_spacing(evaluation.truth.spacing_km, checkpoint.card.spacings_km) == on_card
+    if record and fitting:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
         checkpoint = with_scores(checkpoint, factor, scores, statistics)
@@ -43,6 +47,11 @@ def evaluate_checkpoint(
         json_file.write_text(json.dumps(evaluation.as_json(), indent=1, allow_nan=False))
     if html_file is not None:
         html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
+    if record and not fitting:
+        raise ConfigurationError(
+            f"Scores on a grid of {evaluation.truth.spacing_km:.2g} km are not recorded: the card has those at "
+            f"{on_card} km. All else is written. Leave --record out."
+        )
     return evaluation
 
 

@@ -22,7 +22,7 @@ from stsr_core.evaluation.bootstrap import block_means, ratio_interval
 from stsr_core.evaluation.reference import reference_ensemble
 from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, scores
 from stsr_core.evaluation.truth import Truth, read_truth
-from stsr_core.factors import ConservationFunction
+from stsr_core.factors import ConservationFunction, nearest_spacing
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
 from stsr_core.progress import Watch, unwatched
@@ -57,6 +57,7 @@ class Options:
         hours: fine steps, the wettest.
         cells: fine cells along the square in the middle.
         variable: name of the amounts.
+        coarser: times that the spacing of the fine grids is multiplied by, to stand for other grids.
         seed: of the ensembles.
         workers: threads.
         ablations: also score variants of sampler, windows and conservation.
@@ -69,6 +70,7 @@ class Options:
     hours: int = 24
     cells: int = 384
     variable: str = "precipitation"
+    coarser: int = 1
     seed: int = 1
     workers: int = 1
     ablations: bool = False
@@ -109,6 +111,7 @@ class Evaluation:
             "factor": [self.factor.space, self.factor.time],
             "places": list(self.truth.names),
             "shape": list(self.truth.fine.shape),
+            "spacing_km": self.truth.spacing_km,
             "members": len(self.fields[OURS]),
             "scores": self.table,
             "statistics": self.statistics,
@@ -232,10 +235,15 @@ def evaluate(
     """
     factor = downscaler.factor
     truth = read_truth(
-        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable,
+        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, coarser=options.coarser,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
     )  # fmt: skip
-    report(f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells, factor {factor}")
+    told = nearest_spacing(truth.spacing_km, checkpoint.card.spacings_km)
+    downscaler = downscaler.told(told)
+    report(
+        f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells of {truth.spacing_km:.2g} km "
+        f"(networks are told {told} km), factor {factor}"
+    )
     runner = _Runner(checkpoint, downscaler, truth, options, watch)
     fields: dict[str, NDArray[np.float32]] = {}
     seconds: dict[str, float] = {}

@@ -57,11 +57,12 @@ def html_report(evaluation: Evaluation, checkpoint: Checkpoint) -> str:
     """Make the page: bars, all scores by method, rank histogram, spectra, one hour as pictures, the card."""
     factor = evaluation.factor
     title = f"Checkpoint {checkpoint.card.name} at factor {factor}"
-    _, nt, ny, nx = evaluation.truth.fine.shape
+    truth = evaluation.truth
+    _, nt, ny, nx = truth.fine.shape
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(evaluation.fields[OURS])} members; {nt} steps of {ny} x {nx} cells at "
-        f"{html.escape(', '.join(evaluation.truth.names))}; checkpoint digest {checkpoint.digest[:12]}.</p>",
+        f"<p>{len(evaluation.fields[OURS])} members; {nt} steps of {ny} x {nx} cells of {truth.spacing_km:.2g} km at "
+        f"{html.escape(', '.join(truth.names))}; checkpoint digest {checkpoint.digest[:12]}.</p>",
         _bar_table(evaluation),
         _picture(maps(evaluation), "The wettest hour of each place"),
         _score_table(evaluation),

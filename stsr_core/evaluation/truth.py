@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.errors import SourceError
+from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.factors import Factor
     from stsr_core.grids import Grid
 
 READ_STEPS = 48  # fine steps that are read at a time
@@ -32,12 +32,14 @@ class Truth:
             part of them is missing.
         coarse: amount [mm per coarse step], (P, T, Y, X), float32, NaN where missing.
         statics: static fields as the networks see them, (S, Y*s, X*s), float32, for each place; None without any.
+        spacing_km: of the fine grid, in the mean over the places.
     """
 
     names: tuple[str, ...]
     fine: NDArray[np.float32]
     coarse: NDArray[np.float32]
     statics: tuple[NDArray[np.float32] | None, ...]
+    spacing_km: float = 1.0
 
 
 def read_truth(
@@ -47,19 +49,23 @@ def read_truth(
     hours: int,
     cells: int,
     variable: str,
+    coarser: int = 1,
     statics: Callable[[Grid], NDArray[np.float32] | None] = lambda _: None,
 ) -> Truth:
     """Read the wettest `hours` and the middle `cells` x `cells` of fine files, cut to whole coarse cells.
 
-    Files smaller than asked for make all places smaller: they are scored as one sample. `statics` gives the static
-    fields on the grid of a file.
+    Files smaller than asked for make all places smaller: they are scored as one sample. Grids are made `coarser` so
+    many times before all else. `statics` gives the static fields on the grid of a file.
 
     Raises:
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run.
     """
     places = places_of(urls)
     runs = [_wettest(place, variable, hours, factor) for place in places]
-    fields = [_middle(amount, cells, factor, place) for (_, amount), place in zip(runs, places, strict=True)]
+    fields = [
+        _middle(_averaged(amount, coarser), cells, factor, place)
+        for (_, amount), place in zip(runs, places, strict=True)
+    ]
     nt, ny, nx = (min(f.shape[axis] for f in fields) for axis in range(3))
     s, t = factor.space, factor.time
     cut = [
@@ -69,10 +75,21 @@ def read_truth(
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
     seen = tuple(
-        None if field is None else _middle(_middle(field, cells, factor, place), min(ny, nx, cells), factor, place)
+        None
+        if field is None
+        else _middle(_middle(_averaged(field, coarser), cells, factor, place), min(ny, nx, cells), factor, place)
         for field, place in zip((statics(run.grid) for run, _ in runs), places, strict=True)
     )
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen)
+    spacing = coarser * float(np.mean([run.grid.spacing_km for run, _ in runs]))
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing)
+
+
+def _averaged(fields: NDArray[np.float32], cells: int) -> NDArray[np.float32]:
+    """Average fields (N, Y, X) over squares of so many cells, NaN where a part is missing; cut what is left over."""
+    if cells == 1:
+        return fields
+    ny, nx = (n // cells * cells for n in fields.shape[1:])
+    return coarsen(fields[:, :ny, :nx], Factor(space=cells, time=1))
 
 
 def _wettest(url: str, variable: str, hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:

@@ -30,7 +30,9 @@ class Denoiser(nn.Module):
             CONDITION_CHANNELS + statics + 2, 2, channels, 2 + 2 * NOISE_FREQUENCIES, attention=attention
         )
 
-    def forward(self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor) -> Tensor:
+    def forward(
+        self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor, spacing_km: float = 1.0
+    ) -> Tensor:
         """Predict the residual.
 
         Args:
@@ -39,11 +41,13 @@ class Denoiser(nn.Module):
             mean: transformed conditional mean, (B, T, 1, H, W).
             condition: (B, T, CONDITION_CHANNELS + statics, H, W).
             factor: (s, t).
+            spacing_km: of the fine grid.
 
         Returns:
             Expected residual, (B, T, 1, H, W).
         """
         octaves = angle[:, None] * 2.0 ** torch.arange(NOISE_FREQUENCIES, device=angle.device)
         context = torch.cat((octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1)
-        estimate, gate = self.unet(torch.cat((noisy, mean, condition), dim=2), context).chunk(2, dim=2)
+        frames = torch.cat((noisy, mean, condition), dim=2)
+        estimate, gate = self.unet(frames, context, spacing_km).chunk(2, dim=2)
         return estimate + (1 - gate) * angle.cos()[:, None, None, None, None] * noisy

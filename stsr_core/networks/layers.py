@@ -11,6 +11,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stsr_core.networks.attention import TemporalAttention
@@ -34,21 +35,33 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride)
 
 
+class SpacingLinear(nn.Linear):
+    """A linear layer whose bias grows with the logarithm of the fine spacing; at 1 km it is any linear layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.by_spacing = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, octaves: float = 0.0) -> Tensor:
+        """Transform (N, inputs) at a fine spacing of 2^octaves km."""
+        return F.linear(x, self.weight, torch.add(self.bias, self.by_spacing, alpha=octaves))
+
+
 class ResidualBlock(nn.Module):
-    """Two convolutions around a skip, modulated by the embedding of noise level and factor."""
+    """Two convolutions around a skip, modulated by the embedding of noise level and factor, and by the fine spacing."""
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
         self.first = _convolution(channels, channels)
-        self.modulation = nn.Linear(embedding, 2 * channels)
+        self.modulation = SpacingLinear(embedding, 2 * channels)
         self.second = _convolution(channels, channels)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.normal_(self.second.weight, std=1e-2 / math.sqrt(9 * channels))
 
-    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor) -> Tensor:
-        """Transform (N, C, H, W), a bias (C,) still to be added to it, with an embedding (N, E)."""
-        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor, octaves: float = 0.0) -> Tensor:
+        """Transform (N, C, H, W), a bias (C,) still to be added, with an embedding (N, E), at 2^octaves km."""
+        scale, shift = self.modulation(embedding, octaves).chunk(2, dim=1)
         inner = modulated(*convolved(self.first, normed(x, bias)), scale, shift)
         return summed(*convolved(self.second, inner), x, bias)
 
@@ -76,9 +89,9 @@ class Level(nn.Module):
         self.block = ResidualBlock(channels, embedding)
         self.attention = TemporalAttention(channels) if attention else None
 
-    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, embedding: Tensor, octaves: float, frames: int) -> Tensor:
         """Transform (B * T, C, H, W), a bias (C,) still to be added to it."""
-        x = self.block(x, bias, embedding)
+        x = self.block(x, bias, embedding, octaves)
         return x if self.attention is None else self.attention(x, frames)
 
 
@@ -100,7 +113,7 @@ class VideoUNet(nn.Module):
         width = 2 * channels[0]
         self.outputs = outputs
         self.stride = PATCH * 2 ** (len(channels) - 1)
-        self.embed = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.embed = nn.Sequential(SpacingLinear(context, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.stem = _convolution(inputs * PATCH**2, channels[0])
         below = [attention and i > 0 for i in range(len(channels))]
         self.down = nn.ModuleList(Level(c, width, a) for c, a in zip(channels, below, strict=True))
@@ -112,28 +125,30 @@ class VideoUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
-    def forward(self, frames: Tensor, context: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, context: Tensor, spacing_km: float = 1.0) -> Tensor:
         """Transform frames.
 
         Args:
             frames: (B, T, C, H, W).
             context: (B, K).
+            spacing_km: of the fine grid.
 
         Returns:
             (B, T, outputs, H, W).
         """
         b, t, c, h, w = frames.shape
         x = _grown(frames.reshape(b * t, c, h, w), self.stride)
-        embedding = self.embed(context).repeat_interleave(t, dim=0)
+        octaves = math.log2(spacing_km)
+        embedding = self.embed[1:](self.embed[0](context, octaves)).repeat_interleave(t, dim=0)
         x, bias = from_cells(x, self.stem)
         skips = []
         for i, level in enumerate(self.down):
             if i:
                 x, bias = convolved(self.reduce[i - 1], mirrored(x))  # type: ignore[arg-type]
-            x = level(x, bias, embedding, t)
+            x = level(x, bias, embedding, octaves, t)
             skips.append(x)
         for i in reversed(range(len(self.up))):
             if i < len(self.up) - 1:
                 x = merged(*convolved(self.expand[i], x), skips[i])  # type: ignore[arg-type]
-            x = self.up[i](x, None, embedding, t)
+            x = self.up[i](x, None, embedding, octaves, t)
         return to_cells(x, self.head, self.last)[..., :h, :w].reshape(b, t, self.outputs, h, w)

@@ -36,15 +36,16 @@ class MeanNetwork(nn.Module):
         super().__init__()
         self.unet = VideoUNet(CONDITION_CHANNELS + statics, 1, channels, 2, attention=attention)
 
-    def forward(self, condition: Tensor, factor: Factor) -> Tensor:
+    def forward(self, condition: Tensor, factor: Factor, spacing_km: float = 1.0) -> Tensor:
         """Predict the mean.
 
         Args:
             condition: (B, T, CONDITION_CHANNELS + statics, H, W), see `networks.transform.condition`.
             factor: (s, t).
+            spacing_km: of the fine grid.
 
         Returns:
             Transformed amount, (B, T, 1, H, W).
         """
-        correction = self.unet(condition, factor_context(factor, len(condition), condition.device))
+        correction = self.unet(condition, factor_context(factor, len(condition), condition.device), spacing_km)
         return condition[:, :, LINEAR_CHANNEL : LINEAR_CHANNEL + 1] + correction

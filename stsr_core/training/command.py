@@ -92,6 +92,7 @@ def train_checkpoint(
     cells_per_step: int | None = None,
     start: Path | None = None,
     start_share: float = 0.0,
+    only_spacing: bool = False,
     device: str,
     seed: int,
     report: Callable[[str], None],
@@ -138,6 +139,7 @@ def train_checkpoint(
         seed=seed,
         start=begun,
         start_share=start_share,
+        only_spacing=only_spacing,
         statics=_scaled(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
         report=report,
     )
@@ -148,7 +150,10 @@ def train_checkpoint(
         "preset": preset,
         "recipe": recipe_name,
     }
-    return fit(training, name, provenance)
+    checkpoint = fit(training, name, provenance)
+    if joined.rank == 0:
+        report(f"Checkpoint {checkpoint.weights_path.with_suffix('.json')}, digest {checkpoint.digest[:12]}.")
+    return checkpoint
 
 
 def _those_of(start: Checkpoint, sources: Mapping[str, StaticSource]) -> tuple[StaticField, ...]:

@@ -27,14 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from stsr_core.checkpoint import Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
 from stsr_core.downscaler import Downscaler, build_networks, load_networks
 from stsr_core.errors import ConfigurationError, OperatorError
-from stsr_core.factors import FactorConfiguration
+from stsr_core.factors import FactorConfiguration, nearest_spacing
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO, condition, to_transformed
 from stsr_core.training.calibrate import Example, calibrated_spread
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, RATE_SHARE, distillation_loss
 from stsr_core.training.losses import Loss, denoiser_loss, mean_loss
-from stsr_core.training.patches import Patch, Region, draw_patch
+from stsr_core.training.patches import SPACING_SHARES, SPACINGS, Patch, Region, draw_patch, fitting_spacings
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.score import RATE_SHARE as SCORE_RATE_SHARE
@@ -45,7 +45,7 @@ from stsr_core.training.stage import Stage
 CHECKED_EVERY = 20  # steps between looks at the loss; every look waits for the device
 SCALE_PATCHES = 24  # patches that the residual scale is measured on
 MOST_LOADERS = 12  # processes that draw patches for a GPU; each draws some twenty million cells a second
-VALIDATION_PATCHES = 3  # patches per factor of the validation loss
+VALIDATION_SPACINGS = (1, 1, 2, 4)  # of the patches per factor of the validation loss, where they fit
 
 
 class TrainingError(OperatorError):
@@ -61,6 +61,7 @@ class Draw(NamedTuple):
         statics: static fields in their units, (B, S, Y*s, X*s).
         number: of the factor configuration.
         seed: of the noise.
+        spacing_km: of the fine grid, as the networks are told it.
     """
 
     fine: Tensor
@@ -68,14 +69,15 @@ class Draw(NamedTuple):
     statics: Tensor
     number: int = 0
     seed: int = 0
+    spacing_km: int = 1
 
     @classmethod
     def of(cls, patches: Sequence[Patch], number: int = 0, seed: int = 0) -> Draw:
-        """Stack patches of one shape."""
+        """Stack patches of one shape and spacing."""
         fine, coarse, statics = (
             torch.from_numpy(np.stack([getattr(p, name) for p in patches])) for name in ("fine", "coarse", "statics")
         )
-        return cls(fine, coarse, statics, number, seed)
+        return cls(fine, coarse, statics, number, seed, patches[0].spacing_km)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Training:
     """A training: data, factor configurations, preset, and the folder that it resumes from.
 
     `start` is a checkpoint whose weights it begins with, instead of random ones, and `start_share` the share that these
-    have in the weights that it ends with; `statics` are the static fields that the regions hold.
+    have in the weights that it ends with. `only_spacing` trains what tells networks the fine spacing, and nothing else:
+    at 1 km they stay what they were. `statics` are the static fields that the regions hold.
     """
 
     train: Sequence[Region]
@@ -95,6 +98,7 @@ class Training:
     seed: int = 0
     start: Checkpoint | None = None
     start_share: float = 0.0
+    only_spacing: bool = False
     statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
@@ -103,6 +107,12 @@ class Training:
     def distilled(self) -> bool:
         """Whether a distilled denoiser comes of it: its own, or without steps for that the one it starts from."""
         return self.preset.distil_steps > 0 or (self.start is not None and self.start.card.distilled)
+
+    @property
+    def spacings_km(self) -> tuple[int, ...]:
+        """Spacings of fine grids that networks are trained at."""
+        fitting = {n for configuration in self.configurations for n in fitting_spacings(self.train, configuration)}
+        return tuple(sorted({nearest_spacing(n * region.spacing_km) for n in fitting for region in self.train}))
 
     @property
     def unchanged(self) -> dict[str, Served]:
@@ -117,11 +127,21 @@ class Training:
         # Factors with more missing detail have more to learn; the root leaves enough for those that refine time alone.
         shares = np.array([math.sqrt(max(1.0, c.factor.underdetermination)) for c in self.configurations])
         number = int(shared.choice(len(shares), p=shares / shares.sum()))
+        configuration = self.configurations[number]
+        spacing = self._draw_spacing(configuration, shared)
         rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
-        first = draw_patch(self.train, self.configurations[number], rng)
+        first = draw_patch(self.train, configuration, rng, spacing=spacing)
         count = max(1, round(self.preset.cells_per_step / first.fine.size))
-        patches = [first, *(draw_patch(self.train, self.configurations[number], rng) for _ in range(count - 1))]
+        patches = [first, *(draw_patch(self.train, configuration, rng, spacing=spacing) for _ in range(count - 1))]
         return Draw.of(patches, number, int(rng.integers(2**62)))
+
+    def _draw_spacing(self, configuration: FactorConfiguration, rng: np.random.Generator) -> int:
+        """Draw the cells of the archive along one of the fine grid."""
+        fitting = fitting_spacings(self.train, configuration)
+        if self.only_spacing and len(fitting) > 1:
+            fitting = fitting[1:]
+        shares = np.array([SPACING_SHARES[SPACINGS.index(n)] for n in fitting])
+        return int(rng.choice(fitting, p=shares / shares.sum()))
 
     def draws(self, stage: int, first: int, stop: int) -> Iterable[Draw]:
         """Draw what steps see, ahead of them in processes of their own where a GPU computes."""
@@ -135,7 +155,7 @@ class Training:
 
     def batch(self, drawn: Draw) -> tuple[Tensor, Tensor, FactorConfiguration, torch.Generator]:
         """What networks see of a draw: fine, conditions, configuration and noise generator, on the device."""
-        configuration, device = self.configurations[drawn.number], self.run.device
+        configuration, device = self.configurations[drawn.number].told(drawn.spacing_km), self.run.device
         generator = torch.Generator(device).manual_seed(drawn.seed)
         return *self._tensors(drawn, configuration), configuration, generator
 
@@ -170,8 +190,10 @@ class Training:
         draws = []
         for number, configuration in enumerate(self.configurations):
             rng = np.random.default_rng([self.seed, 99])
-            for i in range(VALIDATION_PATCHES):
-                patch = draw_patch(self.validation, configuration, rng, augment=False)
+            for i, spacing in enumerate(VALIDATION_SPACINGS):
+                if spacing not in fitting_spacings(self.validation, configuration):
+                    continue
+                patch = draw_patch(self.validation, configuration, rng, augment=False, spacing=spacing)
                 draws.append(Draw.of([patch], number, self.seed + i))
         return draws
 
@@ -233,7 +255,8 @@ class Training:
                 patch = draw_patch(self.train, configuration, rng)
                 fine, conditions = self._tensors(Draw.of([patch]), configuration)
                 with torch.no_grad():
-                    squares.append(float((fine - mean(conditions, configuration.factor)).square().mean()))
+                    expected = mean(conditions, configuration.factor, patch.spacing_km)
+                    squares.append(float((fine - expected).square().mean()))
             scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
         return scales
 
@@ -262,6 +285,7 @@ class Training:
     def _spread(self, served: Served, mean: MeanNetwork, denoiser: Denoiser) -> float:
         configuration = served.configuration
         downscaler = Downscaler(served, self.transform.scale_mm, mean, denoiser, self.run.device, self.run.precision)
+        downscaler = downscaler.told(nearest_spacing(self.validation[0].spacing_km))
         rng = np.random.default_rng([self.seed, 55])
         examples = (self._example(configuration, rng) for _ in range(self.preset.calibration_patches))
         return calibrated_spread(downscaler, examples, self.seed)
@@ -375,6 +399,8 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
     training.folder.mkdir(parents=True, exist_ok=True)
     result = _Result(training, name, provenance)
     begun = [network.to(run.device) for network in _networks(training)]
+    if training.only_spacing:
+        return _finished(result, _told_spacing(result, *begun))
     mean = result.fit("mean", Stage("mean", 1, begun[0], preset.mean_steps, rate, share), mean_loss)
     assert isinstance(mean, MeanNetwork)
     scales = training.residual_scales(mean)
@@ -386,11 +412,43 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
         served = _distilled(result, served, mean, denoiser)
     else:
         served = training.spreads(served, mean, denoiser, {f: s.spread for f, s in training.unchanged.items()})
+    return _finished(result, served)
+
+
+def _finished(result: _Result, served: Sequence[Served]) -> Checkpoint:
+    """Write the checkpoint; ranks other than 0 wait for it."""
+    run, folder = result.training.run, result.training.folder
     if run.rank == 0:
         result.write(served)
     if run.world > 1:
         dist.barrier()
-    return Checkpoint.read(training.folder / "checkpoint" / f"{name}.json")
+    return Checkpoint.read(folder / "checkpoint" / f"{result.name}.json")
+
+
+def _told_spacing(result: _Result, mean: nn.Module, teacher: nn.Module) -> list[Served]:
+    """Train what tells networks the fine spacing; all else, and what is served at 1 km, stays as it is."""
+    training, preset, rate = result.training, result.training.preset, result.training.preset.learning_rate
+    assert training.start is not None
+    served = [training.start.card.serving(c.factor) for c in training.configurations]
+    scales = {str(s.configuration.factor): s.residual_scale for s in served}
+    stage = Stage("mean_spacing", 1, _only_spacing(mean), preset.mean_steps, rate)
+    mean = result.fit("mean", stage, mean_loss)
+    stage = Stage("denoiser_spacing", 2, _only_spacing(teacher), preset.denoiser_steps, rate)
+    denoiser = result.fit("denoiser", stage, denoiser_loss(mean, scales))
+    if not training.distilled:
+        return served
+    assert isinstance(denoiser, Denoiser)
+    student = _only_spacing(_student(result, served, mean, denoiser))
+    loss = score_loss(mean, {str(s.configuration.factor): s for s in served}, training.transform.scale_mm)
+    result.fit("denoiser", Stage("scored_spacing", 4, student, preset.score_steps, rate, SCORE_START_SHARE), loss)
+    return served
+
+
+def _only_spacing(network: nn.Module) -> nn.Module:
+    """A network of which only the parameters that tell it the fine spacing are trained."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.endswith("by_spacing"))
+    return network
 
 
 def _distilled(result: _Result, served: Sequence[Served], mean: MeanNetwork, teacher: Denoiser) -> list[Served]:
@@ -439,6 +497,11 @@ def _networks(training: Training) -> tuple[nn.Module, nn.Module]:
         ConfigurationError: the checkpoint to start from has other networks than are asked for, or is needed.
     """
     a = training.preset.architecture
+    if training.only_spacing and (training.start is None or training.preset.distil_steps or training.start_share):
+        raise ConfigurationError(
+            "Only what tells networks the fine spacing is to be trained. Name the checkpoint that all else comes from "
+            "with --start, and give --distil-steps 0 and no --start-share."
+        )
     if training.preset.score_steps and not training.distilled:
         raise ConfigurationError(
             f"{training.preset.score_steps} steps towards the least CRPS are asked for, which only a distilled "
@@ -462,18 +525,24 @@ def _card(
     training: Training, name: str, provenance: Mapping[str, object], served: Sequence[Served], steps: Mapping[str, int]
 ) -> dict[str, object]:
     preset = training.preset
+    how = {
+        **steps,
+        "cells_per_step": preset.cells_per_step * training.run.world,
+        "learning_rate": preset.learning_rate,
+        "seed": training.seed,
+        **({"start": training.start.digest, "start_share": training.start_share} if training.start else {}),
+    }
+    if training.start is not None and training.only_spacing:  # the rest is trained as it was
+        told = {name if "spacing" in name else f"spacing_{name}": value for name, value in how.items()}
+        trained = {**training.start.card.training, **told}
+    else:
+        trained = {**provenance, **how}
     return {
         "name": name,
         "architecture": preset.architecture,
         "transform": training.transform,
         "statics": training.statics,
         "served": served,
-        "training": {
-            **provenance,
-            **steps,
-            "cells_per_step": preset.cells_per_step * training.run.world,
-            "learning_rate": preset.learning_rate,
-            "seed": training.seed,
-            **({"start": training.start.digest, "start_share": training.start_share} if training.start else {}),
-        },
+        "spacings_km": training.spacings_km,
+        "training": trained,
     }

@@ -18,7 +18,7 @@ def mean_loss(
     network: nn.Module, fine: Tensor, conditions: Tensor, configuration: FactorConfiguration, _: torch.Generator
 ) -> Tensor:
     """Mean squared error in transformed space; its minimum is the conditional mean."""
-    return (network(conditions, configuration.factor).float() - fine).square().mean()
+    return (network(conditions, configuration.factor, configuration.spacing_km).float() - fine).square().mean()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Residuals:
 
     def denoised(self, network: nn.Module, noised: Tensor, angle: Tensor) -> Tensor:
         """Residuals that a denoiser expects at noise levels (B,), shaped like `noised`."""
-        return network(noised, angle, self.expected, self.conditions, self.configuration.factor).float()
+        told = self.configuration.factor, self.configuration.spacing_km
+        return network(noised, angle, self.expected, self.conditions, *told).float()
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """Draw standard normal noise shaped like them."""
@@ -60,7 +61,7 @@ def residual_loss(
     ) -> Tensor:
         factor = configuration.factor
         with torch.no_grad():
-            expected = mean(conditions, factor).float()
+            expected = mean(conditions, factor, configuration.spacing_km).float()
         values = (fine - expected) / scales[str(factor)]
         return loss(network, Residuals(values, expected, conditions, configuration), generator)
 

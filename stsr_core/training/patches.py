@@ -2,7 +2,8 @@
 
 Patches are drawn where it rains, at any offset in place and time, and augmented by what leaves the physics as it
 is, or nearly: flips, transposition, time running backwards, another drift, a change of amplitude and of contrast, and
-a coarser grid that stands for other radars. Archives of a few days hold few kinds of weather; these are the others.
+grids of up to five times the spacing, which networks are told. Archives of a few days hold few kinds of weather;
+these are the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.errors import SourceError
-from stsr_core.factors import Factor, FactorConfiguration
+from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
 from stsr_core.grids import coarsen
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
@@ -33,8 +34,10 @@ CELL_TARGET = 112  # fine cells along a patch, before rounding to whole coarse c
 MIN_COARSE = 5  # coarse cells along a patch, at least
 WEIGHT_BLOCK = (6, 32)  # steps and cells over which the rain that weighs the draw is averaged
 DRY_SHARE = 0.05  # probability of a draw that ignores the rain
-SPACINGS = (1, 2, 3)  # grid coarsening that stands for other radars ...
-SPACING_SHARES = (0.8, 0.12, 0.08)  # ... and how often
+SPACINGS = (1, 2, 3, 4, 5)  # cells of the archive along one of the grid that networks are told ...
+SPACING_SHARES = (0.6, 0.12, 0.1, 0.09, 0.09)  # ... and how often each is drawn
+EXTENT = 640  # cells of the archive along a patch with its halo, at most, where patches of coarser grids are smaller
+LEAST_COARSE = 3  # coarse cells along these, at least
 DRIFT = 2.0  # cells per step; frames are shifted as another steering wind would, uniform within +- this on each axis
 CONTRAST = 0.15  # log of the power that amounts are raised to is uniform within +- this ...
 CONTRAST_MM = 2.0  # ... around this amount
@@ -53,12 +56,14 @@ class Region:
         quanta: amounts as uint16 quanta (T, Y, X), maybe on disk.
         weights: of the draw.
         statics: static fields (S, Y, X), in their units; without any, S is 0.
+        spacing_km: of its grid.
     """
 
     name: str
     quanta: NDArray[np.uint16]
     weights: NDArray[np.float64]
     statics: NDArray[np.float32]
+    spacing_km: float = 1.0
 
 
 def _weights(quanta: NDArray[np.uint16]) -> NDArray[np.float64]:
@@ -109,10 +114,9 @@ def load_archive(
 
 
 def _region(run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSource]) -> Region:
-    if not statics:
-        return Region(run.name, quanta, _weights(quanta), np.empty((0, *quanta.shape[1:]), np.float32))
     fields = [source.read(run.grid) for source in statics]
-    return Region(run.name, quanta, _weights(quanta), np.stack(fields))
+    held = np.stack(fields) if fields else np.empty((0, *quanta.shape[1:]), np.float32)
+    return Region(run.name, quanta, _weights(quanta), held, run.grid.spacing_km)
 
 
 def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
@@ -157,9 +161,19 @@ def region_of(name: str, amount: NDArray[np.floating]) -> Region:
     return Region(name, quanta, _weights(quanta), np.empty((0, *quanta.shape[1:]), np.float32))
 
 
-def patch_cells(factor: Factor) -> int:
-    """Coarse cells along a training patch without its halo."""
-    return max(MIN_COARSE, round(CELL_TARGET / factor.space))
+def patch_cells(factor: Factor, spacing: int = 1) -> int:
+    """Coarse cells along a training patch without its halo, on a grid of `spacing` cells of the archive."""
+    room = EXTENT // (factor.space * spacing) - 2
+    return min(max(MIN_COARSE, round(CELL_TARGET / factor.space)), max(LEAST_COARSE, room))
+
+
+def fitting_spacings(regions: Sequence[Region], configuration: FactorConfiguration) -> tuple[int, ...]:
+    """Those of SPACINGS at which patches of a factor configuration fit into a region; the first always."""
+    factor = configuration.factor
+    steps = (configuration.context_length + 2) * factor.time
+    largest = max((min(r.quanta.shape[1:]) for r in regions if len(r.quanta) >= steps), default=0)
+    needed = {n: (patch_cells(factor, n) + 2) * factor.space * n for n in SPACINGS[1:]}
+    return SPACINGS[:1] + tuple(n for n, cells in needed.items() if cells <= largest)
 
 
 @dataclass(frozen=True)
@@ -170,35 +184,44 @@ class Patch:
         fine: amount [mm per fine step], (L*t, Y*s, X*s), float32.
         coarse: amount [mm per coarse step] with a halo of one cell on every side, (L+2, Y+2, X+2), float32.
         statics: static fields in their units, (S, Y*s, X*s), float32.
+        spacing_km: of the fine grid, as the networks are told it.
     """
 
     fine: NDArray[np.float32]
     coarse: NDArray[np.float32]
     statics: NDArray[np.float32]
+    spacing_km: int = 1
 
 
 def draw_patch(
-    regions: Sequence[Region], configuration: FactorConfiguration, rng: np.random.Generator, *, augment: bool = True
+    regions: Sequence[Region],
+    configuration: FactorConfiguration,
+    rng: np.random.Generator,
+    *,
+    augment: bool = True,
+    spacing: int = 1,
 ) -> Patch:
-    """Draw one patch for a factor configuration.
+    """Draw one patch for a factor configuration, on a grid of `spacing` cells of the archive.
 
     Raises:
         SourceError: the regions are too small, or too gappy, for the factor.
     """
     for _ in range(ATTEMPTS):
-        spacing = int(rng.choice(SPACINGS, p=SPACING_SHARES)) if augment else 1
         drift = rng.uniform(-DRIFT, DRIFT, 2) if augment else np.zeros(2)
         block = _draw_block(regions, configuration, spacing, drift, rng)
         if block is None:
             continue
-        fine, statics = (_coarser_grid(part, spacing) for part in block)
+        fine, statics = (_coarser_grid(part, spacing) for part in block[:2])
         if augment:
             fine, statics = _augmented(fine, statics, rng)
         coarse = coarsen(fine, configuration.factor)
         s, t = configuration.factor.space, configuration.factor.time
         inner = slice(s, -s), slice(s, -s)
         return Patch(
-            np.ascontiguousarray(fine[t:-t, *inner]), coarse, np.ascontiguousarray(statics[:, *inner], np.float32)
+            np.ascontiguousarray(fine[t:-t, *inner]),
+            coarse,
+            np.ascontiguousarray(statics[:, *inner], np.float32),
+            nearest_spacing(spacing * block[2].spacing_km),
         )
     raise SourceError(
         f"No complete patch for factor {configuration.factor} was found in {ATTEMPTS} draws; regions are "
@@ -212,14 +235,14 @@ def _draw_block(
     spacing: int,
     drift: NDArray[np.float64],
     rng: np.random.Generator,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-    """Return complete amounts [mm] of a block with halo and its static fields, or None on a gap or an edge.
+) -> tuple[NDArray[np.float32], NDArray[np.float32], Region] | None:
+    """Return complete amounts [mm] of a block with halo, its static fields and region, or None on a gap or an edge.
 
     The block moves by `drift` cells per step along y and x, unless there are static fields, which rain belongs to.
     """
     factor = configuration.factor
     steps = (configuration.context_length + 2) * factor.time
-    cells = (patch_cells(factor) + 2) * factor.space * spacing
+    cells = (patch_cells(factor, spacing) + 2) * factor.space * spacing
     totals = np.array([r.weights.sum() + 1e-9 for r in regions])
     region = regions[rng.choice(len(regions), p=totals / totals.sum())]
     offsets = np.rint(np.arange(steps)[:, None] * drift * (not len(region.statics))).astype(int)
@@ -239,7 +262,8 @@ def _draw_block(
     )
     if (quanta == MISSING).any():
         return None
-    return quanta.astype(np.float32) * np.float32(QUANTUM_MM), region.statics[:, y : y + cells, x : x + cells]
+    amount = quanta.astype(np.float32) * np.float32(QUANTUM_MM)
+    return amount, region.statics[:, y : y + cells, x : x + cells], region
 
 
 def _draw_centre(region: Region, rng: np.random.Generator) -> tuple[int, int, int]:

@@ -65,12 +65,11 @@ def _scored(
     served: Mapping[str, Served], scale_mm: float, network: nn.Module, residuals: Residuals, generator: torch.Generator
 ) -> Tensor:
     configuration, expected = residuals.configuration, residuals.expected
-    factor, how = configuration.factor, served[str(configuration.factor)]
+    factor, how = configuration.factor, served[str(configuration.factor)].told(configuration.spacing_km)
     truth = to_amount((expected + how.residual_scale * residuals.values)[:, :, 0], scale_mm)
     coarse = block_sums(truth, factor) / factor.space**2
-    width = how.residual_scale * how.spread
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
-    transformed = [(expected + width * r)[:, :, 0] for r in made]
+    transformed = [(expected + how.width * r)[:, :, 0] for r in made]
     first, second = (conserved(_amounts(x, scale_mm), coarse, configuration) for x in transformed)
     below = (LEAST_TRANSFORMED - torch.stack(transformed)).clamp(min=0.0).square().mean()
     return scores(first, second, truth) + BELOW_WEIGHT * below

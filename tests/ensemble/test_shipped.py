@@ -1,13 +1,17 @@
 """The shipped checkpoints on the shipped real forecast, for every factor they serve."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from stsr_core.checkpoint import Library
 from stsr_core.downscaler import Downscaler, choose_device
-from stsr_core.ensemble.downscale import ensemble_quanta
+from stsr_core.ensemble.downscale import ensemble_quanta, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.factors import Factor
+from stsr_core.grids import Axis, Grid
 from stsr_core.sources.cube import Cube
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
@@ -40,3 +44,18 @@ def test_stored_totals_of_the_real_file_equal_the_inputs_within_the_quantum(fore
     variety = blocks.std(axis=(2, 4, 6))
     assert (variety[wet] > 0).mean() > 0.8  # of 63 quanta, three steps may get 21 each
     assert (quanta[0] != quanta[1]).any()
+
+
+def test_networks_are_told_the_spacing_of_the_fine_grid(forecast: Cube):
+    grid = forecast.grid  # of 0.1 degrees; four times as wide, fine cells of (10,1) are of 4 km
+    wide = Grid(*(Axis(a.first, 4 * a.step, a.size) for a in (grid.y, grid.x)), grid.crs_wkt)
+    made = []
+    for cube, told in ((forecast, 1), (replace(forecast, grid=wide), 4)):
+        plan, downscaler = prepared(
+            (cube,), space=10, time=1, members=1, seed=1, nearest=False, conserve=True, device="cpu", checkpoints=None
+        )
+        assert plan.recipe.served == downscaler.served
+        assert plan.recipe.served.configuration.spacing_km == told
+        window = torch.rand(1, 10, 5, 20, 20, generator=torch.Generator().manual_seed(0))
+        made.append(downscaler.mean(window))
+    assert not torch.equal(*made)

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import xarray as xr
 
 from stsr_core.checkpoint import Library
-from stsr_core.errors import SourceError
+from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.evaluation.command import evaluate_checkpoint, table_text
 from stsr_core.evaluation.evaluate import Options
 from stsr_core.evaluation.report import bars
@@ -41,6 +42,16 @@ def test_places_share_one_size_and_whole_coarse_cells(tmp_path):
     assert truth.names == ("a", "b")
     assert truth.fine.shape == (2, 6, 28, 28)
     assert truth.coarse.shape == (2, 2, 7, 7)
+
+
+def test_truth_is_averaged_to_a_coarser_grid_before_all_else(tmp_path):
+    path = write(tmp_path / "a.nc", hours=3)
+    fine = read_truth([path], FACTOR, hours=3, cells=40, variable="precipitation")
+    coarser = read_truth([path], FACTOR, hours=3, cells=40, variable="precipitation", coarser=2)
+    assert (fine.spacing_km, coarser.spacing_km) == (1.0, 2.0)
+    assert coarser.fine.shape == (1, 3, 20, 20)
+    whole = xr.load_dataset(path)["precipitation"].to_numpy()[:, :, :42]
+    np.testing.assert_allclose(coarser.fine[0], whole.reshape(3, 20, 2, 21, 2).mean((2, 4))[..., :20], rtol=1e-5)
 
 
 def test_the_wettest_hours_stay_inside_one_run(tmp_path):
@@ -121,8 +132,6 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
 
 
 def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
-    import shutil
-
     folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     found = evaluate_checkpoint(
@@ -133,3 +142,19 @@ def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
     assert card.scores["crps_over_linear"] == pytest.approx(found.table["stsr"]["crps_over_linear"], abs=1e-4)
     assert set(card.statistics) == set(STATISTICS)  # what the gates hold a product's ensemble against
     assert card.statistics == pytest.approx(found.statistics, abs=1e-4)
+
+
+def test_scores_at_another_spacing_are_told_so_and_not_recorded(tmp_path, checkpoints):
+    folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
+    before = (folder / "tiny.json").read_text().replace('"spacings_km": [\n  1\n ]', '"spacings_km": [1, 2]')
+    (folder / "tiny.json").write_text(before)
+    path, lines = write(tmp_path / "a.nc", hours=6, cells=48), []
+    with pytest.raises(ConfigurationError, match="Scores on a grid of 2 km are not recorded"):
+        evaluate_checkpoint(
+            [Path(path)], 4, 3, Options(members=2, hours=6, cells=24, coarser=2),
+            checkpoints=folder, record=True, json_file=tmp_path / "s.json", html_file=None, device="cpu",
+            report=lines.append,
+        )  # fmt: skip
+    assert "cells of 2 km (networks are told 2 km)" in lines[0]
+    assert json.loads((tmp_path / "s.json").read_text())["spacing_km"] == 2.0
+    assert (folder / "tiny.json").read_text() == before

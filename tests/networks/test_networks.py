@@ -33,6 +33,24 @@ def test_an_untrained_mean_is_the_linear_interpolation():
     torch.testing.assert_close(out[:, :, 0], frames[:, :, LINEAR_CHANNEL])
 
 
+@pytest.mark.parametrize("kind", [MeanNetwork, Denoiser])
+def test_what_tells_the_spacing_changes_nothing_at_1_km_and_something_elsewhere(kind):
+    torch.manual_seed(0)
+    network = kind(CHANNELS).eval()
+    torch.nn.init.normal_(network.unet.last.weight)
+    frames = torch.rand(1, 4, CONDITION_CHANNELS, 20, 20)
+    one = torch.rand(1, 4, 1, 20, 20)
+    seen = (frames, FACTOR) if kind is MeanNetwork else (one, torch.tensor([0.5]), one, frames, FACTOR)
+    with torch.no_grad():
+        before = network(*seen)
+        for name, parameter in network.named_parameters():
+            if name.endswith("by_spacing"):
+                torch.nn.init.normal_(parameter)
+        assert torch.equal(network(*seen, 1), before)
+        changes = [(network(*seen, km) - before).abs().mean() for km in (2, 5)]
+    assert changes[1] > changes[0] > 1e-3
+
+
 def test_attention_carries_information_between_frames_and_can_be_left_out():
     torch.manual_seed(0)
     for attention in (True, False):

@@ -18,14 +18,14 @@ def deviation(angle: float) -> float:
 
 
 class Mean(nn.Module):
-    def forward(self, conditions, factor):
+    def forward(self, conditions, factor, spacing_km):
         return torch.zeros_like(conditions[:, :, :1])
 
 
 class Teacher(nn.Module):
     """Expects exactly what residuals of VARIANCE make likely."""
 
-    def forward(self, noised, levels, mean, conditions, factor):
+    def forward(self, noised, levels, mean, conditions, factor, spacing_km):
         angle = float(levels[0])
         return noised * np.cos(angle) * VARIANCE / deviation(angle) ** 2
 
@@ -33,7 +33,7 @@ class Teacher(nn.Module):
 class Student(nn.Module):
     """Goes where the noised residual's deviation, which the teacher leaves as it is on its way, leads in one step."""
 
-    def forward(self, noised, levels, mean, conditions, factor):
+    def forward(self, noised, levels, mean, conditions, factor, spacing_km):
         angles = sampling_angles(CONFIGURATION.beta, DISTILLED_EVALUATIONS)
         number = int(np.argmin(np.abs(np.array(angles) - float(levels[0]))))
         angle, following = angles[number : number + 2]

@@ -19,7 +19,7 @@ from stsr_core.grids import coarsen
 from stsr_core.training.command import Data, train_checkpoint
 from stsr_core.training.fit import Training, TrainingError, fit
 from stsr_core.training.losses import mean_loss
-from stsr_core.training.patches import Region, draw_patch, load_archive, patch_cells
+from stsr_core.training.patches import Region, draw_patch, fitting_spacings, load_archive, patch_cells, region_of
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.stage import Stage
@@ -87,6 +87,58 @@ def test_patches_are_the_same_for_the_same_seed_and_differ_otherwise(regions):
     draw = [draw_patch(regions, CONFIGURATION, np.random.default_rng(s)).fine for s in (1, 1, 2)]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert (draw[0] != draw[2]).any()
+
+
+def test_patches_of_a_coarser_grid_average_the_archive_and_say_their_spacing(regions):
+    assert fitting_spacings(regions, CONFIGURATION) == (1,)
+    ramp = np.broadcast_to(np.arange(320, dtype=np.float32)[None, None], (48, 320, 320)) / 8
+    large = [region_of("ramp", ramp)]
+    assert fitting_spacings(large, CONFIGURATION) == (1, 2)
+    for n in (1, 2):
+        patch = draw_patch(large, CONFIGURATION, np.random.default_rng(1), augment=False, spacing=n)
+        assert patch.spacing_km == n
+        assert patch.fine.shape[-1] == 8 * patch_cells(CONFIGURATION.factor, n)
+        np.testing.assert_allclose(np.diff(patch.fine, axis=2), n / 8, atol=0.011)
+    wide = [replace(large[0], spacing_km=2.1)]
+    assert draw_patch(wide, CONFIGURATION, np.random.default_rng(1), spacing=2).spacing_km == 4
+
+
+def test_regions_know_the_spacing_of_their_grid(tmp_path):
+    fine_dataset(np.ones((3, 40, 40))).to_netcdf(tmp_path / "a.nc")
+    degrees = fine_dataset(np.ones((3, 40, 40)))
+    degrees["y"] = ("y", 45 - np.arange(40) / 24, {"units": "degrees_north", "standard_name": "latitude"})
+    degrees["x"] = ("x", np.arange(40) / 24, {"units": "degrees_east", "standard_name": "longitude"})
+    degrees.to_netcdf(tmp_path / "b.nc")
+    unknown, known = load_archive([str(tmp_path / "a.nc"), str(tmp_path / "b.nc")])
+    assert unknown.spacing_km == 1.0
+    assert known.spacing_km == pytest.approx(111.1 / 24 * np.cos(np.radians(44.2)) ** 0.5, rel=3e-3)
+
+
+def test_only_what_tells_the_spacing_is_trained(regions, tmp_path):
+    first = fit(training(regions, tmp_path / "first"), "x", {"archive": "a"})
+    preset = replace(TINY, distil_steps=0, score_steps=4, denoiser_steps=2, learning_rate=1e-2)
+    ramp = np.broadcast_to(np.arange(320, dtype=np.float32)[None, None], (48, 320, 320)) / 8
+    told = replace(training([region_of("ramp", ramp)], tmp_path / "told", preset), start=first, only_spacing=True)
+    told = replace(told, validation=told.train)
+    found = fit(told, "x", {})
+    assert found.card.spacings_km == (1, 2)
+    assert first.card.spacings_km == (1,)
+    assert found.card.served == first.card.served
+    trained = found.card.training
+    assert trained["archive"] == "a"
+    assert trained["mean_steps"] == first.card.training["mean_steps"]
+    assert (trained["mean_spacing_steps"], trained["scored_spacing_steps"]) == (TINY.mean_steps, 4)
+    assert trained["spacing_start"] == first.digest
+    begun, moved = first.weights(), {"mean": 0, "denoiser": 0, "teacher": 0}
+    for name, weights in found.weights().items():
+        changed = int((weights != begun[name]).any())
+        assert name.endswith("by_spacing") or not changed
+        moved[name.split(".")[0]] += changed
+    assert min(moved.values()) > 1
+    assert found.card.serving(CONFIGURATION.factor, 4.7).configuration.spacing_km == 2
+    for wrong in (replace(told, start=None), replace(told, start_share=0.5), replace(told, preset=TINY)):
+        with pytest.raises(ConfigurationError, match="fine spacing is to be trained"):
+            fit(replace(wrong, folder=tmp_path / "wrong"), "x", {})
 
 
 def test_an_archive_too_small_for_the_factor_is_refused(regions):

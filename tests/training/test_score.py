@@ -90,7 +90,7 @@ def test_members_like_the_truth_score_best(wrong):
 
 
 class Mean(nn.Module):
-    def forward(self, conditions, factor):
+    def forward(self, conditions, factor, spacing_km):
         return torch.ones_like(conditions[:, :, :1])
 
 
@@ -101,7 +101,7 @@ class Student(nn.Module):
         super().__init__()
         self.width = nn.Parameter(torch.tensor(width))
 
-    def forward(self, noised, levels, mean, conditions, factor):
+    def forward(self, noised, levels, mean, conditions, factor, spacing_km):
         angles = sampling_angles(CONFIGURATION.beta, 2)
         if float(levels[0]) > angles[1] + 1e-6:
             return residual_of_step(noised, noised, angles[0], angles[1])
@@ -148,7 +148,7 @@ class Level(nn.Module):
         super().__init__()
         self.residual = nn.Parameter(torch.tensor(residual))
 
-    def forward(self, noised, levels, mean, conditions, factor):
+    def forward(self, noised, levels, mean, conditions, factor, spacing_km):
         return self.residual * torch.ones_like(noised)
 
 
