@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stsr_core.checkpoint import Served
+from stsr_core.checkpoint import WIDER, Served
 from stsr_core.conservation import block_sums, conserve
 from stsr_core.diffusion import residual_of_step, sample, sampling_angles
 from stsr_core.factors import ConservationFunction, Factor, FactorConfiguration, recipe
@@ -174,7 +174,8 @@ def test_members_without_rain_are_driven_to_more_but_not_to_less():
     assert found[1] == found[2] == 0
 
 
-def test_members_in_training_are_those_of_the_sampler(monkeypatch):
+@pytest.mark.parametrize("spacing", [1, 4])
+def test_members_in_training_are_those_of_the_sampler(monkeypatch, spacing):
     from stsr_core.training import score
 
     seen = []
@@ -184,7 +185,7 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch):
     loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
     conditions = torch.zeros(2, 6, 5, 8, 8)
     with torch.no_grad():
-        loss(student, fine, conditions, CONFIGURATION, torch.Generator().manual_seed(1))
+        loss(student, fine, conditions, CONFIGURATION.told(spacing), torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     truth = torch.expm1(fine[:, :, 0]) * SCALE_MM
     coarse = block_sums(truth, CONFIGURATION.factor) / CONFIGURATION.factor.space**2
@@ -192,10 +193,10 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch):
         noise = torch.randn(fine.shape, generator=generator)
 
         def denoise(noised, angle):
-            return student(noised, torch.full((len(noised),), angle), None, conditions, CONFIGURATION.factor)
+            return student(noised, torch.full((len(noised),), angle), None, conditions, CONFIGURATION.factor, spacing)
 
         with torch.no_grad():
             residual = sample(denoise, noise, sampling_angles(CONFIGURATION.beta, 2), order=1)
-        raw = torch.expm1((1 + 1.2 * WIDTH * residual).clamp(min=0))[:, :, 0] * SCALE_MM
+        raw = torch.expm1((1 + 1.2 * spacing**WIDER * WIDTH * residual).clamp(min=0))[:, :, 0] * SCALE_MM
         expected = conserve(raw, coarse, CONFIGURATION.factor, CONFIGURATION.conservation)
         torch.testing.assert_close(member, expected, rtol=1e-3, atol=1e-3)
