@@ -86,15 +86,20 @@ class Grid:
         if self.crs_wkt is None:
             return 1.0
         from pyproj import CRS, Geod, Transformer
+        from pyproj.exceptions import ProjError
 
-        to_degrees = Transformer.from_crs(CRS.from_wkt(self.crs_wkt), 4326, always_xy=True)
+        try:
+            to_degrees = Transformer.from_crs(CRS.from_wkt(self.crs_wkt), 4326, always_xy=True)
+        except ProjError:  # of a workshop or a model domain that lies nowhere
+            return 1.0
         west_east, south_north = np.array([-0.5, 0.5, 0.0, 0.0]), np.array([0.0, 0.0, -0.5, 0.5])
         longitude, latitude = to_degrees.transform(
             self.x.first + self.x.step * (self.x.size // 2 + west_east),
             self.y.first + self.y.step * (self.y.size // 2 + south_north),
         )
         sides = Geod(ellps="WGS84").inv(longitude[::2], latitude[::2], longitude[1::2], latitude[1::2])[2]
-        return math.sqrt(math.prod(sides)) / 1000.0
+        side = math.sqrt(math.prod(sides)) / 1000.0
+        return side if side > 0 else 1.0  # at a pole, or beyond the reach of its CRS
 
     def refine(self, parts: int) -> Grid:
         """Split every cell into `parts` x `parts` equal cells."""

@@ -28,6 +28,9 @@ def test_a_cell_has_the_same_lattice_index_in_every_subset(index, offset, step, 
     assert axis.isel(start, 40).lattice_index == axis.lattice_index + start
 
 
+LOCAL = 'ENGCRS["l",EDATUM["x"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
+
+
 @pytest.mark.parametrize(
     ("crs", "first", "step", "expected"),
     [
@@ -41,7 +44,12 @@ def test_spacing_is_measured_on_the_ground(crs, first, step, expected):
     grid = Grid(y, x, CRS.from_epsg(crs).to_wkt())
     assert grid.spacing_km == pytest.approx(expected, rel=3e-3)
     assert grid.refine(2).spacing_km == pytest.approx(grid.spacing_km / 2, rel=3e-3)
-    assert Grid(y, x).spacing_km == 1.0
+
+
+@pytest.mark.parametrize("crs", [None, LOCAL, CRS.from_epsg(4326).to_wkt()])
+def test_a_grid_that_no_crs_places_on_the_ground_counts_as_1_km(crs):
+    at_the_pole = Axis(90.0, 0.1, 1)
+    assert Grid(at_the_pole, Axis(0.0, 0.1, 1), crs).spacing_km == 1.0
 
 
 @pytest.mark.parametrize("calendar", [None, "360_day", "noleap"])

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stsr_core.checkpoint import Checkpoint, Served, StaticField, Teacher, Transform, write_checkpoint
 from stsr_core.downscaler import Downscaler, build_networks, load_networks
-from stsr_core.errors import ConfigurationError, OperatorError
+from stsr_core.errors import ConfigurationError, OperatorError, SourceError
 from stsr_core.factors import FactorConfiguration, nearest_spacing
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
@@ -130,10 +130,18 @@ class Training:
         configuration = self.configurations[number]
         spacing = self._draw_spacing(configuration, shared)
         rng = np.random.default_rng([self.seed, stage, step, self.run.rank, 1])
+        try:
+            patches = self._draw_patches(configuration, spacing, rng)
+        except SourceError:
+            if spacing == SPACINGS[0]:
+                raise
+            patches = self._draw_patches(configuration, SPACINGS[0], rng)  # they are smaller, between the gaps
+        return Draw.of(patches, number, int(rng.integers(2**62)))
+
+    def _draw_patches(self, configuration: FactorConfiguration, spacing: int, rng: np.random.Generator) -> list[Patch]:
         first = draw_patch(self.train, configuration, rng, spacing=spacing)
         count = max(1, round(self.preset.cells_per_step / first.fine.size))
-        patches = [first, *(draw_patch(self.train, configuration, rng, spacing=spacing) for _ in range(count - 1))]
-        return Draw.of(patches, number, int(rng.integers(2**62)))
+        return [first, *(draw_patch(self.train, configuration, rng, spacing=spacing) for _ in range(count - 1))]
 
     def _draw_spacing(self, configuration: FactorConfiguration, rng: np.random.Generator) -> int:
         """Draw the cells of the archive along one of the fine grid."""
@@ -193,7 +201,12 @@ class Training:
             for i, spacing in enumerate(VALIDATION_SPACINGS):
                 if spacing not in fitting_spacings(self.validation, configuration):
                     continue
-                patch = draw_patch(self.validation, configuration, rng, augment=False, spacing=spacing)
+                try:
+                    patch = draw_patch(self.validation, configuration, rng, augment=False, spacing=spacing)
+                except SourceError:
+                    if spacing == SPACINGS[0]:
+                        raise
+                    continue
                 draws.append(Draw.of([patch], number, self.seed + i))
         return draws
 

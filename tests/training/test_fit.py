@@ -103,6 +103,18 @@ def test_patches_of_a_coarser_grid_average_the_archive_and_say_their_spacing(reg
     assert draw_patch(wide, CONFIGURATION, np.random.default_rng(1), spacing=2).spacing_km == 4
 
 
+def test_where_gaps_leave_no_room_for_wide_patches_training_takes_those_of_the_archive(tmp_path):
+    rain = np.ones((48, 320, 320), np.float32)
+    rain[:, :, 150:170] = np.nan
+    gappy = [region_of("gappy", rain)]
+    assert fitting_spacings(gappy, CONFIGURATION) == (1, 2)
+    run = replace(training(gappy, tmp_path), validation=gappy, only_spacing=True)
+    assert run.draw(1, 0).spacing_km == 1
+    assert {drawn.spacing_km for drawn in run._watched} == {1}
+    with pytest.raises(SourceError, match="No complete patch"):
+        draw_patch(gappy, CONFIGURATION, np.random.default_rng(0), spacing=2)
+
+
 def test_regions_know_the_spacing_of_their_grid(tmp_path):
     fine_dataset(np.ones((3, 40, 40))).to_netcdf(tmp_path / "a.nc")
     degrees = fine_dataset(np.ones((3, 40, 40)))
