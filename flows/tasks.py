@@ -223,10 +223,9 @@ def missing(plan: Plan, attempt: Attempt) -> list[Shard]:
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
     """Make shards of a plan on the cluster, with progress in the log and in the UI."""
     configuration = plan.recipe.served.configuration
-    downscaler = Downscaler.load(
-        library.serving(configuration.factor), configuration.factor, choose_device("cpu"),
-        spacing_km=configuration.spacing_km,
-    )  # fmt: skip
+    factor = configuration.factor
+    loaded = Downscaler.load(library.serving(factor), factor, choose_device("cpu"))
+    downscaler = loaded.told(configuration.spacing_km)
     target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (

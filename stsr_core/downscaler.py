@@ -116,15 +116,9 @@ class Downscaler:
 
     @classmethod
     def load(
-        cls,
-        checkpoint: Checkpoint,
-        factor: Factor,
-        device: torch.device,
-        *,
-        spacing_km: float = 1.0,
-        precision: str = "auto",
+        cls, checkpoint: Checkpoint, factor: Factor, device: torch.device, *, precision: str = "auto"
     ) -> Downscaler:
-        """Load the weights, for a fine grid of that spacing; see `on` for the precision.
+        """Load the weights, for a fine grid of 1 km until `told`; see `on` for the precision.
 
         Raises:
             CheckpointError: weights damaged, of other shapes than the card says, or factor not served.
@@ -133,7 +127,7 @@ class Downscaler:
         for network in networks:
             _only_run(network)
         card = checkpoint.card
-        loaded = cls(card.serving(factor, spacing_km), card.transform.scale_mm, *networks, torch.device("cpu"))
+        loaded = cls(card.serving(factor), card.transform.scale_mm, *networks, torch.device("cpu"))
         return loaded.on(device, precision=precision)
 
     def told(self, spacing_km: int) -> Downscaler:

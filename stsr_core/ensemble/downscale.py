@@ -116,8 +116,8 @@ def prepared(
     served = checkpoint.card.serving(factor, grid.spacing_km)
     recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
     fields = static_fields(checkpoint.card.statics, statics, grid)
-    downscaler = Downscaler.load(checkpoint, factor, choose_device(device), spacing_km=grid.spacing_km)
-    return Plan(cubes, recipe, fields), downscaler
+    downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
+    return Plan(cubes, recipe, fields), downscaler.told(served.configuration.spacing_km)
 
 
 def downscale(
