@@ -78,6 +78,7 @@ def show_plan(product: str, plan: Plan, found: Match, settings: Settings, todo: 
         "factor needed (space, time)": f"{found.requested_space:.2f}, {found.requested_time:.2f}",
         "factor matched (space, time)": str(found.factor),
         "log distance": round(found.distance, 4),
+        "fine spacing told to the networks": f"{plan.recipe.served.configuration.spacing_km} km",
         "driving members": len(plan.cubes),
         "members of each": plan.recipe.members,
         "fine shape (member, time, y, x)": " x ".join(map(str, plan.fine_shape)),

@@ -382,6 +382,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         source_license=job.source.license,
         requested_factor=(round(found.requested_space, 4), round(found.requested_time, 4)),
         factor=(found.factor.space, found.factor.time),
+        spacing_km=configuration.spacing_km,
         match_distance=round(found.distance, 6),
         beta=configuration.beta,
         context_length=configuration.context_length,

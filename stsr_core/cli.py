@@ -146,7 +146,8 @@ def plan(
     cost = Cost.of(planned, settings.device_rate)
     say(
         f"{product}: factor ({found.requested_space:.2f},{found.requested_time:.2f}) is needed, {found.factor} is "
-        f"nearest (log distance {found.distance:.3f})"
+        f"nearest (log distance {found.distance:.3f}); networks are told a fine spacing of "
+        f"{planned.recipe.served.configuration.spacing_km} km"
     )
     place = settings.destination.rstrip("/")
     last = newest(product, place, storage_options=_options(place, settings))

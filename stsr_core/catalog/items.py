@@ -69,6 +69,7 @@ class Provenance(BaseModel):
     source_license: str
     requested_factor: tuple[float, float]
     factor: tuple[int, int]
+    spacing_km: int  # of the fine grid, as the networks were told it
     match_distance: float
     beta: float
     context_length: int

@@ -165,6 +165,7 @@ class Properties(_Strict):
     source_license: str = Field(alias="stsr:source_license")
     requested_factor: tuple[float, float] = Field(alias="stsr:requested_factor")
     factor: tuple[int, int] = Field(alias="stsr:factor")
+    spacing_km: int = Field(default=1, alias="stsr:spacing_km", ge=1)
     match_distance: float = Field(alias="stsr:match_distance", ge=0)
     beta: float = Field(alias="stsr:beta")
     context_length: int = Field(alias="stsr:context_length")

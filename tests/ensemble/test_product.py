@@ -52,6 +52,7 @@ def test_stsr_plan_says_what_a_product_takes_without_running_it(tmp_path, monkey
     done = CliRunner().invoke(app, ["plan", "arpege-provence-1km", "--members", "16"])
     assert done.exit_code == 0, done.output
     assert "(10,1) is nearest" in done.output
+    assert "told a fine spacing of 1 km" in " ".join(done.output.split())
     assert "(16, 24, 250, 250)" in done.output
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("STSR_MAX_DEVICE_HOURS", "0.001")
