@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Paths = Annotated[list[Path], Field(min_length=1)]
 
 
-@flow(name="evaluate", flow_run_name="evaluate ({factor.space},{factor.time})", validate_parameters=True)
+@flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)
 def evaluate(
     data: Paths,
     factor: FactorParameter,
@@ -73,10 +73,9 @@ def evaluate(
         ablations=ablations, reference=reference, warming=warming,
         statics=named_sources(statics or [], choose_catalog(settings.catalog_file), settings.source_options),
     )  # fmt: skip
-    named = patient(score, f"score ({factor.space},{factor.time}) on {len(data)} inputs", hours=7 * 24)
+    named = patient(score, f"score {factor} on {len(data)} inputs", hours=7 * 24)
     evaluation = named(data, factor, options, record=record, report=report)
-    key = artifacts.key_of("scores", f"{factor.space}x{factor.time}")
-    artifacts.table(key, score_rows(evaluation.table), f"Scores of ({factor.space},{factor.time})")
+    artifacts.table(_key("scores", factor), score_rows(evaluation.table), f"Scores of {factor}")
     return {method: dict(scores) for method, scores in evaluation.table.items()}
 
 
@@ -86,18 +85,21 @@ def score(
 ) -> Evaluation:
     """Score."""
     settings = Settings()
-    named, key = f"({factor.space},{factor.time})", f"{factor.space}x{factor.time}"
 
     def watch(part: str, total: int) -> AbstractContextManager[Advance]:
-        return artifacts.live_progress(artifacts.key_of("progress", key, part), total, f"Progress of {part} at {named}")
+        return artifacts.live_progress(_key("progress", factor, part), total, f"Progress of {part} at {factor}")
 
     return evaluate_checkpoint(
         data, factor.space, factor.time, options,
         checkpoints=Path(settings.checkpoints) if settings.checkpoints else None,
         record=record, json_file=None, html_file=report, device=settings.device,
         precision=settings.precision, watch=watch,
-        report=lambda said: event("score", factor=named, said=said),
+        report=lambda said: event("score", factor=factor, said=said),
     )  # fmt: skip
+
+
+def _key(kind: str, factor: FactorParameter, *parts: str) -> str:
+    return artifacts.key_of(kind, f"{factor.space}x{factor.time}", *parts)
 
 
 def score_rows(scores: Table) -> list[dict[str, str | int | float]]:

@@ -74,6 +74,9 @@ class FactorParameter(_Form):
     space: int = Field(ge=1, le=25, description="Fine cells along each axis of a coarse cell.")
     time: int = Field(ge=1, le=6, description="Fine steps of a coarse step.")
 
+    def __str__(self) -> str:
+        return f"({self.space},{self.time})"
+
 
 class Retention(_Form):
     """Which superseded versions go. The latest version of a product always stays."""

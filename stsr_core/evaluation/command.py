@@ -12,7 +12,6 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report, number_text
-from stsr_core.factors import nearest_spacing
 from stsr_core.progress import Watch, unwatched
 
 
@@ -38,7 +37,7 @@ def evaluate_checkpoint(
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report, watch=watch)
     on_card = checkpoint.card.spacings_km[0]
-    fitting = nearest_spacing(evaluation.truth.spacing_km, checkpoint.card.spacings_km) == on_card
+    fitting = evaluation.told_km == on_card
     if record and fitting:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}

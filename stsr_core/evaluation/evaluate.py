@@ -86,6 +86,7 @@ class Evaluation:
     Attributes:
         factor: (s, t).
         truth: what was scored against.
+        told_km: spacing of the fine grids as the networks were told it.
         table: scores by method and name.
         intervals: 95 % interval of the CRPS ratio of `stsr` over each other method.
         ranks: rank histogram of `stsr`, (M + 1,).
@@ -97,6 +98,7 @@ class Evaluation:
 
     factor: Factor
     truth: Truth
+    told_km: int
     table: Table
     intervals: dict[str, tuple[float, float]]
     ranks: NDArray[np.float64]
@@ -112,6 +114,7 @@ class Evaluation:
             "places": list(self.truth.names),
             "shape": list(self.truth.fine.shape),
             "spacing_km": self.truth.spacing_km,
+            "told_km": self.told_km,
             "members": len(self.fields[OURS]),
             "scores": self.table,
             "statistics": self.statistics,
@@ -266,6 +269,7 @@ def evaluate(
     return Evaluation(
         factor=factor,
         truth=truth,
+        told_km=told,
         table=table,
         intervals={name: ratio_interval(blocks[OURS], blocks[name]) for name in others},
         ranks=rank_histogram(fields[OURS], truth.fine),

@@ -61,7 +61,8 @@ def html_report(evaluation: Evaluation, checkpoint: Checkpoint) -> str:
     _, nt, ny, nx = truth.fine.shape
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(evaluation.fields[OURS])} members; {nt} steps of {ny} x {nx} cells of {truth.spacing_km:.2g} km at "
+        f"<p>{len(evaluation.fields[OURS])} members; {nt} steps of {ny} x {nx} cells of {truth.spacing_km:.2g} km "
+        f"(networks are told {evaluation.told_km} km) at "
         f"{html.escape(', '.join(truth.names))}; checkpoint digest {checkpoint.digest[:12]}.</p>",
         _bar_table(evaluation),
         _picture(maps(evaluation), "The wettest hour of each place"),

@@ -156,5 +156,6 @@ def test_scores_at_another_spacing_are_told_so_and_not_recorded(tmp_path, checkp
             report=lines.append,
         )  # fmt: skip
     assert "cells of 2 km (networks are told 2 km)" in lines[0]
-    assert json.loads((tmp_path / "s.json").read_text())["spacing_km"] == 2.0
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert (written["spacing_km"], written["told_km"]) == (2.0, 2)
     assert (folder / "tiny.json").read_text() == before
