@@ -120,3 +120,4 @@ def start(folder: Path, checkpoints: Path, **settings: str) -> Iterator[Site]:
             for process in site.processes.values():
                 with suppress(ProcessLookupError):  # a test killed it, and nothing of it is left
                     os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
