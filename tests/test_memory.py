@@ -1,6 +1,16 @@
-import psutil
+import platform
+import resource
 
+import psutil
+import pytest
+from distributed import Client, LocalCluster
+
+from stsr_core.downscaler import Downscaler, choose_device
+from stsr_core.ensemble.generate import Networks
+from stsr_core.factors import Factor
 from stsr_core.memory import available
+
+TENSORS, TENSOR_BYTES, PAGE = 40, 8 << 20, 4096
 
 
 def test_a_machine_without_containers_has_what_the_system_says(tmp_path):
@@ -15,3 +25,26 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     assert available(tmp_path) == 0
     (tmp_path / "memory.max").write_text("max\n")
     assert available(tmp_path) > 5_000_000
+
+
+def cleared() -> float:
+    """Share of the pages of tensors, made one after the other, that the system cleared anew."""
+    import torch
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    before = faults()
+    for _ in range(TENSORS):
+        torch.ones(TENSOR_BYTES // 4)
+    return (faults() - before) / (TENSORS * TENSOR_BYTES / PAGE)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_a_worker_of_any_cluster_keeps_the_memory_that_it_frees(library):
+    factor = Factor(space=4, time=1)
+    networks = Networks("0" * 64, Downscaler.load(library.serving(factor), factor, choose_device("cpu")), "cpu", "auto")
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        assert [client.submit(cleared, pure=False).result() for _ in range(2)][-1] > 0.9  # as Dask starts workers
+        client.register_plugin(networks)
+        assert [client.submit(cleared, pure=False).result() for _ in range(2)][-1] < 0.1

@@ -25,6 +25,7 @@ from stsr_core.ensemble.cluster import AT_ONCE, RESOURCE, SLOT
 from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
+from stsr_core.memory import keep_freed
 from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
@@ -65,6 +66,7 @@ class Networks(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Load them; a worker chooses its device by itself, the driver may have none."""
+        keep_freed()
         self.downscaler = self.downscaler.on(choose_device(self.device), precision=self.precision)
         self.streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if self.downscaler.device.type == "cuda":
