@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     )
     workers: int = Field(default=0, ge=0, description="Local workers; 0 means one per core or per GPU.")
     device_rate: float = Field(
-        default=6e5,
+        default=1.3e6,
         gt=0,
         description="Fine cell-evaluations per second and device, for estimates: "
         "cell_evaluations_per_s_in_networks of `stsr bench`.",
