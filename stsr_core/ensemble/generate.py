@@ -148,8 +148,9 @@ class _Progress:
             self.tell()
 
     def tell(self) -> None:
-        """Tell the driver what it was not told yet."""
-        self.worker.log_event(self.topic, (self.evaluations, self.seconds))
+        """Tell the driver what it was not told yet; of shards without rain there is nothing."""
+        if self.evaluations:
+            self.worker.log_event(self.topic, (self.evaluations, self.seconds))
         self.evaluations, self.seconds, self.told = 0, 0.0, time.monotonic()
 
 

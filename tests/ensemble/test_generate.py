@@ -146,6 +146,20 @@ def test_workers_that_come_later_get_their_share(plan, library, client, monkeypa
     assert len(names) == 3
 
 
+def test_progress_comes_whole_in_few_messages_and_of_dry_shards_in_none(plan, library, client, monkeypatch):
+    wet = [shard.key for shard in plan.shards[::2]]
+
+    def compute(task, _, progress):
+        for _ in range(100 * (task.shard.key in wet)):
+            progress(1, 0.25)
+        return made()
+
+    told = []
+    monkeypatch.setattr(engine, "make_shard", compute)
+    run(plan, library, client, lambda *event: told.append(event))
+    assert told == [(100, 25.0)] * len(wet)
+
+
 def test_a_cluster_whose_workers_offer_nothing_is_refused_and_does_not_hang(plan, library):
     with (
         dask(2, {}) as client,
