@@ -149,7 +149,7 @@ class _Progress:
 
     def tell(self) -> None:
         """Tell the driver what it was not told yet; of shards without rain there is nothing."""
-        if self.evaluations:
+        if self.evaluations or self.seconds:  # a GPU is waited for after its evaluations were counted
             self.worker.log_event(self.topic, (self.evaluations, self.seconds))
         self.evaluations, self.seconds, self.told = 0, 0.0, time.monotonic()
 
