@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 
 CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what the container of a process may take (cgroup v2)
-# Options of glibc's mallopt, by number, and values in bytes: freed memory that is kept at the top of the heap, and
-# the size from which on memory is asked of the system for each tensor anew, the largest that glibc takes.
-KEPT = {-1: 128 << 20, -3: 32 << 20}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt, as malloc.h numbers them
+# Bytes of freed memory that are kept at the top of the heap, and of tensors from which on each is asked of the system
+# anew, the most that glibc takes.
+KEPT = {M_TRIM_THRESHOLD: 128 << 20, M_MMAP_THRESHOLD: 32 << 20}
 
 
 def available(container: Path = CONTAINER) -> int:
@@ -23,12 +24,12 @@ def available(container: Path = CONTAINER) -> int:
     return max(0, min(free, int(most) - int(used.read_text())))
 
 
-def keep_freed() -> bool:
-    """Let this process keep memory that it frees for what it needs next; False where malloc is not glibc's.
+def keep_freed() -> None:
+    """Let this process keep memory that it frees for what it needs next, where its malloc is glibc's.
 
     Dask has its workers give memory back at once, and the system then clears it page by page for every tensor anew:
     networks on a CPU take more than twice as long.
     """
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return False
-    return all(libc.mallopt(option, value) == 1 for option, value in KEPT.items())
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in KEPT.items():
+            libc.mallopt(option, value)

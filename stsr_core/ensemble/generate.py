@@ -59,7 +59,7 @@ class Target:
 
 
 class Networks(WorkerPlugin):
-    """Puts the networks on a worker's device, once per worker and checkpoint."""
+    """Readies a worker, once for each checkpoint: how it keeps memory, and the networks on its device."""
 
     def __init__(self, digest: str, downscaler: Downscaler, device: str, precision: str) -> None:
         told = downscaler.served.configuration
