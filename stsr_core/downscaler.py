@@ -21,7 +21,7 @@ from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
-from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_amount
+from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_signed_amount
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -201,8 +201,8 @@ class Downscaler:
             return self.denoiser(noisy, angles, mean, conditions, self.factor, spacing).float()
 
     def amounts(self, mean: Tensor, residual: Tensor) -> Tensor:
-        """Amounts [mm per fine step] of a transformed mean and a residual of unit variance, >= 0."""
-        return to_amount(mean + self.served.width * residual, self.scale_mm)
+        """Amounts [mm per fine step] of a transformed mean and a residual of unit variance; below 0 where dry."""
+        return to_signed_amount(mean + self.served.width * residual, self.scale_mm)
 
     def conserve(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """Scale fine amounts to their coarse totals by the configuration's f, see `conservation.conserve`."""

@@ -110,9 +110,24 @@ def test_no_cell_holds_more_than_the_ceiling_and_its_even_share(function):
     np.testing.assert_allclose(coarsen(out.numpy(), Factor(space=10, time=1)), 20.0, rtol=1e-5)
 
 
-def test_a_block_left_dry_by_the_network_is_filled_evenly_in_a_wet_cell():
+def test_a_block_that_is_dry_without_differences_is_filled_evenly():
     out = conserve(torch.zeros(2, 4, 4), torch.full((1, 2, 2), 3.0), Factor(space=2, time=2), EXACT)
     np.testing.assert_allclose(out, 1.5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([EXACT, TAPERED]), st.sampled_from([0.02, 0.3, 2.0]))
+def test_a_dry_block_rains_where_it_was_nearest_to_rain(seed, function, wanted):
+    rng = np.random.default_rng(seed)
+    dry = torch.from_numpy(rng.uniform(-0.2, function.threshold_mm, (4, 10, 10)).astype(np.float32))
+    factor = Factor(space=10, time=2)
+    out = conserve(dry, torch.tensor([wanted, 0.0]).reshape(2, 1, 1), factor, function)
+    assert (out[2:] == 0).all()
+    assert out[:2].sum() == pytest.approx(100 * wanted, rel=1e-5)
+    wet = out[:2] > 0
+    level = (out[:2] - dry[:2])[wet]
+    np.testing.assert_allclose(level, level.mean(), atol=1e-5)  # all lifted alike
+    assert not (~wet).any() or (dry[:2][~wet] + level.mean() <= 1e-5).all()
 
 
 def test_a_missing_coarse_cell_gives_a_missing_block_and_leaves_its_neighbours_alone():
@@ -130,9 +145,10 @@ def test_shapes_that_do_not_belong_together_are_refused():
         conserve(torch.zeros(1, 4, 4), torch.zeros(1, 2, 2), Factor(space=3, time=1), EXACT)
 
 
-def test_negative_amounts_are_refused():
-    with pytest.raises(ClosureError, match="negative or not finite"):
-        conserve(torch.full((1, 2, 2), -1.0), torch.ones(1, 1, 1), Factor(space=2, time=1), EXACT)
+@pytest.mark.parametrize("damaged", [float("nan"), float("inf")])
+def test_amounts_that_are_not_finite_are_refused(damaged):
+    with pytest.raises(ClosureError, match="not finite"):
+        conserve(torch.full((1, 2, 2), damaged), torch.ones(1, 1, 1), Factor(space=2, time=1), EXACT)
 
 
 @settings(max_examples=200, deadline=None)

@@ -174,7 +174,7 @@ class _Block:
         return self.blend(lambda group: self.downscaler.mean(self.conditions(group, 1)), 1, progress)
 
     def members(self, members: range, mean: Tensor, box: Box, progress: Advance) -> Tensor:
-        """Amounts [mm per fine step] of members in a box, (M, t, y, x), before conservation."""
+        """Amounts [mm per fine step] of members in a box, (M, t, y, x), below 0 where dry, before conservation."""
         t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
         nt, ny, nx = self.shape
         seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
@@ -297,13 +297,13 @@ def _amounts(stored: Tensor) -> Tensor:
 
 
 def _finished(block: _Block, fine: Tensor, around: Box) -> Tensor:
-    """Conserve members in a box around the shard, or only keep them below CEILING_MM, and cut the shard out of them."""
+    """Conserve members in a box around the shard, or only keep them in 0..CEILING_MM, and cut the shard out of them."""
     task = block.task
     if task.recipe.conserve:
         coarse = torch.from_numpy(task.coarse[_within(around, task.read)]).to(fine.device)
         fine = block.downscaler.conserve(fine, coarse)
     else:
-        fine = fine.clamp(max=CEILING_MM)
+        fine = fine.clamp(0.0, CEILING_MM)
     return fine[..., *_within(task.shard.box, around, block.parts)]
 
 

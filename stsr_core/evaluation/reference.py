@@ -120,7 +120,7 @@ def _tile(
         beta,
         evaluations,
     )
-    amount = downscaler.amounts(means, residual)[:, -downscaler.factor.time :, 0]
+    amount = downscaler.amounts(means, residual)[:, -downscaler.factor.time :, 0].clamp(min=0.0)
     shape = function(amount)
     total = shape.sum(dim=(1, 2, 3), keepdim=True)
     return torch.where(total > 0, shape * (wanted / total.clamp(min=1e-12)), wanted / math.prod(shape.shape[1:]))

@@ -25,6 +25,11 @@ def to_amount(transformed: Tensor, scale_mm: float) -> Tensor:
     return torch.expm1(transformed.clamp(min=0.0)) * scale_mm
 
 
+def to_signed_amount(transformed: Tensor, scale_mm: float) -> Tensor:
+    """Return amounts [mm per fine step], and below 0, down to -scale, how far from rain a dry cell is."""
+    return torch.expm1(transformed) * scale_mm
+
+
 def linear_interpolation(coarse: Tensor, factor: Factor) -> Tensor:
     """Interpolate coarse amounts linearly in t, y and x.
 

@@ -28,7 +28,7 @@ from stsr_core.checkpoint import Served
 from stsr_core.conservation import block_sums, conserve
 from stsr_core.diffusion import reached_by_step, sampling_angles
 from stsr_core.factors import Factor, FactorConfiguration
-from stsr_core.networks.transform import to_amount
+from stsr_core.networks.transform import to_amount, to_signed_amount
 from stsr_core.training.losses import Loss, Residuals, residual_loss
 
 RATE_SHARE = 0.3  # of the learning rate of the denoiser
@@ -111,8 +111,9 @@ class _NotToLess(torch.autograd.Function):
 
 
 def _amounts(transformed: Tensor, scale_mm: float) -> Tensor:
+    """Amounts [mm per fine step], below 0 where dry, with LEAK of the gradient there."""
     held: Tensor = _NotToLess.apply(transformed)  # type: ignore[no-untyped-call]
-    return to_amount(_cut(held).clamp(max=LARGEST_TRANSFORMED), scale_mm)
+    return to_signed_amount((_cut(held) + held.detach().clamp(max=0.0)).clamp(max=LARGEST_TRANSFORMED), scale_mm)
 
 
 def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) -> Tensor:
@@ -122,7 +123,7 @@ def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) 
     to others are taken as they are.
 
     Args:
-        fine: amount [mm per fine step], (B, T*t, Y*s, X*s), >= 0.
+        fine: amount [mm per fine step], (B, T*t, Y*s, X*s), below 0 where dry.
         coarse: amount [mm per coarse step], (B, T, Y, X).
         configuration: of the factor.
     """

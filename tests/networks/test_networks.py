@@ -13,6 +13,7 @@ from stsr_core.networks.transform import (
     linear_interpolation,
     pycnophylactic_gain,
     to_amount,
+    to_signed_amount,
     to_transformed,
 )
 
@@ -98,6 +99,8 @@ def test_transform_and_inverse_agree_and_nothing_is_negative():
     amount = torch.tensor([0.0, 0.01, 1.0, 100.0])
     torch.testing.assert_close(to_amount(to_transformed(amount, 0.2), 0.2), amount, rtol=1e-4, atol=1e-6)
     assert to_amount(torch.tensor([-3.0]), 0.2) == 0
+    torch.testing.assert_close(to_signed_amount(to_transformed(amount, 0.2), 0.2), amount, rtol=1e-4, atol=1e-6)
+    assert -0.2 < to_signed_amount(torch.tensor([-3.0]), 0.2) < to_signed_amount(torch.tensor([-1.0]), 0.2) < 0
 
 
 def test_conditioning_frames_hold_the_coarse_amount_and_the_phase():
