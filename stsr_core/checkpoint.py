@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 
 EVALUATIONS = 8  # network evaluations of a member; 16 change CRPS by 0.2 %, 4 cost a tenth of the spread
-# Power of the fine spacing [km] that residuals are wider by. On validation windows averaged to 5 km spread/skill was
-# 0.73 at (10,1) and 0.95 at (8,3) without it, 0.80 and 1.00 with it, and CRPS at (10,1) 1.4 % higher.
-WIDER = 0.125
 
 
 class _Frozen(BaseModel):
@@ -91,8 +88,8 @@ class Served(_Frozen):
 
     @property
     def width(self) -> float:
-        """Factor on a residual of unit variance; wider on coarser grids, by WIDER."""
-        return self.residual_scale * self.spread * self.configuration.spacing_km**WIDER
+        """Factor on a residual of unit variance."""
+        return self.residual_scale * self.spread
 
     @property
     def taught(self) -> Served:

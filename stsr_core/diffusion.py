@@ -47,6 +47,25 @@ def add_noise(residual: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
     return angle.cos() * residual + angle.sin() * noise
 
 
+def correlated(noise: Tensor, beside: float, before: float) -> Tensor:
+    """Noise of unit variance that neighbouring cells and steps have in common, a moving average of white noise.
+
+    Args:
+        noise: white noise, with a cell more on every side and a step more in front, (..., T + 1, Y + 2, X + 2).
+        beside: weight of each cell beside along y and x; that of the cell itself is 1.
+        before: weight of the step before.
+
+    Returns:
+        (..., T, Y, X).
+    """
+    noise = (noise[..., 1:, :, :] + before * noise[..., :-1, :, :]) / math.hypot(1.0, before)
+    for axis in (-2, -1):
+        n = noise.shape[axis] - 2
+        left, middle, right = (noise.narrow(axis, first, n) for first in range(3))
+        noise = (middle + beside * (left + right)) / math.hypot(1.0, beside, beside)
+    return noise
+
+
 def loss_weight(angle: Tensor) -> Tensor:
     """Weight of the residual's squared error at a noise level: that of v-prediction, bounded where noise vanishes."""
     return 1.0 / (angle.sin().square() + SMALLEST_SINE**2)

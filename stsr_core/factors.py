@@ -17,6 +17,8 @@ from stsr_core.errors import FactorError
 ATTENTION_HORIZON_H = 12.0  # hours that a window's attention spans; reference settings span 10 to 18 h
 LARGEST = (25, 6)  # factor in space and in time
 SPACINGS_KM = (1, 2, 3, 4, 5)  # of fine grids, that networks can be told
+# Weights in the noise of a cell, for every octave of the fine spacing, see `FactorConfiguration.noise_weights`.
+BESIDE_PER_OCTAVE, BEFORE_PER_OCTAVE = 0.04, 0.3
 
 
 class Factor(BaseModel):
@@ -79,6 +81,16 @@ class FactorConfiguration(BaseModel):
     def told(self, spacing_km: int) -> FactorConfiguration:
         """The same on a fine grid of another spacing."""
         return self.model_copy(update={"spacing_km": spacing_km})
+
+    @property
+    def noise_weights(self) -> tuple[float, float]:
+        """Weights of the cells beside and of the step before in the noise of a cell, see `diffusion.correlated`.
+
+        Networks know rain at 1 km best. Counted in wider cells it lasts longer, and more of what the coarse input does
+        not tell spans several of them; so does noise then, which says what of all that is possible a member has.
+        """
+        octaves = math.log2(self.spacing_km)
+        return BESIDE_PER_OCTAVE * octaves / self.factor.time ** (1 / 3), BEFORE_PER_OCTAVE * octaves
 
 
 def nearest_spacing(km: float, spacings: Sequence[int] = SPACINGS_KM) -> int:

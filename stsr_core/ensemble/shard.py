@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from stsr_core.conservation import CEILING_MM, block_sums, quantise, slabs, wanted_quanta
+from stsr_core.diffusion import correlated
 from stsr_core.ensemble.noise import lattice_noise, stream_of
 from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
 from stsr_core.ensemble.sums import counts, sums
@@ -175,10 +176,7 @@ class _Block:
 
     def members(self, members: range, mean: Tensor, box: Box, progress: Advance) -> Tensor:
         """Amounts [mm per fine step] of members in a box, (M, t, y, x), below 0 where dry, before conservation."""
-        t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
-        nt, ny, nx = self.shape
-        seed, stream, count = self.task.recipe.seed, stream_of(self.task.driving), len(members)
-        noise = [lattice_noise(seed, m, (t, y, x), (nt, ny, nx), stream, mean.device)[None] for m in members]
+        noise, count = [self._noise(m)[None] for m in members], len(members)
         means = mean.expand(count, *self.shape)
 
         def denoise(noisy: Tensor, angle: float) -> Tensor:
@@ -192,6 +190,17 @@ class _Block:
         residual = self.downscaler.residual(denoise, torch.cat(noise) if count > 1 else noise[0])
         inside = _within(box, self.reach, self.parts)
         return self.downscaler.amounts(mean[..., *inside], residual[..., *inside])
+
+    def _noise(self, member: int) -> Tensor:
+        """Noise of a member in the whole block, (T, H, W)."""
+        recipe, (nt, ny, nx) = self.task.recipe, self.shape
+        t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
+        beside, before = recipe.served.configuration.noise_weights
+        stream, device = stream_of(self.task.driving), self.downscaler.device
+        if not before:
+            return lattice_noise(recipe.seed, member, (t, y, x), (nt, ny, nx), stream, device)
+        around = (t - 1, y - 1, x - 1), (nt + 1, ny + 2, nx + 2)
+        return correlated(lattice_noise(recipe.seed, member, *around, stream, device), beside, before)
 
     def conserved(self) -> Box:
         """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""

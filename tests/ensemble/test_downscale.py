@@ -33,11 +33,12 @@ def cube_of(rain, x0=4000.0, hour=0):
     return Cube(rain, times, Grid(Axis(36_000.0, -4000.0, ny), Axis(x0, 4000.0, nx)), {})
 
 
-def plan_of(library, *cubes, space=4, time=1, members=2, seed=1, conserve=True):
+def plan_of(library, *cubes, space=4, time=1, members=2, seed=1, conserve=True, spacing_km=1):
     factor = Factor(space=space, time=time)
     checkpoint = library.serving(factor)
-    recipe = Recipe.of(checkpoint, checkpoint.card.serving(factor), seed=seed, members=members, conserve=conserve)
-    return Plan(cubes, recipe), Downscaler.load(checkpoint, factor, CPU)
+    served = checkpoint.card.serving(factor).told(spacing_km)
+    recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
+    return Plan(cubes, recipe), Downscaler.load(checkpoint, factor, CPU).told(spacing_km)
 
 
 def block_sums(quanta, s, t):
@@ -102,13 +103,16 @@ def test_a_later_start_gives_the_same_numbers_where_windows_agree(library, rain)
     assert same.mean() > 0.999
 
 
-def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_seams(library, rain, monkeypatch):
+@pytest.mark.parametrize("spacing_km", [1, 4])
+def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_seams(
+    library, rain, monkeypatch, spacing_km
+):
     cube = cube_of(np.tile(rain[:, :, :6], (1, 1, 14)))
-    plan, downscaler = plan_of(library, cube, members=2)
+    plan, downscaler = plan_of(library, cube, members=2, spacing_km=spacing_km)
     whole = ensemble_quanta(plan, downscaler).astype(float)
     monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_CELLS", 64)
     monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_STEPS", 4)
-    smaller, _ = plan_of(library, cube, members=2)
+    smaller, _ = plan_of(library, cube, members=2, spacing_km=spacing_km)
     assert len(smaller.shards) >= 6 * len(plan.shards)
     parts = ensemble_quanta(smaller, downscaler).astype(float)
     assert (np.abs(parts - whole) <= 1).mean() > 0.99

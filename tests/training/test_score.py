@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stsr_core.checkpoint import WIDER, Served
+from stsr_core.checkpoint import Served
 from stsr_core.conservation import block_sums, conserve
-from stsr_core.diffusion import residual_of_step, sample, sampling_angles
+from stsr_core.diffusion import correlated, residual_of_step, sample, sampling_angles
 from stsr_core.factors import ConservationFunction, Factor, FactorConfiguration, recipe
 from stsr_core.training.score import LEAST_TRANSFORMED, _amounts, conserved, fair_crps, score_loss, scores
 
@@ -183,20 +183,21 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch, spacing):
     served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, spread=1.2, evaluations=2)
     student, fine = Student(1.3), 1 + showers(5, (2, 6, 1, 8, 8))
     loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
-    conditions = torch.zeros(2, 6, 5, 8, 8)
+    conditions, told = torch.zeros(2, 6, 5, 8, 8), CONFIGURATION.told(spacing)
     with torch.no_grad():
-        loss(student, fine, conditions, CONFIGURATION.told(spacing), torch.Generator().manual_seed(1))
+        loss(student, fine, conditions, told, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     truth = torch.expm1(fine[:, :, 0]) * SCALE_MM
     coarse = block_sums(truth, CONFIGURATION.factor) / CONFIGURATION.factor.space**2
     for member in seen[0]:
-        noise = torch.randn(fine.shape, generator=generator)
+        noise = torch.randn((2, 7, 10, 10) if spacing > 1 else (2, 6, 8, 8), generator=generator)
+        noise = (correlated(noise, *told.noise_weights) if spacing > 1 else noise)[:, :, None]
 
         def denoise(noised, angle):
             return student(noised, torch.full((len(noised),), angle), None, conditions, CONFIGURATION.factor, spacing)
 
         with torch.no_grad():
             residual = sample(denoise, noise, sampling_angles(CONFIGURATION.beta, 2), order=1)
-        raw = torch.expm1(1 + 1.2 * spacing**WIDER * WIDTH * residual)[:, :, 0] * SCALE_MM
+        raw = torch.expm1(1 + 1.2 * WIDTH * residual)[:, :, 0] * SCALE_MM
         expected = conserve(raw, coarse, CONFIGURATION.factor, CONFIGURATION.conservation)
         torch.testing.assert_close(member, expected, rtol=1e-3, atol=1e-3)
