@@ -65,7 +65,7 @@ class Served(_Frozen):
     """A factor configuration that a checkpoint was trained with, and what was measured for it.
 
     Attributes:
-        configuration: factor, beta, L and f.
+        configuration: factor, beta, noise, L and f.
         residual_scale: standard deviation of the transformed residual on training patches.
         spread: factor on it that makes members reliable on validation patches, see `training.calibrate`.
         evaluations: network evaluations per member.

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stsr_core.factors import NoiseCorrelation
 
 BETA_START = 1e-4  # first value of the linear schedule; last one is beta (arXiv 2604.21903)
 SCHEDULE_STEPS = 1000  # steps that beta refers to
@@ -47,23 +50,34 @@ def add_noise(residual: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
     return angle.cos() * residual + angle.sin() * noise
 
 
-def correlated(noise: Tensor, beside: float, before: float) -> Tensor:
+def correlated(noise: Tensor, correlation: NoiseCorrelation) -> Tensor:
     """Noise of unit variance that neighbouring cells and steps have in common, a moving average of white noise.
 
     Args:
         noise: white noise, with a cell more on every side and a step more in front, (..., T + 1, Y + 2, X + 2).
-        beside: weight of each cell beside along y and x; that of the cell itself is 1.
-        before: weight of the step before.
+        correlation: weights of that average.
 
     Returns:
         (..., T, Y, X).
     """
+    beside, before = correlation.beside, correlation.before
     noise = (noise[..., 1:, :, :] + before * noise[..., :-1, :, :]) / math.hypot(1.0, before)
     for axis in (-2, -1):
         n = noise.shape[axis] - 2
         left, middle, right = (noise.narrow(axis, first, n) for first in range(3))
         noise = (middle + beside * (left + right)) / math.hypot(1.0, beside, beside)
     return noise
+
+
+def drawn_noise(
+    shape: Sequence[int], correlation: NoiseCorrelation, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Draw noise of unit variance for patches (B, T, 1, H, W)."""
+    b, t, _, h, w = shape
+    if correlation.white:
+        return torch.randn((b, t, 1, h, w), generator=generator, device=device)
+    white = torch.randn((b, t + 1, h + 2, w + 2), generator=generator, device=device)
+    return correlated(white, correlation)[:, :, None]
 
 
 def loss_weight(angle: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from stsr_core.diffusion import (
     sample,
     sampling_angles,
 )
+from stsr_core.factors import NoiseCorrelation
 
 
 @pytest.mark.parametrize(("beside", "before"), [(0.0, 0.0), (0.06, 0.6), (0.3, 1.0)])
 def test_correlated_noise_has_unit_variance_and_the_correlations_of_a_moving_average(beside, before):
     white = torch.randn(60, 203, 203, generator=torch.Generator().manual_seed(0))
-    noise = correlated(white, beside, before)
+    noise = correlated(white, NoiseCorrelation(beside=beside, before=before))
     assert noise.shape == (59, 201, 201)
     assert noise.square().mean().item() == pytest.approx(1.0, abs=0.01)
     of_cells, of_steps = 2 * beside / (1 + 2 * beside**2), before / (1 + before**2)

@@ -61,6 +61,24 @@ def test_recipe_holds_for_the_whole_family(factor):
     assert configuration.conservation.excess == factor.space
 
 
+@given(any_factor, any_factor)
+def test_noise_has_more_in_common_the_more_is_missing_and_the_wider_cells_are(a, b):
+    if a.underdetermination > b.underdetermination:
+        a, b = b, a
+    less, more = recipe(a).noise, recipe(b).noise
+    assert less.beside <= more.beside
+    assert less.before <= more.before
+    wide = recipe(b).told(4).correlation
+    assert recipe(b).correlation == more
+    assert wide.beside > more.beside
+    assert wide.before > more.before
+
+
+def test_noise_is_white_where_little_is_missing():
+    assert all(recipe(Factor(space=s, time=t)).noise.white for s, t in [(1, 3), (8, 3), (10, 3), (20, 1)])
+    assert not recipe(Factor(space=25, time=6)).noise.white
+
+
 def test_noise_amplitude_grows_with_the_underdetermination_as_in_the_paper():
     factors = [Factor(space=s, time=t) for s, t in [(1, 3), (10, 1), (10, 3), (25, 6)]]
     betas = [recipe(f).beta for f in factors]

@@ -195,12 +195,12 @@ class _Block:
         """Noise of a member in the whole block, (T, H, W)."""
         recipe, (nt, ny, nx) = self.task.recipe, self.shape
         t, y, x = ((a + o) * n for (a, _), o, n in zip(self.reach, self.task.origin, self.parts, strict=True))
-        beside, before = recipe.served.configuration.noise_weights
+        correlation = recipe.served.configuration.correlation
         stream, device = stream_of(self.task.driving), self.downscaler.device
-        if not before:
+        if correlation.white:
             return lattice_noise(recipe.seed, member, (t, y, x), (nt, ny, nx), stream, device)
         around = (t - 1, y - 1, x - 1), (nt + 1, ny + 2, nx + 2)
-        return correlated(lattice_noise(recipe.seed, member, *around, stream, device), beside, before)
+        return correlated(lattice_noise(recipe.seed, member, *around, stream, device), correlation)
 
     def conserved(self) -> Box:
         """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""

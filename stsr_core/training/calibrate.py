@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stsr_core.diffusion import drawn_noise
 from stsr_core.evaluation.scores import crps_field
 
 if TYPE_CHECKING:
@@ -93,5 +94,6 @@ def _residuals(downscaler: Downscaler, example: Example, mean: Tensor, generator
     def denoise(noisy: Tensor, angle: float) -> Tensor:
         return downscaler.expected_residual(noisy, angle, mean, example.conditions)
 
-    noise = [torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(MEMBERS)]
+    correlation, cpu = downscaler.served.configuration.correlation, generator.device
+    noise = [drawn_noise(mean.shape, correlation, generator, cpu).to(mean.device) for _ in range(MEMBERS)]
     return torch.cat([downscaler.residual(denoise, one)[:, :, 0] for one in noise])

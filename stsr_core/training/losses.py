@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stsr_core.diffusion import add_noise, correlated, loss_weight, sampling_angle
+from stsr_core.diffusion import add_noise, drawn_noise, loss_weight, sampling_angle
 from stsr_core.factors import FactorConfiguration
 
 Loss = Callable[[nn.Module, Tensor, Tensor, FactorConfiguration, torch.Generator], Tensor]
@@ -44,12 +44,7 @@ class Residuals:
 
     def noise(self, generator: torch.Generator) -> Tensor:
         """Draw standard normal noise shaped like them, correlated as members' noise is."""
-        beside, before = self.configuration.noise_weights
-        if not before:
-            return torch.randn(self.values.shape, generator=generator, device=self.values.device)
-        b, t, _, h, w = self.values.shape
-        white = torch.randn((b, t + 1, h + 2, w + 2), generator=generator, device=self.values.device)
-        return correlated(white, beside, before)[:, :, None]
+        return drawn_noise(self.values.shape, self.configuration.correlation, generator, self.values.device)
 
 
 def residual_loss(
