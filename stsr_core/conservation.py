@@ -219,10 +219,9 @@ def _shape(raw: Tensor, wanted: Tensor, most: Tensor, function: ConservationFunc
     shape = (raw - function.threshold_mm).clamp(min=0.0)
     dry = (wanted > 0) & (shape.amax(dim=(-5, -3, -1)) <= 0)
     if bool(dry.any()):
-        # Their cells side by side; without the time it takes to do so with all blocks.
         side_by_side, back = (0, 1, 3, 5, 2, 4, 6), (0, 1, 4, 2, 5, 3, 6)
         cells = raw.permute(side_by_side)[dry]
-        lifted = _lifted(cells.flatten(1), wanted[dry] * (cells[0].numel() // raw.shape[2]))
+        lifted = _lifted(cells.flatten(1), wanted[dry] * cells[0, 0].numel())
         shape = shape.permute(side_by_side).index_put((dry,), lifted.reshape(cells.shape)).permute(back)
     return shape
 

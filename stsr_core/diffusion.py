@@ -61,11 +61,11 @@ def correlated(noise: Tensor, correlation: NoiseCorrelation) -> Tensor:
         (..., T, Y, X).
     """
     beside, before = correlation.beside, correlation.before
-    noise = (noise[..., 1:, :, :] + before * noise[..., :-1, :, :]) / math.hypot(1.0, before)
+    noise = noise[..., 1:, :, :].add(noise[..., :-1, :, :], alpha=before).div_(math.hypot(1.0, before))
     for axis in (-2, -1):
         n = noise.shape[axis] - 2
         left, middle, right = (noise.narrow(axis, first, n) for first in range(3))
-        noise = (middle + beside * (left + right)) / math.hypot(1.0, beside, beside)
+        noise = middle.add(left, alpha=beside).add_(right, alpha=beside).div_(math.hypot(1.0, beside, beside))
     return noise
 
 
