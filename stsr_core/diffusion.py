@@ -54,18 +54,19 @@ def correlated(noise: Tensor, correlation: NoiseCorrelation) -> Tensor:
     """Noise of unit variance that neighbouring cells and steps have in common, a moving average of white noise.
 
     Args:
-        noise: white noise, with a cell more on every side and a step more in front, (..., T + 1, Y + 2, X + 2).
+        noise: white noise, with a cell more on every side and two steps more in front, (..., T + 2, Y + 2, X + 2).
         correlation: weights of that average.
 
     Returns:
         (..., T, Y, X).
     """
     beside, before = correlation.beside, correlation.before
-    noise = noise[..., 1:, :, :].add(noise[..., :-1, :, :], alpha=before).div_(math.hypot(1.0, before))
-    for axis in (-2, -1):
+    for axis, weights in ((-3, (before**2, before, 1.0)), (-2, (beside, 1.0, beside)), (-1, (beside, 1.0, beside))):
         n = noise.shape[axis] - 2
-        left, middle, right = (noise.narrow(axis, first, n) for first in range(3))
-        noise = middle.add(left, alpha=beside).add_(right, alpha=beside).div_(math.hypot(1.0, beside, beside))
+        first, second, third = (noise.narrow(axis, start, n) for start in range(3))
+        averaged = first * weights[0]
+        averaged.add_(second, alpha=weights[1]).add_(third, alpha=weights[2])
+        noise = averaged.div_(math.hypot(*weights))
     return noise
 
 
@@ -76,7 +77,7 @@ def drawn_noise(
     b, t, _, h, w = shape
     if correlation.white:
         return torch.randn((b, t, 1, h, w), generator=generator, device=device)
-    white = torch.randn((b, t + 1, h + 2, w + 2), generator=generator, device=device)
+    white = torch.randn((b, t + 2, h + 2, w + 2), generator=generator, device=device)
     return correlated(white, correlation)[:, :, None]
 
 

@@ -199,7 +199,7 @@ class _Block:
         stream, device = stream_of(self.task.driving), self.downscaler.device
         if correlation.white:
             return lattice_noise(recipe.seed, member, (t, y, x), (nt, ny, nx), stream, device)
-        around = (t - 1, y - 1, x - 1), (nt + 1, ny + 2, nx + 2)
+        around = (t - 2, y - 1, x - 1), (nt + 2, ny + 2, nx + 2)
         return correlated(lattice_noise(recipe.seed, member, *around, stream, device), correlation)
 
     def conserved(self) -> Box:

@@ -190,7 +190,7 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch, spacing):
     truth = torch.expm1(fine[:, :, 0]) * SCALE_MM
     coarse = block_sums(truth, CONFIGURATION.factor) / CONFIGURATION.factor.space**2
     for member in seen[0]:
-        noise = torch.randn((2, 7, 10, 10) if spacing > 1 else (2, 6, 8, 8), generator=generator)
+        noise = torch.randn((2, 8, 10, 10) if spacing > 1 else (2, 6, 8, 8), generator=generator)
         noise = (correlated(noise, told.correlation) if spacing > 1 else noise)[:, :, None]
 
         def denoise(noised, angle):
