@@ -385,6 +385,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         spacing_km=configuration.spacing_km,
         match_distance=round(found.distance, 6),
         beta=configuration.beta,
+        noise=configuration.correlation.model_dump(),
         context_length=configuration.context_length,
         conservation=configuration.conservation.model_dump(),
         conserved=plan.recipe.conserve,

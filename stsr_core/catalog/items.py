@@ -72,6 +72,7 @@ class Provenance(BaseModel):
     spacing_km: int  # of the fine grid, as the networks were told it
     match_distance: float
     beta: float
+    noise: dict[str, float]  # its correlation
     context_length: int
     conservation: dict[str, float | None]
     conserved: bool

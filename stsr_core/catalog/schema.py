@@ -168,6 +168,7 @@ class Properties(_Strict):
     spacing_km: int = Field(default=1, alias="stsr:spacing_km", ge=1)
     match_distance: float = Field(alias="stsr:match_distance", ge=0)
     beta: float = Field(alias="stsr:beta")
+    noise: dict[str, float] = Field(default={}, alias="stsr:noise")
     context_length: int = Field(alias="stsr:context_length")
     conservation: dict[str, float | None] = Field(alias="stsr:conservation")
     conserved: bool = Field(alias="stsr:conserved")

@@ -68,6 +68,7 @@ def test_the_published_versions_are_valid_linked_and_open(published):
     item = items["v2"]
     assert item.properties["stsr:factor"] == [10, 1]
     assert item.properties["stsr:spacing_km"] == 1
+    assert item.properties["stsr:noise"] == {"beside": 0.0, "before": 0.0}
     assert all(gate["passed"] for gate in item.properties["stsr:gates"])
     data = xr.open_zarr(item.assets["ensemble"].get_absolute_href())
     assert dict(data.sizes) == {"member": 2, "time": 24, "y": 250, "x": 250, "nv": 2}
