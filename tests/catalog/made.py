@@ -42,8 +42,9 @@ PROVENANCE = Provenance(
     source_url="s3://bucket/in.nc", source_fingerprint="f" * 64, source_attribution="METEO FRANCE",
     source_license="etalab-2.0", requested_factor=(9.4, 1.0), factor=(2, 1), spacing_km=1, match_distance=0.06,
     beta=0.02, noise={"beside": 0.0, "before": 0.0}, context_length=12,
-    conservation={"threshold_mm": 0.05, "limit": None}, conserved=True, checkpoint="small", checkpoint_digest="c" * 64, network_evaluations=8, code_version="0.1.0", seed=1, members=2,
-    scores={"crps": 0.5}, configuration=ENTRIES,
+    conservation={"threshold_mm": 0.05, "limit": None}, conserved=True, checkpoint="small",
+    checkpoint_digest="c" * 64, network_evaluations=8, code_version="0.1.0", seed=1, members=2, scores={"crps": 0.5},
+    configuration=ENTRIES,
 )  # fmt: skip
 GOOD = GateReport(gates=(Gate(name="closure", passed=True, found="0 quanta", needed="0 quanta"),))
 SIDE_FILES = {
