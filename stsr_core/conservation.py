@@ -24,6 +24,10 @@ CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few tim
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
 LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
 SLAB_CELLS = 2**17  # fine cell-steps that a CPU works on together
+LIFTED_SHARE = (
+    0.4  # of the cells of a block that is lifted have rain, in one of its steps; the share of light radar rain
+)
+TINY = torch.finfo(torch.float32).tiny
 PARTS = 2**20  # of a quantum, in which the amounts of a block are added up before they are rounded to quanta
 
 
@@ -126,11 +130,7 @@ def _smooth_gain(blocks: Tensor, wanted: Tensor, factor: Factor) -> Tensor:
         totals = [_total(blocks[:, part] * _blocks(refine(log_gain, part).exp_(), factor), factor) for part in parts]
         found = torch.cat(totals, dim=1)[:, :, 0, :, 0, :, 0]
         known = (found > 0) & (wanted > 0)
-        ratio = (
-            torch.where(known, wanted / found.clamp(min=torch.finfo(found.dtype).tiny), 1.0)
-            .log()
-            .clamp(-LARGEST_PASS, LARGEST_PASS)
-        )
+        ratio = torch.where(known, wanted / found.clamp(min=TINY), 1.0).log().clamp(-LARGEST_PASS, LARGEST_PASS)
         log_gain.add_(_filled(ratio, known), alpha=RELAXATION).clamp_(-LARGEST_LOG_GAIN, LARGEST_LOG_GAIN)
     return log_gain
 
@@ -153,11 +153,12 @@ def _largest(wanted: Tensor, excess: float | None) -> Tensor:
 def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
     """Apply f and scale fine amounts so that every block returns its coarse amount.
 
-    f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet is lifted: all of
-    its cells by one level, until those that were nearest to rain hold its amount. A gain that is smooth across the
-    borders of coarse cells brings all blocks close to their amounts, and one gain per block closes the rest, so that
-    coarse cells do not show as squares. What a cell would hold above the taper of f, or above CEILING_MM with any f,
-    goes to the other cells of its block in proportion, and evenly where they are full too.
+    f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet is lifted: it rains
+    in the LIFTED_SHARE of its cells, shared among its steps, that were nearest to rain, the more the nearer they were;
+    one without differences is filled evenly. A gain that is smooth across the borders of coarse cells brings all blocks
+    close to their amounts, and one gain per block closes the rest, so that coarse cells do not show as squares. What a
+    cell would hold above the taper of f, or above CEILING_MM with any f, goes to the other cells of its block in
+    proportion, and evenly where they are full too.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32; below 0 a cell is dry, and the farther
@@ -221,26 +222,20 @@ def _shape(raw: Tensor, wanted: Tensor, most: Tensor, function: ConservationFunc
     if bool(dry.any()):
         side_by_side, back = (0, 1, 3, 5, 2, 4, 6), (0, 1, 4, 2, 5, 3, 6)
         cells = raw.permute(side_by_side)[dry]
-        lifted = _lifted(cells.flatten(1), wanted[dry] * cells[0, 0].numel())
+        lifted = _lifted(cells.flatten(1), round(LIFTED_SHARE / raw.shape[2] * cells[0].numel()))
+        lifted *= wanted[dry][:, None] * cells[0, 0].numel()
         shape = shape.permute(side_by_side).index_put((dry,), lifted.reshape(cells.shape)).permute(back)
     return shape
 
 
-def _lifted(cells: Tensor, wanted: Tensor) -> Tensor:
-    """Lift the cells of each block by one level, so that what is above 0 then sums to `wanted`.
+def _lifted(cells: Tensor, count: int) -> Tensor:
+    """What the `count` largest cells of each block (K, n), one at least, are above the largest of the others.
 
-    Args:
-        cells: (K, n).
-        wanted: sums, (K,), > 0.
-
-    Returns:
-        (K, n), >= 0.
+    Relative to its sum, (K, n); 0 in blocks without differences.
     """
-    ranked = cells.double().sort(dim=1, descending=True).values
-    numbers = torch.arange(1, ranked.shape[1] + 1, device=cells.device)
-    levels = (wanted.double()[:, None] - ranked.cumsum(dim=1)) / numbers  # if so many cells were wet
-    wet = (ranked + levels > 0).sum(dim=1, keepdim=True).clamp(min=1)
-    return (cells + levels.gather(1, wet - 1)).clamp(min=0.0).to(cells.dtype)
+    count = min(max(1, count), cells.shape[1] - 1)
+    above = (cells - cells.topk(count + 1, dim=1).values[:, -1:]).clamp(min=0.0)
+    return above / above.sum(dim=1, keepdim=True).clamp(min=TINY)
 
 
 def _closed(smooth: Tensor, wanted: Tensor, most: Tensor, factor: Factor) -> Tensor:
