@@ -24,9 +24,7 @@ CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few tim
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
 LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
 SLAB_CELLS = 2**17  # fine cell-steps that a CPU works on together
-LIFTED_SHARE = (
-    0.4  # of the cells of a block that is lifted have rain, in one of its steps; the share of light radar rain
-)
+LIFTED_SHARE = 0.4  # of the cells of a block that networks leave dry have rain, in one of its steps
 TINY = torch.finfo(torch.float32).tiny
 PARTS = 2**20  # of a quantum, in which the amounts of a block are added up before they are rounded to quanta
 

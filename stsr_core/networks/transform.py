@@ -22,7 +22,7 @@ def to_transformed(amount: Tensor, scale_mm: float) -> Tensor:
 
 def to_amount(transformed: Tensor, scale_mm: float) -> Tensor:
     """Return amounts [mm per fine step] >= 0; inverse of `to_transformed`, values below 0 give 0."""
-    return torch.expm1(transformed.clamp(min=0.0)) * scale_mm
+    return to_signed_amount(transformed.clamp(min=0.0), scale_mm)
 
 
 def to_signed_amount(transformed: Tensor, scale_mm: float) -> Tensor:

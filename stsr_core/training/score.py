@@ -65,7 +65,7 @@ def _scored(
     served: Mapping[str, Served], scale_mm: float, network: nn.Module, residuals: Residuals, generator: torch.Generator
 ) -> Tensor:
     configuration, expected = residuals.configuration, residuals.expected
-    factor, how = configuration.factor, served[str(configuration.factor)].told(configuration.spacing_km)
+    factor, how = configuration.factor, served[str(configuration.factor)]
     truth = to_amount((expected + how.residual_scale * residuals.values)[:, :, 0], scale_mm)
     coarse = block_sums(truth, factor) / factor.space**2
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
