@@ -24,6 +24,7 @@ CEILING_MM = 250.0  # per fine step; an hour of more has been measured a few tim
 LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass ...
 LARGEST_LOG_GAIN = 12.0  # ... and in all; the rest is left to the gain of each block
 SLAB_CELLS = 2**17  # fine cell-steps that a CPU works on together
+LIGHT_MM = 0.2  # mean amount per fine step below which f takes off less than its threshold, in proportion
 LIFTED_SHARE = 0.4  # of the cells of a block that networks leave dry have rain, in one of its steps
 TINY = torch.finfo(torch.float32).tiny
 PARTS = 2**20  # of a quantum, in which the amounts of a block are added up before they are rounded to quanta
@@ -141,6 +142,22 @@ def _parts(fine: Tensor, factor: Factor) -> tuple[Tensor, Factor]:
     return _blocks(F.avg_pool2d(fine, cells) if cells > 1 else fine, coarser), coarser
 
 
+def threshold(coarse: Tensor, factor: Factor, function: ConservationFunction, steps: slice = slice(None)) -> Tensor:
+    """What f takes off fine amounts [mm per fine step], see `ConservationFunction`.
+
+    Args:
+        coarse: amount [mm per coarse step], (N, T, Y, X), no NaN.
+        factor: (s, t).
+        function: f.
+        steps: those of T that it is wanted for.
+
+    Returns:
+        (N, T*t, Y*s, X*s) of the steps; smooth across borders of coarse cells, which would show otherwise.
+    """
+    share = (coarse / (factor.time * LIGHT_MM)).clamp(max=1.0)
+    return _Refinement.of(coarse, factor)(share, steps).mul_(function.threshold_mm)
+
+
 def _largest(wanted: Tensor, excess: float | None) -> Tensor:
     """Most that a cell of a block may hold [mm per fine step], (N, T, 1, Y, 1, X, 1), see `ConservationFunction`."""
     around = F.max_pool3d(wanted[:, None], 3, stride=1, padding=1)[:, 0]
@@ -151,12 +168,12 @@ def _largest(wanted: Tensor, excess: float | None) -> Tensor:
 def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: ConservationFunction) -> Tensor:
     """Apply f and scale fine amounts so that every block returns its coarse amount.
 
-    f takes its threshold off every amount. A block that f leaves dry but whose coarse cell is wet is lifted: it rains
-    in the LIFTED_SHARE of its cells, shared among its steps, that were nearest to rain, the more the nearer they were;
-    one without differences is filled evenly. A gain that is smooth across the borders of coarse cells brings all blocks
-    close to their amounts, and one gain per block closes the rest, so that coarse cells do not show as squares. What a
-    cell would hold above the taper of f, or above CEILING_MM with any f, goes to the other cells of its block in
-    proportion, and evenly where they are full too.
+    f takes its threshold off every amount, less in light rain. A block that f leaves dry but whose coarse cell is wet
+    is lifted: it rains in the LIFTED_SHARE of its cells, shared among its steps, that were nearest to rain, the more
+    the nearer they were; one without differences is filled evenly. A gain that is smooth across the borders of coarse
+    cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells do not
+    show as squares. What a cell would hold above the taper of f, or above CEILING_MM with any f, goes to the other
+    cells of its block in proportion, and evenly where they are full too.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32; below 0 a cell is dry, and the farther
@@ -182,14 +199,15 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
         raise ClosureError("Fine amounts to conserve are not finite; the network's output is damaged.")
     whole = fine.reshape(-1, *fine.shape[-3:])
     amount = coarse.expand(*fine.shape[:-3], *coarse.shape[-3:]).reshape(-1, *coarse.shape[-3:])
-    wanted = amount[:, :, None, :, None, :, None]
-    most = _largest(amount.nan_to_num(), function.excess)
+    known, wanted = amount.nan_to_num(), amount[:, :, None, :, None, :, None]
+    most = _largest(known, function.excess)
     raw, result = _blocks(whole, factor), torch.empty_like(whole, memory_format=torch.contiguous_format)
     blocks, parts = _blocks(result, factor), slabs(amount, factor)
     for part in parts:
-        blocks[:, part] = _shape(raw[:, part], amount[:, part], most[:, part], function)
+        taken = _blocks(threshold(known, factor, function, part), factor)
+        blocks[:, part] = _shape(raw[:, part], taken, amount[:, part], most[:, part])
     parted, coarser = _parts(result, factor)  # the gain hardly differs from cell to cell
-    log_gain, refine = _smooth_gain(parted, amount.nan_to_num(), coarser), _Refinement.of(amount, factor)
+    log_gain, refine = _smooth_gain(parted, known, coarser), _Refinement.of(amount, factor)
     for part in parts:
         gain = _blocks(refine(log_gain, part).exp_(), factor)
         blocks[:, part] = _closed(blocks[:, part] * gain, wanted[:, part], most[:, part], factor)
@@ -212,10 +230,10 @@ def _total(blocks: Tensor, factor: Factor) -> Tensor:
     return blocks.sum(dim=(-5, -3, -1), keepdim=True) / factor.space**2
 
 
-def _shape(raw: Tensor, wanted: Tensor, most: Tensor, function: ConservationFunction) -> Tensor:
+def _shape(raw: Tensor, taken: Tensor, wanted: Tensor, most: Tensor) -> Tensor:
     """How the amounts of blocks (N, T, t, Y, s, X, s) are to be distributed: f of them, lifted where that is dry."""
     raw = torch.minimum(raw, torch.where(most > 0, most, math.inf))
-    shape = (raw - function.threshold_mm).clamp(min=0.0)
+    shape = (raw - taken).clamp(min=0.0)
     dry = (wanted > 0) & (shape.amax(dim=(-5, -3, -1)) <= 0)
     if bool(dry.any()):
         side_by_side, back = (0, 1, 3, 5, 2, 4, 6), (0, 1, 4, 2, 5, 3, 6)

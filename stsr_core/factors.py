@@ -49,10 +49,11 @@ class ConservationFunction(BaseModel):
     """The mass-conservation function f.
 
     f takes `threshold_mm` off every amount, max(x - threshold, 0) as the authors do: it removes the drizzle that
-    networks leave and sharpens what is then scaled to the coarse totals. `excess` bounds one cell: where W is the
-    largest coarse amount [mm per coarse step] among its coarse cell and the neighbours of that in space and time, it
-    holds at most W + excess * sqrt(W * 1 mm); the remainder goes to the other cells of the block. `excess=None` is the
-    exact f, any other the tapered f.
+    networks leave and sharpens what is then scaled to the coarse totals. Where the coarse input means less than 0.2 mm
+    per fine step it takes off less in proportion; else all of a light rain would fall in a few showers. `excess` bounds
+    one cell: where W is the largest coarse amount [mm per coarse step] among its coarse cell and the neighbours of that
+    in space and time, it holds at most W + excess * sqrt(W * 1 mm); the remainder goes to the other cells of the block.
+    `excess=None` is the exact f, any other the tapered f.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -143,11 +144,11 @@ def recipe(factor: Factor, *, fine_step_h: float = 1.0) -> FactorConfiguration:
     - f takes 0.02 + 0.08 t mm off: networks leave drizzle, the more of it the more steps they share an amount out to
       (wet fraction at (25,6) 1.17, 1.12 and 1.07 times that of the radar with 0.1, 0.25 and 0.4 mm, at (8,3) 1.05 and
       1.00 with 0.1 and 0.25 mm; CRPS within 0.2 %; thresholds of the authors grow alike). Where cells stay as they are
-      (s = 1) it takes 0.4 mm off. Its taper has the excess s: the variance of rain grows with its mean, as that of a
-      sum of showers does. Of radar cells above 10 mm/h one in a hundred holds more than W + s * sqrt(W), at every
-      factor with s > 1 and from light to heavy W alike (MRMS training windows: excess at that share 0.84 to 1.06 times
-      s). Without a taper the largest members are twice the radar's; one that grows in proportion to W is too tight
-      where W is small and too loose where it is large.
+      (s = 1) it takes 0.4 mm off. Its taper has the excess s / t^(1/4): the variance of rain grows with its mean, as
+      that of a sum of showers does, and less of W falls in one of several steps. Of radar cells above 10 mm/h one in a
+      thousand holds more than W + 0.7 to 1.0 times that * sqrt(W), at each served factor with s > 1 (MRMS training
+      windows). Without a taper the largest members are twice the radar's; one that grows in proportion to W is too
+      tight where W is small and too loose where it is large.
 
     Source: settings of arXiv 2604.21903 as starting point; chosen on MRMS validation windows.
     """
@@ -159,7 +160,8 @@ def recipe(factor: Factor, *, fine_step_h: float = 1.0) -> FactorConfiguration:
         noise=NoiseCorrelation(beside=round(BESIDE_PER_BIT * beyond, 4), before=round(BEFORE_PER_BIT * beyond, 4)),
         context_length=max(3, round(ATTENTION_HORIZON_H / (factor.time * fine_step_h))),
         conservation=ConservationFunction(
-            threshold_mm=0.4 if factor.space == 1 else round(0.02 + 0.08 * factor.time, 2), excess=float(factor.space)
+            threshold_mm=0.4 if factor.space == 1 else round(0.02 + 0.08 * factor.time, 2),
+            excess=round(factor.space / factor.time**0.25, 1),
         ),
     )
 

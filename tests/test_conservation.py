@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stsr_core.conservation import CEILING_MM, LIFTED_SHARE, conserve, quantise
+from stsr_core.conservation import CEILING_MM, LIFTED_SHARE, LIGHT_MM, conserve, quantise
 from stsr_core.errors import ClosureError, ShapeError
 from stsr_core.evaluation.scores import seam_ratio
 from stsr_core.factors import ConservationFunction, Factor
@@ -51,6 +51,18 @@ def test_f_takes_its_threshold_off():
     fine = torch.tensor([[[0.1, 0.3], [0.5, 1.1]]])
     out = conserve(fine, torch.ones(1, 1, 1), Factor(space=2, time=1), ConservationFunction(threshold_mm=0.1))
     np.testing.assert_allclose(out[0], np.array([[0.0, 0.2], [0.4, 1.0]]) * 4 / 1.6, rtol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99))
+def test_half_of_a_light_rain_is_distributed_as_the_whole(seed, share):
+    rng = np.random.default_rng(seed)
+    factor = Factor(space=5, time=2)
+    fine = torch.from_numpy(rng.gamma(0.3, 1.0, (4, 15, 10)).astype(np.float32))
+    coarse = torch.from_numpy(rng.uniform(0.1, 1.0, (2, 3, 2)).astype(np.float32)) * (2 * LIGHT_MM)
+    whole, part = (conserve(fine * x, coarse * x, factor, EXACT) for x in (1.0, share))
+    torch.testing.assert_close(part, whole * share, rtol=1e-3, atol=1e-5)
+    assert (whole == 0).any()  # f takes something off
 
 
 def test_coarse_cells_do_not_show_as_squares():
@@ -119,7 +131,7 @@ def test_a_block_that_is_dry_without_differences_is_filled_evenly():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.02, 0.3, 2.0]))
 def test_a_dry_block_rains_where_it_was_nearest_to_rain(seed, time, wanted):
     rng = np.random.default_rng(seed)
-    levels = rng.permutation(np.linspace(-0.2, EXACT.threshold_mm, 2 * time * 100))  # no two alike
+    levels = rng.permutation(np.linspace(-0.2, 0.0, 2 * time * 100))  # no two alike
     dry = torch.from_numpy(levels.reshape(2 * time, 10, 10).astype(np.float32))
     coarse = torch.tensor([wanted, 0.0]).reshape(2, 1, 1)
     out = conserve(dry, coarse, Factor(space=10, time=time), EXACT)

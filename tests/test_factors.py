@@ -58,7 +58,7 @@ def test_distance_is_a_metric_on_factors(a, b):
 def test_recipe_holds_for_the_whole_family(factor):
     configuration = recipe(factor)
     assert configuration.context_length * factor.time >= 10 or configuration.context_length == 3
-    assert configuration.conservation.excess == factor.space
+    assert 0.6 * factor.space <= configuration.conservation.excess <= factor.space
 
 
 @given(any_factor, any_factor)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stsr_core.checkpoint import Served
-from stsr_core.conservation import block_sums, conserve
+from stsr_core.conservation import block_sums, conserve, threshold
 from stsr_core.diffusion import reached_by_step, sampling_angles
 from stsr_core.factors import Factor, FactorConfiguration
 from stsr_core.networks.transform import to_amount, to_signed_amount
@@ -128,7 +128,7 @@ def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) 
         configuration: of the factor.
     """
     factor, function = configuration.factor, configuration.conservation
-    above = _cut(fine - function.threshold_mm)
+    above = _cut(fine - threshold(coarse, factor, function))
     with torch.no_grad():
         wanted = conserve(fine, coarse, factor, function)
         of_block = _over_blocks(_ratio(coarse, above, factor), factor)  # for dry cells, which have no gain of their own
