@@ -37,6 +37,16 @@ def _blocks(fine: Tensor, factor: Factor) -> Tensor:
     return fine.reshape(*lead, nt // t, t, ny // s, s, nx // s, s)
 
 
+def _side_by_side(blocks: Tensor) -> Tensor:
+    """View blocks (..., T, t, Y, s, X, s) with the cells of each side by side, (..., T, Y, X, t, s, s)."""
+    return blocks.movedim((-5, -3, -1), (-3, -2, -1))
+
+
+def _in_place(cells: Tensor) -> Tensor:
+    """Inverse of `_side_by_side`."""
+    return cells.movedim((-3, -2, -1), (-5, -3, -1))
+
+
 def block_sums(fine: Tensor, factor: Factor) -> Tensor:
     """Sum (..., T*t, Y*s, X*s) over every coarse cell and step, (..., T, Y, X)."""
     return _blocks(fine, factor).sum(dim=(-5, -3, -1))
@@ -236,11 +246,10 @@ def _shape(raw: Tensor, taken: Tensor, wanted: Tensor, most: Tensor) -> Tensor:
     shape = (raw - taken).clamp(min=0.0)
     dry = (wanted > 0) & (shape.amax(dim=(-5, -3, -1)) <= 0)
     if bool(dry.any()):
-        side_by_side, back = (0, 1, 3, 5, 2, 4, 6), (0, 1, 4, 2, 5, 3, 6)
-        cells = raw.permute(side_by_side)[dry]
+        cells = _side_by_side(raw)[dry]
         lifted = _lifted(cells.flatten(1), round(LIFTED_SHARE / raw.shape[2] * cells[0].numel()))
         lifted *= wanted[dry][:, None] * cells[0, 0].numel()
-        shape = shape.permute(side_by_side).index_put((dry,), lifted.reshape(cells.shape)).permute(back)
+        shape = _in_place(_side_by_side(shape).index_put((dry,), lifted.reshape(cells.shape)))
     return shape
 
 
@@ -295,10 +304,7 @@ def quantise(fine: Tensor, coarse: Tensor | None, factor: Factor, quantum_mm: fl
     """
     if coarse is not None:
         _check(tuple(fine.shape), tuple(coarse.shape), factor)
-    blocks = _blocks(fine, factor)
-    n, last = fine.ndim - 3, blocks.ndim
-    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)  # cells of a block side by side
-    rows = blocks.permute(order).flatten(last - 3)
+    rows = _side_by_side(_blocks(fine, factor)).flatten(-3)
     missing = rows.isnan().any(dim=-1, keepdim=True)
     parts = (rows.nan_to_num() * (PARTS / quantum_mm)).double().round_().long()
     running = parts.cumsum_(dim=-1).double()
@@ -309,5 +315,4 @@ def quantise(fine: Tensor, coarse: Tensor | None, factor: Factor, quantum_mm: fl
         scale = torch.where(total > 0, target / total.clamp(min=1), 0.0)
     whole = running.mul_(scale).round_().long()
     quanta = whole.diff(dim=-1, prepend=torch.zeros_like(whole[..., :1])).masked_fill_(missing, -1)
-    back = [order.index(axis) for axis in range(last)]
-    return quanta.unflatten(-1, (factor.time, factor.space, factor.space)).permute(back).reshape(fine.shape)
+    return _in_place(quanta.unflatten(-1, (factor.time, factor.space, factor.space))).reshape(fine.shape)
