@@ -59,7 +59,7 @@ def evaluate(
         ablations: also score variants of sampler, windows and f.
         reference: also score the authors' setting; slow.
         warming: also score the response to a wetter input.
-        record: write scores and statistics to the checkpoint's card.
+        record: write scores and statistics to the checkpoint's card, under the spacing of the fine grid.
         report: write a page with tables and pictures here.
         statics: static fields that the checkpoint needs, by their names in catalog.yaml, or as NAME=FILE.
 

@@ -277,6 +277,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     expected = [
         Expected(t.shard.key, t.shard.region(plan.space, plan.time), t.digest, t.shard.driving) for t in plan.tasks()
     ]
+    measured = plan.recipe.served.measured_here
     stored = Stored(
         attempt.ensemble_url,
         ARRAY,
@@ -285,8 +286,8 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         product.members,
         product.conserve,
         options,
-        plan.recipe.served.scores,
-        plan.recipe.served.statistics,
+        measured.scores,
+        measured.statistics,
     )
     report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
@@ -396,7 +397,7 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
         seed=plan.recipe.seed,
         members=plan.fine_shape[0],
         driving_members=_labels(plan),
-        scores=plan.recipe.served.scores,
+        scores=plan.recipe.served.measured_here.scores,
         statics={static.name: job.statics[static.name].fingerprint for static in checkpoint.card.statics},
         configuration=job.entries(static.name for static in checkpoint.card.statics),
     )

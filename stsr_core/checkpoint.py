@@ -61,6 +61,18 @@ class Teacher(_Frozen):
     evaluations: int = EVALUATIONS
 
 
+class Measured(_Frozen):
+    """What was measured of one factor on fine grids of one spacing.
+
+    Attributes:
+        scores: validation scores, by name.
+        statistics: of the validation ensembles, see `store.statistics`; products must be like them.
+    """
+
+    scores: dict[str, float] = {}
+    statistics: dict[str, float] = {}
+
+
 class Served(_Frozen):
     """A factor configuration that a checkpoint was trained with, and what was measured for it.
 
@@ -70,8 +82,7 @@ class Served(_Frozen):
         spread: factor on it that makes members reliable on validation patches, see `training.calibrate`.
         evaluations: network evaluations per member.
         teacher: how the denoiser that this one was distilled from is served, see `training.distil`; None if it was not.
-        scores: validation scores, by name.
-        statistics: of the validation ensembles, see `store.statistics`; products must be like them.
+        measured: what was measured, by the spacing of the fine grid [km].
     """
 
     configuration: FactorConfiguration
@@ -79,12 +90,16 @@ class Served(_Frozen):
     spread: float = 1.0
     evaluations: int = EVALUATIONS
     teacher: Teacher | None = None
-    scores: dict[str, float] = {}
-    statistics: dict[str, float] = {}
+    measured: dict[int, Measured] = {}
 
     def told(self, spacing_km: int) -> Served:
         """The same on a fine grid of another spacing."""
         return self.model_copy(update={"configuration": self.configuration.told(spacing_km)})
+
+    @property
+    def measured_here(self) -> Measured:
+        """What was measured on fine grids of the spacing that it is told; empty where nothing was."""
+        return self.measured.get(self.configuration.spacing_km, Measured())
 
     @property
     def width(self) -> float:
@@ -100,11 +115,12 @@ class Served(_Frozen):
 class Card(_Frozen):
     """Everything about a checkpoint but its weights.
 
-    `format` says what the networks see: since 2 the pycnophylactic interpolation, not the bare coarse amounts; since 3
-    the spacing of the fine grid. `spacings_km` are those that they were trained at.
+    `format` says what the networks see and what a card holds: since 2 they see the pycnophylactic interpolation, not
+    the bare coarse amounts; since 3 the spacing of the fine grid; since 4 what was measured is kept by spacing.
+    `spacings_km` are those that they were trained at.
     """
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     name: str
     architecture: Architecture
     transform: Transform
@@ -210,13 +226,13 @@ def _card_bytes(card: Card) -> bytes:
     return (json.dumps(card.model_dump(mode="json"), indent=1) + "\n").encode()
 
 
-def with_scores(
-    checkpoint: Checkpoint, factor: Factor, scores: Mapping[str, float], statistics: Mapping[str, float]
-) -> Checkpoint:
-    """Rewrite the card with what was measured for one factor: scores, and statistics of the ensembles."""
-    measured = {"scores": dict(scores), "statistics": dict(statistics)}
+def with_measured(checkpoint: Checkpoint, factor: Factor, spacing_km: int, measured: Measured) -> Checkpoint:
+    """Rewrite the card with what was measured for one factor on fine grids of one spacing."""
     served = tuple(
-        s.model_copy(update=measured) if s.configuration.factor == factor else s for s in checkpoint.card.served
+        s.model_copy(update={"measured": dict(sorted({**s.measured, spacing_km: measured}.items()))})
+        if s.configuration.factor == factor
+        else s
+        for s in checkpoint.card.served
     )
     card = checkpoint.card.model_copy(update={"served": served})
     path = checkpoint.weights_path.with_suffix(".json")

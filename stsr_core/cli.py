@@ -424,7 +424,9 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Threads; 0 is one per core.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default the shipped ones.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Write what is measured to the card.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write what is measured to the card, under the spacing of the grid.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all scores here.")] = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", help="Write a page with tables and pictures here.")

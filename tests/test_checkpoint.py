@@ -4,10 +4,11 @@ import shutil
 import pytest
 import torch
 
-from stsr_core.checkpoint import Checkpoint, Library, with_scores
+from stsr_core.checkpoint import Checkpoint, Library, Measured, with_measured
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import CheckpointError
 from stsr_core.factors import Factor
+from stsr_core.store.statistics import STATISTICS
 
 FACTOR = Factor(space=4, time=1)
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_truncated_or_absent_weights_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"format": 2}, "format"), ({"format": 4}, "format"), ({"surprise": 1}, "surprise")]
+    ("change", "message"), [({"format": 3}, "format"), ({"format": 5}, "format"), ({"surprise": 1}, "surprise")]
 )
 def test_a_card_that_is_not_understood_is_refused(folder, change, message):
     path = folder / "tiny.json"
@@ -71,11 +72,16 @@ def test_a_factor_served_twice_is_refused(folder):
         Library.open(folder)
 
 
-def test_scores_go_to_the_card_of_their_factor(folder):
+def test_what_is_measured_goes_to_the_card_by_factor_and_spacing(folder):
+    here, there = Measured(scores={"crps": 0.1}), Measured(scores={"crps": 0.2}, statistics={"members": 0.6})
     before = Checkpoint.read(folder / "tiny.json")
-    after = with_scores(before, FACTOR, {"crps": 0.1}, {"members": 0.6})
-    assert after.card.serving(FACTOR).scores == {"crps": 0.1}
-    assert after.card.serving(Factor(space=10, time=1)).scores == {}
+    after = with_measured(with_measured(before, FACTOR, 4, there), FACTOR, 1, here)
+    served = after.card.serving(FACTOR)
+    assert served.measured_here == here
+    assert served.told(4).measured_here == there
+    assert served.told(2).measured_here == Measured()
+    assert list(served.measured) == [1, 4]
+    assert after.card.serving(Factor(space=10, time=1)).measured == {}
     assert after.weights().keys() == before.weights().keys()
 
 
@@ -85,7 +91,9 @@ def test_the_shipped_checkpoints_are_whole_and_serve_the_promised_factors():
     for checkpoint in library.checkpoints:
         for served in checkpoint.card.served:
             Downscaler.load(checkpoint, served.configuration.factor, CPU)
-            assert served.scores["crps_over_linear"] < 1
+            for km in checkpoint.card.spacings_km:
+                assert served.measured[km].scores["crps_over_linear"] < 1
+                assert set(served.measured[km].statistics) <= set(STATISTICS)
 
 
 def test_no_folder_is_an_error(tmp_path):

@@ -88,7 +88,10 @@ def _file(href: str, data: bytes, media_type: str) -> dict[str, Any]:
 
 def _scores(served: Served) -> dict[str, Any]:
     factor = served.configuration.factor
-    return {"factor": [factor.space, factor.time], "scores": served.scores}
+    return {
+        "factor": [factor.space, factor.time],
+        "scores": {str(km): found.scores for km, found in served.measured.items()},
+    }
 
 
 def _model(checkpoint: Checkpoint) -> dict[str, Any]:

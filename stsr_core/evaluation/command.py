@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stsr_core.checkpoint import Library, with_scores
+from stsr_core.checkpoint import Library, Measured, with_measured
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report, number_text
 from stsr_core.progress import Watch, unwatched
+
+RECORDED_WITHIN = 1.25  # ratio of a grid's spacing to the one told up to which the card has its scores under the latter
 
 
 def evaluate_checkpoint(
@@ -36,20 +38,20 @@ def evaluate_checkpoint(
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report, watch=watch)
-    on_card = checkpoint.card.spacings_km[0]
-    fitting = evaluation.told_km == on_card
+    spacing, told = evaluation.truth.spacing_km, evaluation.told_km
+    fitting = max(spacing / told, told / spacing) <= RECORDED_WITHIN
     if record and fitting:
         scores = {k: round(v, 4) for k, v in evaluation.table[OURS].items() if math.isfinite(v)}
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
-        checkpoint = with_scores(checkpoint, factor, scores, statistics)
+        checkpoint = with_measured(checkpoint, factor, told, Measured(scores=scores, statistics=statistics))
     if json_file is not None:
         json_file.write_text(json.dumps(evaluation.as_json(), indent=1, allow_nan=False))
     if html_file is not None:
         html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
     if record and not fitting:
         raise ConfigurationError(
-            f"Scores on a grid of {evaluation.truth.spacing_km:.2g} km are not recorded: the card has those at "
-            f"{on_card} km. All else is written. Leave --record out."
+            f"Scores on a grid of {spacing:.2g} km are not recorded: the networks are told {told} km there, and "
+            f"under that the card has scores on {told} km. All else is written. Leave --record out."
         )
     return evaluation
 

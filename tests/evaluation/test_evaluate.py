@@ -138,24 +138,38 @@ def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
         [Path(path)], 4, 3, Options(members=2, hours=6, cells=24),
         checkpoints=folder, record=True, json_file=None, html_file=None, device="cpu", report=lambda _: None,
     )  # fmt: skip
-    card = Library.open(folder).serving(FACTOR).card.serving(FACTOR)
+    card = Library.open(folder).serving(FACTOR).card.serving(FACTOR).measured_here
     assert card.scores["crps_over_linear"] == pytest.approx(found.table["stsr"]["crps_over_linear"], abs=1e-4)
     assert set(card.statistics) == set(STATISTICS)  # what the gates hold a product's ensemble against
     assert card.statistics == pytest.approx(found.statistics, abs=1e-4)
 
 
-def test_scores_at_another_spacing_are_told_so_and_not_recorded(tmp_path, checkpoints):
+def told_two_spacings(tmp_path, checkpoints, **options):
+    """Record scores at a multiple of the spacing of the data, on a card of networks that know 1 and 2 km."""
     folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
     before = (folder / "tiny.json").read_text().replace('"spacings_km": [\n  1\n ]', '"spacings_km": [1, 2]')
     (folder / "tiny.json").write_text(before)
     path, lines = write(tmp_path / "a.nc", hours=6, cells=48), []
-    with pytest.raises(ConfigurationError, match="Scores on a grid of 2 km are not recorded"):
-        evaluate_checkpoint(
-            [Path(path)], 4, 3, Options(members=2, hours=6, cells=24, coarser=2),
-            checkpoints=folder, record=True, json_file=tmp_path / "s.json", html_file=None, device="cpu",
-            report=lines.append,
-        )  # fmt: skip
+    evaluate_checkpoint(
+        [Path(path)], 4, 3, Options(members=2, hours=6, **options),
+        checkpoints=folder, record=True, json_file=tmp_path / "s.json", html_file=None, device="cpu",
+        report=lines.append,
+    )  # fmt: skip
     assert "cells of 2 km (networks are told 2 km)" in lines[0]
+    return Library.open(folder).serving(FACTOR).card.serving(FACTOR)
+
+
+def test_scores_at_another_spacing_are_recorded_as_such(tmp_path, checkpoints):
+    served = told_two_spacings(tmp_path, checkpoints, cells=24, coarser=2)
     written = json.loads((tmp_path / "s.json").read_text())
     assert (written["spacing_km"], written["told_km"]) == (2.0, 2)
-    assert (folder / "tiny.json").read_text() == before
+    assert served.measured_here.scores == {}
+    assert served.told(2).measured_here.statistics == pytest.approx(written["statistics"], abs=1e-4)
+
+
+def test_scores_at_a_spacing_that_networks_are_not_told_are_not_recorded(tmp_path, checkpoints):
+    with pytest.raises(ConfigurationError, match="a grid of 3 km are not recorded: the networks are told 2 km"):
+        told_two_spacings(tmp_path, checkpoints, cells=16, coarser=3)
+    assert json.loads((tmp_path / "s.json").read_text())["told_km"] == 2
+    card = Library.open(tmp_path / "checkpoints").serving(FACTOR).card
+    assert not any(served.measured for served in card.served)
