@@ -37,7 +37,7 @@ def evaluate(
     members: Annotated[int, Field(ge=1, le=1000)] = 8,
     hours: Annotated[int, Field(ge=1)] = 24,
     cells: Annotated[int, Field(ge=8)] = 384,
-    coarser: Annotated[int, Field(ge=1)] = 1,
+    coarser: Annotated[int, Field(ge=1, le=25)] = 1,
     variable: str = "precipitation",
     ablations: bool = False,
     reference: bool = False,

@@ -411,7 +411,9 @@ def evaluate(
     cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,
     coarser: Annotated[
         int,
-        typer.Option(min=1, help="First average the data to so many times their spacing, to stand for other grids."),
+        typer.Option(
+            min=1, max=25, help="First average the data to so many times their spacing, to stand for other grids."
+        ),
     ] = 1,
     variable: Annotated[str, typer.Option(help="Variable that holds the amounts.")] = "precipitation",
     ablations: Annotated[
@@ -493,11 +495,10 @@ def bench(
         _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
         return
     settings = Settings()
-    space, time = _factor(factor)
     declared = Declarations.of(declare or []).declared
     of = benchmark.Source(source or benchmark.SAMPLE, variable, declared, settings.source_options(source or ""))
     options = benchmark.Options(
-        factor=Factor(space=space, time=time), cells=cells, steps=steps, members=members,
+        factor=Factor.of(*_factor(factor)), cells=cells, steps=steps, members=members,
         workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value,
         precision=settings.precision, output=output, storage_options=_options(output or "", settings),
         source=of,

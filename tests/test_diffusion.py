@@ -96,9 +96,10 @@ def test_smaller_noise_amplitude_gives_less_spread():
     denoise = gaussian_denoiser(torch.eye(2))
     noise = torch.randn(10_000, 2)
     spread = [
-        float(sample(lambda x, a: 0.5 * denoise(x, a), noise, sampling_angles(b, 16)).std()) for b in (0.002, 0.02)
+        float(sample(lambda x, a: 0.5 * denoise(x, a), noise.clone(), sampling_angles(b, 16)).std())
+        for b in (0.002, 0.02)
     ]
-    assert spread[0] != pytest.approx(spread[1], rel=0.05)
+    assert spread[0] < 0.95 * spread[1]
 
 
 def test_sampling_angles_fall_from_the_end_of_the_schedule_to_zero_in_growing_steps():

@@ -57,7 +57,7 @@ def ensemble_quanta(
     Args:
         plan: what to make.
         downscaler: networks.
-        workers: threads.
+        workers: threads, on a CPU; one fills a GPU.
         progress: called with the number of network evaluations just done and the seconds they took, from any of the
             threads, one at a time.
 
@@ -74,7 +74,7 @@ def ensemble_quanta(
         torch.set_num_threads(1)
         out[shard.region(plan.space, plan.time)] = make_shard(plan.task(shard), downscaler, done).quanta
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers if downscaler.device.type == "cpu" else 1) as pool:
         list(pool.map(make, plan.shards))
     return out
 
@@ -182,8 +182,7 @@ def downscale(
         checkpoints=checkpoints,
         statics=statics,
     )
-    threads = workers or (os.cpu_count() or 1) if downscaler.device.type == "cpu" else 1
-    quanta = ensemble_quanta(plan, downscaler, workers=threads)
+    quanta = ensemble_quanta(plan, downscaler, workers=workers or os.cpu_count() or 1)
     amount = np.where(quanta == MISSING, np.float32(np.nan), quanta * np.float32(QUANTUM_MM))
     layout = layout_of(plan)
     return xr.DataArray(

@@ -15,25 +15,25 @@ BLOCK_CELLS = 128  # cells along a block
 RESAMPLES = 2000
 
 
-def block_means(crps: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean of a CRPS field (P, T, Y, X) over blocks, flat; blocks at the far edges are smaller."""
+def block_sums(crps: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Sums of a CRPS field (P, T, Y, X) over blocks, flat; those at the far edges are smaller, empty ones left out."""
     sums, counts = np.nan_to_num(crps).astype(np.float64), np.isfinite(crps).astype(np.float64)
     for axis, size in ((1, BLOCK_STEPS), (2, BLOCK_CELLS), (3, BLOCK_CELLS)):
         edges = np.arange(0, crps.shape[axis], size)
         sums, counts = np.add.reduceat(sums, edges, axis=axis), np.add.reduceat(counts, edges, axis=axis)
     valid = counts.ravel() > 0
-    return sums.ravel()[valid] / counts.ravel()[valid]
+    return sums.ravel()[valid]
 
 
 def ratio_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of mean(first) / mean(second) over resampled blocks; NaN where none has a ratio.
+    """Interval of the ratio of two means over the same cells, from their sums over blocks; NaN where none has a ratio.
 
     Resamples in which both are zero, as where it hardly rains, have none and are left out.
     """
     index = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)))
-    above, below = first[index].mean(axis=1), second[index].mean(axis=1)
+    above, below = first[index].sum(axis=1), second[index].sum(axis=1)
     known = (above > 0) | (below > 0)
     if not known.any():
         return math.nan, math.nan

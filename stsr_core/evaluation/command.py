@@ -12,6 +12,7 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report, number_text
+from stsr_core.factors import authors_recipe
 from stsr_core.progress import Watch, unwatched
 
 RECORDED_WITHIN = 1.25  # ratio of a grid's spacing to the one told up to which the card has its scores under the latter
@@ -32,9 +33,21 @@ def evaluate_checkpoint(
     report: Callable[[str], None],
     watch: Watch = unwatched,
 ) -> Evaluation:
-    """Evaluate the checkpoint that serves (space, time), and keep its scores where asked."""
+    """Evaluate the checkpoint that serves (space, time), and keep its scores where asked.
+
+    Raises:
+        ConfigurationError: no folder for what is to be written, or a spacing that the card does not speak of.
+        FactorError: a factor that is not served, or the authors' setting of one that they give none for.
+    """
+    for path in (json_file, html_file):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigurationError(
+                f"There is no folder {path.absolute().parent} to write {path.name} to. Make it first."
+            )
     library = Library.open(checkpoints)
     factor = library.family.exact(space, time)
+    if options.reference:
+        authors_recipe(factor)  # before hours of work
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
     evaluation = evaluate(checkpoint, downscaler, [str(path) for path in data], options, report=report, watch=watch)

@@ -18,9 +18,9 @@ from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.sums import sums
 from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
-from stsr_core.evaluation.bootstrap import block_means, ratio_interval
+from stsr_core.evaluation.bootstrap import block_sums, ratio_interval
 from stsr_core.evaluation.reference import reference_ensemble
-from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, scores
+from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, ratio, scores
 from stsr_core.evaluation.truth import Truth, read_truth
 from stsr_core.factors import ConservationFunction, nearest_spacing
 from stsr_core.grids import Axis, Grid, TimeAxis
@@ -265,7 +265,7 @@ def evaluate(
         table[name]["seconds_per_member"] = value
     others = [name for name in fields if name != OURS]
     for name in others:
-        table[OURS][f"crps_over_{name}"] = table[OURS]["crps"] / table[name]["crps"]
+        table[OURS][f"crps_over_{name}"] = ratio(table[OURS]["crps"], table[name]["crps"])
     return Evaluation(
         factor=factor,
         truth=truth,
@@ -291,7 +291,7 @@ def _scored(
             started = time.monotonic()
             crps = crps_field(ensemble, truth.fine)
             table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **scores(ensemble, truth.fine, factor)}
-            blocks[name] = block_means(crps)
+            blocks[name] = block_sums(crps)
             advance(1, time.monotonic() - started)
     return table, blocks
 
@@ -374,8 +374,8 @@ def _warming(
         before, after = _statistics(base), _statistics(raised)
         expected = _statistics(truth.fine * np.float32(factor))
         reference = _statistics(truth.fine)
-        signal[f"{factor:g}"] = {k: after[k] / before[k] for k in before} | {
-            f"{k} of the truth": expected[k] / reference[k] for k in before
+        signal[f"{factor:g}"] = {k: ratio(after[k], before[k]) for k in before} | {
+            f"{k} of the truth": ratio(expected[k], reference[k]) for k in before
         }
         report(f"input x {factor:g}: done")
     return signal

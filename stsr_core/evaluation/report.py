@@ -192,13 +192,16 @@ def diagrams(evaluation: Evaluation) -> Figure:
     n = min(evaluation.truth.fine.shape[-2:])
     for name, power in evaluation.spectra.items():
         k = np.arange(1, n // 2 + 1)
-        right.loglog(
+        right.plot(
             n / k,
             power[1 : n // 2 + 1],
             label=name,
             color="k" if name == "truth" else None,
             lw=2 if name == OURS else 1,
         )
+    right.set_xscale("log")
+    if any(power[1:].any() for power in evaluation.spectra.values()):  # it rains somewhere
+        right.set_yscale("log")
     right.axvline(2 * evaluation.factor.space, color="0.7", ls=":")
     right.invert_xaxis()
     right.set(title="Radially averaged power", xlabel="wavelength [cells]")

@@ -44,7 +44,7 @@ def crps_field(ensemble: Ensemble, truth: Field) -> Field:
 def spread_skill(ensemble: Ensemble, truth: Field) -> float:
     """sqrt(mean unbiased member variance * (1 + 1/M)) / RMSE of the ensemble mean; 1 for a reliable ensemble."""
     variance = np.nanmean(ensemble.var(axis=0, ddof=1, dtype=np.float64))
-    return float(np.sqrt(variance * (1 + 1 / len(ensemble)))) / rmse(ensemble, truth)
+    return ratio(np.sqrt(variance * (1 + 1 / len(ensemble))), rmse(ensemble, truth))
 
 
 def rmse(ensemble: Ensemble, truth: Field) -> float:
@@ -60,7 +60,7 @@ def hourly_change(fields: Field) -> float:
 def autocorrelation(fields: Field) -> float:
     """Correlation of a cell with itself one step later, over (..., T, Y, X), where either is wet."""
     first, second = fields[..., :-1, :, :], fields[..., 1:, :, :]
-    wet = (first > WET_MM) | (second > WET_MM)
+    wet = ((first > WET_MM) | (second > WET_MM)) & np.isfinite(first) & np.isfinite(second)
     if wet.sum() < 2:
         return float("nan")
     return float(np.corrcoef(first[wet].astype(np.float64), second[wet].astype(np.float64))[0, 1])
@@ -82,13 +82,13 @@ def power_spectrum(fields: Field) -> NDArray[np.float64]:
 
 
 def spectrum_db(ensemble: Ensemble, truth: Field, space: int) -> float:
-    """RMS difference [dB] of the power spectra at wavelengths up to two coarse cells; NaN where space is 1."""
-    if space == 1:
+    """RMS difference [dB] of the power spectra at wavelengths up to two coarse cells; NaN if space is 1 or all dry."""
+    if space == 1 or not (truth > 0).any():
         return float("nan")
     n = min(truth.shape[-2:])
     first, last = max(1, int(np.ceil(n / (2 * space)))), n // 2
-    ratio = power_spectrum(ensemble)[first : last + 1] / power_spectrum(truth)[first : last + 1]
-    return float(np.sqrt(np.mean((10 * np.log10(np.maximum(ratio, 1e-12))) ** 2)))
+    share = power_spectrum(ensemble)[first : last + 1] / power_spectrum(truth)[first : last + 1]
+    return float(np.sqrt(np.mean((10 * np.log10(np.maximum(share, 1e-12))) ** 2)))
 
 
 def seam_ratio(fields: Field, space: int) -> float:
@@ -177,22 +177,23 @@ def scores(ensemble: Ensemble, truth: Field, factor: Factor, *, steps_per_day: i
     if len(ensemble) > 1:
         result["spread_skill"] = spread_skill(ensemble, truth)
     for q in QUANTILES:
-        result[f"quantile_ratio_{q}"] = _ratio(np.nanquantile(ensemble, q), np.nanquantile(truth, q))
+        result[f"quantile_ratio_{q}"] = ratio(np.nanquantile(ensemble, q), np.nanquantile(truth, q))
     largest = np.nanmax(ensemble.reshape(len(ensemble), -1), axis=1).mean()
-    result["maximum_ratio"] = _ratio(largest, np.nanmax(truth))
-    result["wet_fraction_ratio"] = _ratio((ensemble > WET_MM).mean(), (truth > WET_MM).mean())
-    result["hourly_change_ratio"] = _ratio(hourly_change(ensemble), hourly_change(truth))
+    result["maximum_ratio"] = ratio(largest, np.nanmax(truth))
+    result["wet_fraction_ratio"] = ratio((ensemble > WET_MM).mean(), (truth > WET_MM).mean())
+    result["hourly_change_ratio"] = ratio(hourly_change(ensemble), hourly_change(truth))
     result["autocorrelation_difference"] = autocorrelation(ensemble) - autocorrelation(truth)
     result["spectrum_db"] = spectrum_db(ensemble, truth, factor.space)
     result["seam_ratio"] = seam_ratio(ensemble, factor.space)
     result["seam_ratio_of_truth"] = seam_ratio(truth, factor.space)
     expected = daily_indices(truth, steps_per_day)
     for name, value in daily_indices(ensemble, steps_per_day).items():
-        result[f"{name}_ratio"] = _ratio(value, expected[name])
+        result[f"{name}_ratio"] = ratio(value, expected[name])
     for threshold, scale in FSS:
         result[f"fss_{threshold:g}mm_{scale}cells"] = fractions_skill(ensemble, truth, threshold, scale)
     return result
 
 
-def _ratio(found: float | np.floating, wanted: float | np.floating) -> float:
+def ratio(found: float | np.floating, wanted: float | np.floating) -> float:
+    """Found over wanted, NaN where nothing is wanted."""
     return float(found / wanted) if wanted else float("nan")

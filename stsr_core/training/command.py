@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from stsr_core.checkpoint import Checkpoint, StaticField
@@ -101,15 +100,16 @@ def train_checkpoint(
 
     Raises:
         ConfigurationError: a share of weights to start from without any, or none of 0..1.
+        FactorError: a factor that cannot be trained.
     """
     if not 0 <= start_share <= 1 or (start_share and start is None):
         raise ConfigurationError(
             f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "
             "together with --start."
         )
+    configure = recipe if recipe_name == "stsr" else authors_recipe
+    configurations = [configure(Factor.of(space, time)) for space, time in factors]
     joined = Run.join(choose_device(device))
-    if joined.device.type == "cpu" and joined.world > 1:
-        torch.set_num_threads(1)
     cache = folder / "archive"
     if joined.rank > 0:  # rank 0 reads the archive; the others map what it has kept
         dist.barrier()
@@ -128,11 +128,10 @@ def train_checkpoint(
         learning_rate=learning_rate or chosen.learning_rate,
         cells_per_step=cells_per_step or chosen.cells_per_step,
     )
-    configure = recipe if recipe_name == "stsr" else authors_recipe
     training = Training(
         train=fitted,
         validation=watched,
-        configurations=[configure(Factor(space=s, time=t)) for s, t in factors],
+        configurations=configurations,
         preset=chosen,
         folder=folder,
         run=joined,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(hours=12)  # with a rank that others wait for, as with rank 0, which alone reads an archive
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Run:
         if device.type == "cuda":
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        elif "OMP_NUM_THREADS" not in os.environ:
+        else:
             torch.set_num_threads(1)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         return cls(dist.get_rank(), world, device)
 
     @property

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from stsr_core.checkpoint import Library
-from stsr_core.errors import ConfigurationError, SourceError
+from stsr_core.errors import ConfigurationError, FactorError, SourceError
 from stsr_core.evaluation.command import evaluate_checkpoint, table_text
 from stsr_core.evaluation.evaluate import Options
 from stsr_core.evaluation.report import bars
@@ -129,6 +129,38 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     assert any("members done" in line for line in lines)
     assert done == begun
     assert {*found.table, "input x 1.2", "scores"} - {"even", "linear"} <= set(begun)
+
+
+def test_data_without_rain_have_scores_that_are_undefined(tmp_path, checkpoints):
+    path = write(tmp_path / "a.nc", hours=6, cells=24)
+    dry = xr.load_dataset(path)
+    dry["precipitation"][:] = 0.0
+    dry.to_netcdf(path, mode="w")
+    found = evaluate_checkpoint(
+        [Path(path)], 4, 3, Options(members=2, hours=6, cells=24, warming=True),
+        checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
+        device="cpu", report=lambda _: None,
+    )  # fmt: skip
+    assert found.table["stsr"]["crps"] == 0
+    assert json.loads((tmp_path / "s.json").read_text())["scores"]["stsr"]["spread_skill"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"json_file": Path("nowhere/s.json")}, ConfigurationError, "no folder .*nowhere to write s.json to"),
+        ({"options": Options(reference=True)}, FactorError, "authors give no setting"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_work(tmp_path, checkpoints, change, error, message):
+    begun = []
+    arguments = {
+        "options": Options(), "checkpoints": checkpoints, "record": False, "json_file": None, "html_file": None,
+        "device": "cpu", "report": begun.append, **change,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        evaluate_checkpoint([Path(write(tmp_path / "a.nc"))], 4, 3, **arguments)
+    assert not begun
 
 
 def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
