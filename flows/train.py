@@ -117,5 +117,6 @@ def fit(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
         mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
         learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share,
-        device=Settings().device, seed=seed, report=lambda said: event("fit", checkpoint=name, said=said),
+        only_spacing=only_spacing, device=Settings().device, seed=seed,
+        report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

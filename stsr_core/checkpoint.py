@@ -215,11 +215,16 @@ def write_checkpoint(folder: Path, card: Mapping[str, object], weights: Mapping[
     full = Card.model_validate({**card, "weights_sha256": _sha256(raw)})
     weights_path = folder / f"{full.name}.safetensors"
     card_path = folder / f"{full.name}.json"
-    for path, data in ((weights_path, raw), (card_path, _card_bytes(full))):
-        temporary = path.with_suffix(path.suffix + ".part")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+    _write(weights_path, raw)
+    _write(card_path, _card_bytes(full))
     return Checkpoint.read(card_path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def _card_bytes(card: Card) -> bytes:
@@ -236,7 +241,7 @@ def with_measured(checkpoint: Checkpoint, factor: Factor, spacing_km: int, measu
     )
     card = checkpoint.card.model_copy(update={"served": served})
     path = checkpoint.weights_path.with_suffix(".json")
-    path.write_bytes(_card_bytes(card))
+    _write(path, _card_bytes(card))
     return Checkpoint.read(path)
 
 

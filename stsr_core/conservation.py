@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +58,7 @@ def _check(fine_shape: tuple[int, ...], coarse_shape: tuple[int, ...], factor: F
         raise ShapeError(f"Fine {fine_shape} is not coarse {coarse_shape} refined by {factor}; {expected} is needed.")
 
 
-@lru_cache(maxsize=64)
+@cache  # never freed: memory of one stream of a GPU would be used again while another reads it
 def _interpolation(cells: int, parts: int, device: torch.device) -> Tensor:
     """Weights (cells * parts, cells) with which values at the centres of cells make those at the centres of parts.
 

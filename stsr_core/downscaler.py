@@ -146,10 +146,13 @@ class Downscaler:
         if chosen is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # as on CPUs, to the last digits
         memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
-        return replace(
+        put = replace(
             self, mean_network=_put(self.mean_network, device, chosen), denoiser=_put(self.denoiser, device, chosen),
             device=device, precision=chosen, batch_cells=int(BATCH_SHARE * memory) // BATCH_BYTES,
         )  # fmt: skip
+        if gpu:
+            torch.cuda.synchronize(device)  # streams of shards do not wait for the one that copies
+        return put
 
     def teacher(self, checkpoint: Checkpoint) -> Downscaler:
         """The same with the denoiser that this one was distilled from; itself where it was not."""

@@ -111,8 +111,10 @@ class Training:
     @property
     def spacings_km(self) -> tuple[int, ...]:
         """Spacings of fine grids that networks are trained at."""
-        fitting = {n for configuration in self.configurations for n in fitting_spacings(self.train, configuration)}
-        return tuple(sorted({nearest_spacing(n * region.spacing_km) for n in fitting for region in self.train}))
+        return tuple(sorted({
+            nearest_spacing(n * region.spacing_km)
+            for region in self.train for c in self.configurations for n in fitting_spacings([region], c)
+        }))  # fmt: skip
 
     @property
     def unchanged(self) -> dict[str, Served]:
@@ -139,9 +141,11 @@ class Training:
         return Draw.of(patches, number, int(rng.integers(2**62)))
 
     def _draw_patches(self, configuration: FactorConfiguration, spacing: int, rng: np.random.Generator) -> list[Patch]:
+        """Draw what one step learns from: patches of one spacing, which is told for all of them."""
         first = draw_patch(self.train, configuration, rng, spacing=spacing)
+        alike = [r for r in self.train if nearest_spacing(spacing * r.spacing_km) == first.spacing_km]
         count = max(1, round(self.preset.cells_per_step / first.fine.size))
-        return [first, *(draw_patch(self.train, configuration, rng, spacing=spacing) for _ in range(count - 1))]
+        return [first, *(draw_patch(alike, configuration, rng, spacing=spacing) for _ in range(count - 1))]
 
     def _draw_spacing(self, configuration: FactorConfiguration, rng: np.random.Generator) -> int:
         """Draw the cells of the archive along one of the fine grid."""
@@ -184,13 +188,62 @@ class Training:
     def validation_loss(self, stage: Stage, loss: Loss) -> float:
         """Loss of a stage's candidate on fixed validation patches, averaged over the factors; the same on all ranks."""
         network = _with_weights(stage.network, stage.candidate())
-        values = []
+        values: dict[int, list[Tensor]] = {}
         for drawn in self._watched:
             with torch.no_grad(), self.run.mixed():
-                values.append(loss(network, *self.batch(drawn)))
-        found = torch.stack(values).mean().float()
+                values.setdefault(drawn.number, []).append(loss(network, *self.batch(drawn)))
+        found = torch.stack([torch.stack(of_factor).mean() for of_factor in values.values()]).mean().float()
         self.run.average([found])
         return float(found)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a training that is gone on with keeps; steps, rates and the cells of a step may change."""
+        return {
+            "configurations": [c.model_dump(mode="json") for c in self.configurations],
+            "architecture": self.preset.architecture.model_dump(mode="json"),
+            "transform": self.transform.model_dump(mode="json"),
+            "statics": [s.model_dump(mode="json") for s in self.statics],
+            "train": [[r.name, *r.quanta.shape] for r in self.train],
+            "validation": [[r.name, *r.quanta.shape] for r in self.validation],
+            "seed": self.seed,
+            "start": self.start.digest if self.start else None,
+            "start_share": self.start_share,
+            "only_spacing": self.only_spacing,
+        }
+
+    def claim(self) -> None:
+        """Take its folder, or go on with what is there.
+
+        Raises:
+            ConfigurationError: another training, or an earlier version of this code, left something there.
+        """
+        path, identity = self.folder / "training.json", json.loads(json.dumps(self.identity))
+        if path.is_file():
+            known = json.loads(path.read_text())
+            other = [name for name, value in identity.items() if known.get(name) != value]
+            if other:
+                raise ConfigurationError(
+                    f"{self.folder} holds a training with other {', '.join(other)}. Use another --folder, or the "
+                    "arguments that it was begun with."
+                )
+        elif list(self.folder.glob("*.safetensors")):
+            raise ConfigurationError(
+                f"{self.folder} was left by an earlier version of this code. Use another --folder."
+            )
+        elif self.run.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(identity, indent=1))
+
+    def rehearse(self) -> None:
+        """Draw a patch of every factor, so that an archive that is too small is refused before the first step.
+
+        Raises:
+            SourceError: no complete patch was found.
+        """
+        for configuration in self.configurations:
+            draw_patch(self.train, configuration, np.random.default_rng([self.seed, 66]))
+        _ = self._watched
 
     @cached_property
     def _watched(self) -> list[Draw]:
@@ -406,12 +459,14 @@ def fit(training: Training, name: str, provenance: Mapping[str, object]) -> Chec
 
     Raises:
         ConfigurationError: a network that is to keep the weights of a start, and there is none; scores to train on
-            without a distilled denoiser.
+            without a distilled denoiser; a folder that holds another training.
+        SourceError: an archive that is too small for a factor.
     """
     preset, run, rate, share = training.preset, training.run, training.preset.learning_rate, training.start_share
-    training.folder.mkdir(parents=True, exist_ok=True)
-    result = _Result(training, name, provenance)
     begun = [network.to(run.device) for network in _networks(training)]
+    training.claim()
+    training.rehearse()
+    result = _Result(training, name, provenance)
     if training.only_spacing:
         return _finished(result, _told_spacing(result, *begun))
     mean = result.fit("mean", Stage("mean", 1, begun[0], preset.mean_steps, rate, share), mean_loss)

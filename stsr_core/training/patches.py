@@ -24,12 +24,11 @@ from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.open import fingerprint
 from stsr_core.statics import StaticSource
+from stsr_core.store.layout import MISSING, QUANTUM_MM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-QUANTUM_MM = 0.01
-MISSING = np.uint16(65535)
 CELL_TARGET = 112  # fine cells along a patch, before rounding to whole coarse cells
 MIN_COARSE = 5  # coarse cells along a patch, at least
 WEIGHT_BLOCK = (6, 32)  # steps and cells over which the rain that weighs the draw is averaged
@@ -150,7 +149,7 @@ def to_quanta(name: str, amount: NDArray[np.floating]) -> NDArray[np.uint16]:
         SourceError: amounts that do not fit the quantum's range.
     """
     held = np.nan_to_num(amount)
-    if held.max(initial=0.0) > (int(MISSING) - 1) * QUANTUM_MM or held.min(initial=0.0) < 0:
+    if held.max(initial=0.0) > (MISSING - 1) * QUANTUM_MM or held.min(initial=0.0) < 0:
         raise SourceError(f"{name} holds amounts outside 0..655 mm per step; check units and fill value.")
     return np.where(np.isnan(amount), MISSING, np.rint(held / QUANTUM_MM)).astype(np.uint16)
 
@@ -267,7 +266,7 @@ def _draw_block(
 
 
 def _draw_centre(region: Region, rng: np.random.Generator) -> tuple[int, int, int]:
-    if rng.random() < DRY_SHARE:
+    if rng.random() < DRY_SHARE or not region.weights.any():
         t, y, x = (int(rng.integers(n)) for n in region.quanta.shape)
         return t, y, x
     flat = region.weights.ravel()

@@ -41,7 +41,7 @@ LEAST_TRANSFORMED = -2.0
 LARGEST_TRANSFORMED = 8.0  # of members, so that gradients stay finite; 600 mm
 TRACE_MM = 1e-4  # amount below which cells and blocks count as dry
 LARGEST_GAIN = 50.0  # that gradients are multiplied by
-LIGHT_MM = ((0.2, 0.4), (0.05, 0.3))  # scales of the logarithms of light rain, and their weights
+LIGHT_SCALES = ((0.2, 0.4), (0.05, 0.3))  # of the logarithms of light rain [mm], and their weights
 # Of differences between neighbouring cells; with 1 members had a quarter of the radar's power at 3 km.
 ACROSS_WEIGHT = 4.0
 CHANGE_WEIGHT = 0.25  # of changes from step to step
@@ -172,6 +172,6 @@ def scores(first: Tensor, second: Tensor, truth: Tensor) -> Tensor:
         if truth.shape[axis] > 1:
             parts = parts + weight * fair_crps(*(f.diff(dim=axis) for f in fields)).mean(dim=(1, 2, 3))
     loss = (parts / rain).mean()
-    for scale, weight in LIGHT_MM:
+    for scale, weight in LIGHT_SCALES:
         loss = loss + weight * fair_crps(*((f / scale).log1p() for f in fields)).mean()
     return loss

@@ -112,8 +112,6 @@ class Stage:
             return
         with safe_open(path, "pt") as opened:
             meta = opened.metadata()
-        if "least" not in meta:
-            raise ConfigurationError(f"{path} was left by an earlier version of this code. Use another --folder.")
         tensors = load_file(path, device=str(next(self.network.parameters()).device))
         try:
             self.network.load_state_dict(_part(tensors, "network."))

@@ -172,7 +172,7 @@ def training(regions, folder, preset=TINY):
 def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path):
     whole = fit(training(regions, tmp_path / "whole"), "x", {})
     interrupted = training(regions, tmp_path / "killed")
-    (tmp_path / "killed").mkdir()
+    interrupted.claim()
     torch.manual_seed(0)
     stage = first_stage(steps=TINY.mean_steps)
     draw = interrupted.draw
@@ -225,6 +225,7 @@ def test_the_weights_of_the_least_validation_loss_count(regions, tmp_path, monke
     losses = iter([0.7, 0.5, 0.6, 0.8, 0.9])
     monkeypatch.setattr(Training, "validation_loss", lambda *_: next(losses))
     run, stage = training(regions, tmp_path), first_stage(steps=6)
+    run.claim()
     candidates = []
     kept = run.advance(stage, mean_loss, lambda: candidates.append(stage.candidate())).state_dict()
     again = first_stage(steps=6)
@@ -240,12 +241,73 @@ def test_the_weights_of_the_least_validation_loss_count(regions, tmp_path, monke
     }  # fmt: skip
 
 
-def test_what_an_earlier_version_left_is_not_gone_on_with(tmp_path):
+def test_what_an_earlier_version_left_is_not_gone_on_with(regions, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"network.x": torch.zeros(1)}, tmp_path / "mean.safetensors", metadata={"step": "2", "losses": "[]"})
     with pytest.raises(ConfigurationError, match="left by an earlier version"):
-        first_stage(steps=6).resume(tmp_path)
+        fit(training(regions, tmp_path), "x", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 5}, "other seed"),
+        ({"configurations": [recipe(Factor(space=10, time=1))]}, "other configurations"),
+        ({"train": [region_of("elsewhere", np.ones((24, 200, 220), np.float32))]}, "other train"),
+    ],
+)
+def test_another_training_in_the_folder_is_not_gone_on_with(regions, tmp_path, change, message):
+    first = training(regions, tmp_path, PLAIN)
+    first.claim()
+    replace(first, preset=replace(PLAIN, mean_steps=9, learning_rate=1e-4)).claim()  # these may change
+    kept = (tmp_path / "training.json").read_bytes()
+    with pytest.raises(ConfigurationError, match=f"holds a training with {message}"):
+        fit(replace(first, **change), "x", {})
+    assert (tmp_path / "training.json").read_bytes() == kept
+
+
+def test_a_step_learns_from_patches_of_one_spacing(tmp_path):
+    rain = np.ones((48, 320, 320), np.float32)
+    mixed = [replace(region_of("near", rain)), replace(region_of("far", rain), spacing_km=4.0)]
+    run = replace(training(mixed, tmp_path, replace(TINY, cells_per_step=2_000_000)), train=mixed)
+    assert run.spacings_km == (1, 2, 4, 5)
+    seen = set()
+    for step in range(12):
+        patches = run._draw_patches(CONFIGURATION, 1, np.random.default_rng(step))
+        assert len(patches) > 1
+        assert len({patch.spacing_km for patch in patches}) == 1
+        seen.add(patches[0].spacing_km)
+    assert seen == {1, 4}
+
+
+def test_a_region_without_rain_can_be_drawn_from():
+    dry = [region_of("dry", np.zeros((24, 200, 220), np.float32))]
+    for seed in range(5):
+        assert not draw_patch(dry, CONFIGURATION, np.random.default_rng(seed)).fine.any()
+
+
+def test_factors_weigh_alike_in_the_validation_loss(tmp_path):
+    rain = np.ones((72, 320, 320), np.float32)
+    configurations = [CONFIGURATION, recipe(Factor(space=25, time=6))]
+    run = replace(training([region_of("even", rain)], tmp_path), validation=[region_of("even", rain)])
+    run = replace(run, configurations=configurations)
+    counts = [sum(drawn.number == n for drawn in run._watched) for n in range(2)]
+    assert counts[0] > counts[1] > 0
+
+    def loss(network, fine, conditions, configuration, generator):
+        return torch.tensor(float(configuration.factor.time == 6))
+
+    assert run.validation_loss(first_stage(steps=6), loss) == pytest.approx(0.5)
+
+
+def test_an_archive_too_small_for_one_of_the_factors_is_refused_before_the_first_step(regions, tmp_path):
+    short = replace(
+        training(regions, tmp_path, PLAIN), configurations=[CONFIGURATION, recipe(Factor(space=25, time=6))]
+    )
+    with pytest.raises(SourceError, match=r"No complete patch for factor \(25,6\)"):
+        fit(short, "x", {})
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_learning_rate_warms_up_and_falls():
