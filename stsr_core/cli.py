@@ -181,7 +181,9 @@ def downscale(
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUTPUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the store at OUTPUT; only one that stsr wrote.")
+    ] = False,
     extend: Annotated[
         bool, typer.Option("--extend", help="Let OUTPUT grow to more members or a longer INPUT; the rest stays.")
     ] = False,

@@ -34,6 +34,7 @@ from stsr_core.store.layout import (
     is_whole,
     remove_store,
     reopen,
+    require_own,
     shape_of,
 )
 from stsr_core.store.patience import require_answer
@@ -236,16 +237,18 @@ def downscale_to_store(
         downscaler: the plan's networks, on the CPU.
         output: folder or URL of the store.
         cluster: where to make it.
-        overwrite: replace what is there.
+        overwrite: replace the store that is there.
         extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
         storage_options: of the output's filesystem.
         progress: called with the number of network evaluations just done and the seconds they took.
 
     Raises:
-        StoreError: `output` is whole already, holds another ensemble, or cannot be reached or written.
+        StoreError: `output` is whole already, holds another ensemble or something else than a store of this code, or
+            cannot be reached or written.
     """
     options = storage_options or {}
     require_answer(output, options)
+    require_own(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)
     shards = plan.shards if overwrite else remaining(plan, target, extend=extend)
     whole = not overwrite and is_whole(output, options)

@@ -2,6 +2,8 @@
 
 Array metadata is written before workers start; the group's own metadata is written last, so a store opens as
 a group only when it is whole. Nothing in it depends on the clock: the same input gives the same bytes.
+
+The first object of all is a mark, which stays: only where it lies, or nothing, anything is written or removed.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ PRECIPITATION = {
     "units": "mm",
     "cell_methods": "time: sum area: mean",
 }
+
+MARK = "stsr.json"  # object that tells a group of this code, begun or whole, from whatever else lies at an address
+MARK_CONTENT = b'{"written_by": "stsr"}\n'
 
 DRIVING = "driving_member"  # coordinate along members
 DRIVING_ATTRIBUTES: Mapping[str, Any] = {"long_name": "realization of the driving model"}
@@ -108,6 +113,54 @@ def open_store(url: str, options: Options | None = None) -> Store:
     return LocalStore(url)
 
 
+def require_own(url: str, options: Options | None = None) -> None:
+    """Make sure that nothing but a group of this code, begun or whole, is at a URL.
+
+    Raises:
+        StoreError: something else is there, or what is there cannot be read.
+    """
+    fs, path = filesystem(url, options)
+    try:
+        own = _marked(fs, path) or not _contents(fs, path)
+    except OSError as e:
+        raise StoreError(f"{url} cannot be read ({e}). Check the path and its permissions.") from e
+    if not own:
+        raise StoreError(
+            f"{url} is there and no Zarr store that stsr wrote, so nothing in it is changed. Name another output, or "
+            "remove it yourself."
+        )
+
+
+def _contents(fs: AbstractFileSystem, path: str) -> list[str]:
+    """Paths of what is in a folder; of a file, its own. None where nothing is, and in an empty folder."""
+    fs.invalidate_cache()  # others may have written since this process looked
+    try:
+        return [str(name) for name in fs.ls(path, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _marked(fs: AbstractFileSystem, path: str) -> bool:
+    """Whether the mark is there; part of it counts, for its writer may have been killed."""
+    try:
+        return MARK_CONTENT.startswith(fs.cat_file(f"{path}/{MARK}"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+
+def begin(url: str, options: Options | None = None) -> None:
+    """Mark a place as that of a group of this code, before anything else is written there.
+
+    Raises:
+        StoreError: something else is there.
+    """
+    require_own(url, options)
+    fs, path = filesystem(url, options)
+    if "file" in fs.protocol:  # elsewhere it may create a bucket
+        fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(f"{path}/{MARK}", MARK_CONTENT)
+
+
 def time_units(times: TimeAxis) -> tuple[str, str]:
     """CF units and calendar of a time axis."""
     if isinstance(times.start, cftime.datetime):
@@ -166,7 +219,12 @@ def write_array(
 
 
 def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | None = None) -> None:
-    """Write time, its bounds, y, x and the CRS of a group."""
+    """Begin a group with time, its bounds, y, x and the CRS.
+
+    Raises:
+        StoreError: something else is there.
+    """
+    begin(url, options)
     units, calendar = time_units(times)
     y, x = axis_attributes(grid)
     stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": units, "calendar": calendar}
@@ -224,7 +282,7 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     """Write the metadata and coordinates of an ensemble, but not its group: it does not open yet.
 
     Raises:
-        StoreError: the place cannot be written.
+        StoreError: something else is there, or the place cannot be written.
     """
     attributes = mapped({**described(layout), "scale_factor": QUANTUM_MM}, layout.grid)
     try:
@@ -283,19 +341,18 @@ def is_whole(url: str, options: Options | None = None) -> bool:
 
 
 def remove_store(url: str, options: Options | None = None) -> None:
-    """Remove what is at a URL.
+    """Remove the group at a URL, begun or whole; its mark last, so that a removal cut short can be done again.
 
     Raises:
-        StoreError: something that is no store of this kind is there.
+        StoreError: something else is there.
     """
+    require_own(url, options)
     fs, path = filesystem(url, options)
-    if not fs.exists(path):
-        return
-    if not (fs.exists(f"{path}/zarr.json") or fs.exists(f"{path}/time/zarr.json")):
-        raise StoreError(
-            f"{url} is no Zarr store, so it is not overwritten. Name another output, or remove it yourself."
-        )
-    fs.rm(path, recursive=True)
+    for name in _contents(fs, path):
+        if name != f"{path}/{MARK}":
+            fs.rm(name, recursive=True)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 def shard_path(url: str, array: str, layout_shard: tuple[int, ...], region: Region) -> str:

@@ -374,18 +374,41 @@ def test_a_store_begun_with_other_arguments_is_refused(rain, checkpoints, cluste
         to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, seed=9)
 
 
-def test_a_place_that_cannot_be_written_is_refused_and_a_foreign_folder_is_not_overwritten(
-    rain, checkpoints, cluster, tmp_path
-):
+def test_a_place_that_cannot_be_written_is_refused(rain, checkpoints, cluster, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="cannot be written"):
         to_store(cube_of(rain), checkpoints, tmp_path / "file" / "out", cluster)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "letter.txt").write_text("keep me")
-    plan, downscaler = prepared(
-        (cube_of(rain),), space=4, time=1, members=1, seed=0, nearest=False, conserve=True, device="cpu",
-        checkpoints=str(checkpoints),
-    )  # fmt: skip
-    with pytest.raises(StoreError, match="no Zarr store, so it is not overwritten"):
-        downscale_to_store(plan, downscaler, str(tmp_path / "folder"), cluster=cluster, overwrite=True)
-    assert (tmp_path / "folder" / "letter.txt").read_text() == "keep me"
+
+
+def letters(place: Path) -> None:
+    for name in ("a.txt", "time/b.txt", "x/c.txt", "precipitation/receipts/d.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("keep me")
+
+
+def foreign(place: Path, **how) -> None:
+    """Write a Zarr store of another program, with our names."""
+    coords = {"time": pd.date_range("2001-01-01", periods=3), "y": [0.0, 1.0], "x": [0.0, 1.0]}
+    xr.DataArray(np.ones((3, 2, 2)), coords, name="precipitation").to_dataset().to_zarr(place, **how)
+
+
+@pytest.mark.parametrize(
+    "lies_there",
+    [
+        letters,
+        lambda place: place.write_text("keep me"),
+        lambda place: foreign(place, zarr_format=2),
+        lambda place: foreign(place, zarr_format=3, consolidated=False),
+        lambda place: foreign(place, zarr_format=3, consolidated=True),
+    ],
+    ids=["folder", "file", "zarr 2", "zarr 3", "zarr 3 consolidated"],
+)
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part:zarr.errors.ZarrUserWarning")
+def test_what_others_wrote_is_never_touched(rain, checkpoints, tmp_path, lies_there):
+    lies_there(tmp_path / "out")
+    before = files_of(tmp_path)
+    nowhere = Cluster(scheduler_address="tcp://127.0.0.1:1", device="cpu")  # it is refused before there is one
+    for how in ({}, {"extend": True}, {"overwrite": True}):
+        with pytest.raises(StoreError, match="out is there and no Zarr store that stsr wrote, so nothing in it is"):
+            to_store(cube_of(rain), checkpoints, tmp_path / "out", nowhere, **how)
+    assert files_of(tmp_path) == before

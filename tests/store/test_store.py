@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from fsspec.implementations.local import LocalFileSystem
+from zarr.storage import LocalStore
 
 import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
@@ -26,6 +28,7 @@ from stsr_core.store.layout import (
     QUANTUM_MM,
     StoreLayout,
     create_ensemble,
+    filesystem,
     finish,
     is_whole,
     remove_store,
@@ -295,13 +298,80 @@ def test_the_overview_has_levels_for_maps(store, tmp_path, monkeypatch):
     assert finer["mean"].shape == (4, 2, 2)
 
 
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
 def test_remove_store_refuses_what_is_no_store(tmp_path, store):
     (tmp_path / "letters").mkdir()
-    with pytest.raises(StoreError, match="no Zarr store"):
-        remove_store(str(tmp_path / "letters"))
+    (tmp_path / "letters" / "a").write_text("keep me")
+    xr.Dataset({"a": ("time", [1.0])}).to_zarr(tmp_path / "other.zarr", zarr_format=3, consolidated=False)
+    for name in ("letters", "other.zarr"):
+        before = files_of(tmp_path / name)
+        with pytest.raises(StoreError, match="no Zarr store that stsr wrote"):
+            remove_store(str(tmp_path / name))
+        assert files_of(tmp_path / name) == before
     remove_store(store)
     assert not (tmp_path / "e.zarr").exists()
     remove_store(store)
+
+
+def test_a_removal_cut_short_can_be_done_again(store, monkeypatch):
+    finish(store, {})
+    removed = LocalFileSystem.rm
+    for left in range(1, 4):
+        calls = itertools.count()
+
+        def killed(fs, path, calls=calls, left=left, **how):
+            if next(calls) == left:
+                raise KeyboardInterrupt
+            removed(fs, path, **how)
+
+        monkeypatch.setattr(LocalFileSystem, "rm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_store(store)
+        assert f"{store}/stsr.json" in map(str, Path(store).iterdir())
+    monkeypatch.undo()
+    remove_store(store)
+    assert not Path(store).exists()
+
+
+def test_an_ensemble_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    create_ensemble(str(whole), LAYOUT, array="precipitation")
+    (tmp_path / "0").mkdir()  # killed before the mark was written, or while it was
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "stsr.json").touch()
+    written = LocalStore.set
+    objects = len(files_of(whole)) - 1  # but the mark
+    for kill in range(objects):
+        calls = itertools.count()
+
+        async def killed(store, key, value, calls=calls, kill=kill):
+            if next(calls) == kill:
+                raise RuntimeError("killed")
+            await written(store, key, value)
+
+        monkeypatch.setattr(LocalStore, "set", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            create_ensemble(str(tmp_path / f"{kill + 2}"), LAYOUT, array="precipitation")
+    monkeypatch.undo()
+    for kill in range(objects + 2):
+        create_ensemble(str(tmp_path / f"{kill}"), LAYOUT, array="precipitation")
+        assert files_of(tmp_path / f"{kill}") == files_of(whole)
+
+
+def test_an_object_store_is_held_to_the_same():
+    fs = filesystem("memory://place")[0]
+    fs.pipe_file("/place/time/c/0", b"keep me")
+    with pytest.raises(StoreError, match="memory://place is there and no Zarr store that stsr wrote.*another output"):
+        create_ensemble("memory://place", LAYOUT, array="precipitation")
+    assert fs.find("/place") == ["/place/time/c/0"]
+    for _ in range(2):
+        create_ensemble("memory://place/e.zarr", LAYOUT, array="precipitation")
+    remove_store("memory://place/e.zarr")
+    assert fs.find("/place") == ["/place/time/c/0"]
+    fs.rm("/place", recursive=True)
 
 
 def test_members_conserve_the_totals_of_their_own_driving_member(tmp_path):
