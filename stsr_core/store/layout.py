@@ -29,6 +29,7 @@ from stsr_core.store.patience import made_patient
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from numpy.typing import NDArray
+    from pyproj import CRS
     from zarr.abc.store import Store
 
 QUANTUM_MM = 0.01  # storage quantum
@@ -41,6 +42,9 @@ PRECIPITATION = {
     "units": "mm",
     "cell_methods": "time: sum area: mean",
 }
+
+# Units of length by their names in a CRS, as UDUNITS writes them.
+LENGTHS = {"metre": "m", "kilometre": "km", "foot": "foot", "US survey foot": "US_survey_foot"}
 
 MARK = "stsr.json"  # object that tells a group of this code, begun or whole, from whatever else lies at an address
 MARK_CONTENT = b'{"written_by": "stsr"}\n'
@@ -176,20 +180,30 @@ def encoded_times(values: NDArray[Any], calendar: str) -> NDArray[np.int64]:
 
 
 def axis_attributes(grid: Grid) -> tuple[dict[str, str], dict[str, str]]:
-    """CF attributes of the y and x coordinates."""
+    """CF attributes of the y and x coordinates, whose values are in units of the CRS."""
     if grid.crs_wkt is None:
         return {"axis": "Y"}, {"axis": "X"}
     from pyproj import CRS
 
-    if CRS.from_wkt(grid.crs_wkt).is_geographic:
-        return (
-            {"standard_name": "latitude", "units": "degrees_north", "axis": "Y"},
-            {"standard_name": "longitude", "units": "degrees_east", "axis": "X"},
-        )
+    crs = CRS.from_wkt(grid.crs_wkt)
+    if crs.source_crs is not None and crs.is_bound:  # with a shift of datum, which says nothing of the axes
+        crs = crs.source_crs
+    y, x, y_units, x_units = "latitude", "longitude", "degrees_north", "degrees_east"
+    if not crs.is_geographic:
+        y, x = "projection_y_coordinate", "projection_x_coordinate"
+        y_units = x_units = _length(crs)
+    elif crs.is_derived:  # of a rotated pole
+        y, x, y_units, x_units = "grid_latitude", "grid_longitude", "degrees", "degrees"
     return (
-        {"standard_name": "projection_y_coordinate", "units": "m", "axis": "Y"},
-        {"standard_name": "projection_x_coordinate", "units": "m", "axis": "X"},
+        {"standard_name": y, "units": y_units, "axis": "Y"},
+        {"standard_name": x, "units": x_units, "axis": "X"},
     )
+
+
+def _length(crs: CRS) -> str:
+    """Unit of a projected CRS as UDUNITS writes it; one that has no name there in metres."""
+    unit = crs.axis_info[0]
+    return LENGTHS.get(unit.unit_name, f"{unit.unit_conversion_factor:.15g} m")
 
 
 def coordinates(layout: StoreLayout) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from fsspec.implementations.local import LocalFileSystem
+from pyproj import CRS
 from zarr.storage import LocalStore
 
 import stsr_core.store.overview as overview_module
@@ -22,6 +24,8 @@ from stsr_core.ensemble.sums import sums
 from stsr_core.errors import GateError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Grid, TimeAxis
+from stsr_core.sources.declared import Declared
+from stsr_core.sources.harmonise import read_cubes
 from stsr_core.store.coarse import write_coarse
 from stsr_core.store.layout import (
     MISSING,
@@ -126,6 +130,39 @@ def test_a_store_opens_only_when_it_is_finished(store, quanta):
     assert data["time_bnds"].values[0, 0] == np.datetime64("2001-01-01T00:00")
     assert data.attrs["title"] == "test"
     assert "consolidated_metadata" in json.loads(Path(store, "zarr.json").read_text())
+
+
+ROTATED = "+proj=ob_tran +o_proj=longlat +o_lat_p=39.25 +lon_0=18 +o_lon_p=0"
+
+
+@pytest.mark.parametrize(
+    ("crs", "step", "names", "units"),
+    [
+        ("EPSG:2154", 1000.0, "projection_{}_coordinate", ("m", "m")),
+        ("+proj=laea +lat_0=52 +lon_0=10 +units=km", 1.0, "projection_{}_coordinate", ("km", "km")),
+        ("+proj=laea +lat_0=52 +units=km +towgs84=1,2,3", 1.0, "projection_{}_coordinate", ("km", "km")),
+        ("EPSG:2263", 3280.0, "projection_{}_coordinate", ("US_survey_foot", "US_survey_foot")),
+        ("EPSG:2222", 3280.0, "projection_{}_coordinate", ("foot", "foot")),
+        ("+proj=laea +units=kmi", 0.5, "projection_{}_coordinate", ("1852 m", "1852 m")),
+        ("EPSG:4326", 0.01, "{}", ("degrees_north", "degrees_east")),
+        (ROTATED, 0.01, "grid_{}", ("degrees", "degrees")),
+        (f"{ROTATED} +towgs84=1,2,3", 0.01, "grid_{}", ("degrees", "degrees")),
+    ],
+)
+def test_axes_are_named_for_their_crs_and_read_back_where_they_are(tmp_path, crs, step, names, units):
+    grid = Grid(Axis(20 * step, -step, 6), Axis(30 * step, step, 8), CRS.from_user_input(crs).to_wkt())
+    url = str(tmp_path / "e.zarr")
+    create_ensemble(url, replace(LAYOUT, members=1, member_block=1, grid=grid), array="precipitation")
+    zarr.open_array(f"{url}/precipitation")[:] = 1
+    finish(url, {})
+    with xr.open_zarr(url) as data:
+        axes = ("y", "x") if "projection" in names else ("latitude", "longitude")
+        assert [data[a].attrs["standard_name"] for a in ("y", "x")] == [names.format(a) for a in axes]
+        assert tuple(data[a].attrs["units"] for a in ("y", "x")) == units
+        (cube,) = read_cubes(data, "precipitation", Declared())
+    for found, wanted in zip((cube.grid.y, cube.grid.x), (grid.y, grid.x), strict=True):
+        np.testing.assert_allclose(found.edges, wanted.edges, rtol=1e-9)
+    assert CRS.from_wkt(cube.grid.crs_wkt).equals(CRS.from_wkt(grid.crs_wkt))
 
 
 @pytest.mark.parametrize(
