@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.grids import TimeLabel
@@ -134,6 +134,23 @@ class TargetGrid(_Frozen):
     y_min: float
     y_max: float
     fine_step_h: float = Field(default=1.0, gt=0)
+
+    @field_validator("crs")
+    @classmethod
+    def _in_metres(cls, crs: str) -> str:
+        from pyproj import CRS
+        from pyproj.exceptions import CRSError
+
+        try:
+            found = CRS.from_user_input(crs)
+        except CRSError as e:
+            raise ValueError(f"{crs!r} is no CRS that is known; name a projected one in metres, as EPSG:2154") from e
+        if not found.is_projected:
+            raise ValueError(f"{crs!r} is not projected; name a projected CRS in metres, as EPSG:2154")
+        units = sorted({axis.unit_name for axis in found.axis_info[:2]})
+        if units != ["metre"]:
+            raise ValueError(f"{crs!r} is in units of {' and '.join(units)}; name a CRS in metres, as EPSG:2154")
+        return crs
 
     @model_validator(mode="after")
     def _whole_cells(self) -> Self:

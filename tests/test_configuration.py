@@ -26,6 +26,10 @@ def test_the_shipped_catalogue_is_valid():
         ("members: 8", "members: 0", "products.arpege-provence-1km.members.*greater than or equal to 1"),
         ("source: arpege-se-france", "source: arpege", "names source 'arpege'"),
         ("x_max: 1100000.0", "x_max: 1100000.5", "no whole number of cells"),
+        ("crs: EPSG:2154", "crs: EPSG:999999", "grids.*crs: .*'EPSG:999999' is no CRS that is known; name a projected"),
+        ("crs: EPSG:2154", "crs: EPSG:4326", "'EPSG:4326' is not projected; name a projected CRS in metres"),
+        ("crs: EPSG:2154", "crs: EPSG:2263", "'EPSG:2263' is in units of US survey foot; name a CRS in metres"),
+        ("crs: EPSG:2154", "crs: +proj=laea +units=km", "is in units of kilometre; name a CRS in metres"),
         ("sources:", "sources: [", "no valid YAML"),
     ],
 )
