@@ -168,9 +168,9 @@ def _open_grib(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
 def _open_netcdf3(place: Location, chunks: dict[str, int] | None) -> xr.Dataset:
     import xarray as xr
 
+    data = open_netcdf3(place.remote_file())  # or an error where the end of it is lost, which netCDF reads as zeros
     if place.local:
         return _decoded(xr.open_dataset(place.path, engine="netcdf4", chunks=chunks, decode_cf=False))
-    data = open_netcdf3(place.remote_file())
     return _decoded(data if chunks is None else data.chunk(chunks))
 
 

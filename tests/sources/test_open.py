@@ -54,6 +54,18 @@ def test_what_is_no_dataset_is_refused(tmp_path, content, message):
         open_dataset(str(tmp_path / "a.nc"))
 
 
+@pytest.mark.parametrize("unlimited", [(), ("time",)])
+@pytest.mark.parametrize("url", ["a.nc", "?.nc"])
+def test_a_netcdf3_file_that_lost_its_end_is_refused_not_read_as_zeros(tmp_path, data, unlimited, url):
+    data.to_netcdf(tmp_path / "a.nc", format="NETCDF3_CLASSIC", unlimited_dims=unlimited)
+    with open_dataset(url, base=tmp_path) as opened:
+        np.testing.assert_array_equal(opened["p"].values, data["p"].values)
+    whole = (tmp_path / "a.nc").read_bytes()
+    (tmp_path / "a.nc").write_bytes(whole[:-1])
+    with pytest.raises(SourceError, match=rf"has {len(whole) - 1} bytes, but 'p' .* its end at byte {len(whole)}"):
+        open_dataset(url, base=tmp_path)
+
+
 def test_a_plain_folder_and_an_unknown_scheme_are_refused(tmp_path):
     with pytest.raises(SourceError, match="folder without a Zarr store"):
         open_dataset(str(tmp_path))
