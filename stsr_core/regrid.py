@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from stsr_core.sources.cube import CellCube
 
 AnyCube = TypeVar("AnyCube", "Cube", "CellCube")
-COVERED = 1 - 1e-6  # share of a target cell that source cells must cover
+COVERED = 1 - 1e-3  # share of a target cell that source cells must cover; weights make up for what lacks
 MISSING_SHARE = 1e-6  # share of missing source area above which a target cell is missing
 OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
+PARALLEL_POINTS = 8  # of an edge along a parallel, which other projections bend
 KEPT_WEIGHTS = 8  # pairs of grids whose weights a process keeps
 BLOCK_VALUES = 1 << 20  # values that are regridded at a time: what a processor keeps close
 
@@ -148,7 +149,8 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
 
     Returns:
         Area-weighted mean amounts; a target cell is missing in every step in which more than MISSING_SHARE
-        of it lies on missing source cells. Edges of source cells are straight in the target's CRS.
+        of it lies on missing source cells. Edges of source cells are straight in the target's CRS, but for those of
+        cells in rows of latitude.
 
     Raises:
         GridError: a CRS is unknown, or source cells do not cover the target, or overlap each other.
@@ -221,8 +223,11 @@ def _outlines(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
     Raises:
         GridError: outlines that cross themselves.
     """
-    to_crs = Transformer.from_crs(CRS.from_wkt(crs_of(place)), crs, always_xy=True).transform
-    places = place.corners if isinstance(place, Cells) else _nodes(place)
+    source = CRS.from_wkt(crs_of(place))
+    to_crs = Transformer.from_crs(source, crs, always_xy=True).transform
+    places = _nodes(place) if isinstance(place, Grid) else place.corners
+    if isinstance(place, Cells) and source.is_geographic and not crs.is_geographic:
+        places = _along_parallels(places)
     moved = np.stack(to_crs(places[..., 0], places[..., 1]), axis=-1)
     moved[~np.isfinite(moved)] = np.nan
     corners = _filled(moved if isinstance(place, Cells) else _around_nodes(moved))
@@ -233,6 +238,21 @@ def _outlines(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
             "its cells in order?"
         )
     return corners
+
+
+def _along_parallels(corners: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (N, V, 2) with points between those on the same latitude, in all cells.
+
+    Rows of reduced grids have different lengths, so corners of one lie within edges of the next: straight edges would
+    leave gaps between them, and overlap.
+    """
+    way = np.roll(corners, -1, axis=1) - corners
+    share = np.arange(PARALLEL_POINTS)[:, None] / PARALLEL_POINTS
+    parts = [
+        corners[:, v, None] + share * way[:, v, None] if (way[:, v, 1] == 0).all() else corners[:, v, None]
+        for v in range(corners.shape[1])
+    ]
+    return np.concatenate(parts, axis=1)
 
 
 def _weighted(weights: sparse.csr_matrix, amount: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ def write_grib(path: Path, *messages: tuple[str, Mapping[str, object], ArrayLike
         for sample, settings, values in messages:
             handle = eccodes.codes_grib_new_from_samples(sample)
             for key, value in settings.items():
-                eccodes.codes_set(handle, key, value)
+                (eccodes.codes_set_array if np.ndim(value) else eccodes.codes_set)(handle, key, value)
             eccodes.codes_set_values(handle, np.ravel(values).astype(np.float64))
             eccodes.codes_write(handle, file)
             eccodes.codes_release(handle)

@@ -1,11 +1,13 @@
 """GRIB as centres write it: forecast steps of every kind, and reduced grids, whose rows have different lengths."""
 
+from dataclasses import replace
 from datetime import datetime
 
 import eccodes
 import numpy as np
 import pytest
-from pyproj import CRS
+import shapely
+from pyproj import CRS, Transformer
 
 from stsr_core.errors import SourceError
 from stsr_core.grids import Axis, Grid
@@ -80,6 +82,34 @@ def test_a_reduced_gaussian_grid_is_regridded_by_the_exact_overlap_of_its_cells(
     ]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert found.sum(dtype=float) == pytest.approx(np.sum(wanted), rel=1e-6)
+
+
+def test_an_octahedral_grid_is_regridded_onto_a_projected_one_without_gaps(tmp_path):
+    lengths = np.array([20 + 4 * row for row in range(32)])
+    lengths = np.concatenate((lengths, lengths[::-1]))
+    settings = {
+        "pl": lengths, "numberOfDataPoints": int(lengths.sum()), "dataDate": 20010101, "dataTime": 0,
+        "productDefinitionTemplateNumber": 8, "typeOfLevel": "surface", "shortName": "tp", "startStep": 0, "endStep": 6,
+        "longitudeOfLastGridPointInDegrees": 360 - 360 / lengths.max(), "bitsPerValue": 24,
+    }  # fmt: skip
+    amount = np.random.default_rng(5).gamma(0.5, 4.0, lengths.sum())
+    path = write_grib(tmp_path / "o32.grib2", ("reduced_gg_pl_32_grib2", settings, amount / 1000))  # metres
+    grid = Grid(Axis(6.95e6, -1e5, 9), Axis(1.5e5, 1e5, 10), CRS.from_epsg(2154).to_wkt())
+    with open_dataset(path) as dataset:
+        cube = read_coarse(dataset, "tp", near=Box.around(grid))
+    np.testing.assert_allclose(regrid(replace(cube, amount=np.ones_like(cube.amount)), grid).amount, 1.0, rtol=1e-6)
+    box = shapely.box(grid.x.edges[0], grid.y.edges[-1], grid.x.edges[-1], grid.y.edges[0])
+    exact = [
+        shapely.intersection(bent(ring), box).area * a
+        for ring, a in zip(cube.cells.corners, cube.amount[0], strict=True)
+    ]
+    assert regrid(cube, grid).amount.sum(dtype=float) * 1e10 == pytest.approx(sum(exact), rel=1e-4)
+
+
+def bent(ring):
+    """A cell of degrees in EPSG:2154, its edges in straight parts of 0.05 degrees."""
+    to = Transformer.from_crs(4326, 2154, always_xy=True)
+    return shapely.Polygon(np.stack(to.transform(*shapely.segmentize(shapely.LinearRing(ring), 0.05).xy), axis=1))
 
 
 def test_only_what_lies_near_is_kept_of_a_reduced_grid(gaussian):

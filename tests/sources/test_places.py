@@ -12,7 +12,7 @@ from stsr_core.configuration import TargetGrid
 from stsr_core.errors import GridError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import Cells, Grid
-from stsr_core.regrid import coarse_grid, native_factor, reach, regrid
+from stsr_core.regrid import PARALLEL_POINTS, coarse_grid, native_factor, reach, regrid
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
@@ -53,10 +53,15 @@ def slow(rings, amounts):
     return out
 
 
-def rectangles(x, y, crs):
-    to = Transformer.from_crs(crs, 2154, always_xy=True)
+def rectangles(x, y, crs, parts=1):
+    """Outlines of the cells between edges; of edges along x, so many parts are straight in EPSG:2154."""
+    to, on = Transformer.from_crs(crs, 2154, always_xy=True), np.linspace(0, 1, parts + 1)
     return [
-        [to.transform(*p) for p in ((x[j], y[i]), (x[j + 1], y[i]), (x[j + 1], y[i + 1]), (x[j], y[i + 1]))]
+        [
+            to.transform(x[j] + (x[j + 1] - x[j]) * share, y[row])
+            for row, way in ((i, 1), (i + 1, -1))
+            for share in on[::way]
+        ]
         for i in range(len(y) - 1)
         for j in range(len(x) - 1)
     ]
@@ -316,7 +321,7 @@ def test_uneven_latitudes_are_cells_by_their_bounds():
     coords = {"lat": ("lat", lat, {"units": "degrees_north", "bounds": "lat_bnds"}), "lon": ("lon", lon, {})}
     data = timed({"pr": (("time", "lat", "lon"), rain(2, lat.size, lon.size))}, coords)
     data["lat_bnds"] = (("lat", "nv"), np.stack([lat_edges[:-1], lat_edges[1:]], axis=1))
-    check(data, rectangles(edges(lon), lat_edges, CRS.from_epsg(4326)), kind=Cells)
+    check(data, rectangles(edges(lon), lat_edges, CRS.from_epsg(4326), parts=PARALLEL_POINTS), kind=Cells)
 
 
 def test_totals_are_conserved_to_a_millionth():
