@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # first bytes of TIFF
 # 2018050106_RR.gtif: the stamp, and what the file holds
 NAME = re.compile(r"(?P<stamp>\d{12}|\d{10})(?:_(?P<variable>[A-Za-z]\w*))?\.g?tiff?$", re.IGNORECASE)
 UNNAMED = "band_1"
+SAME_PLACE = 1e-3  # cells that lie further apart, in cells, are others
 
 
 @dataclass(frozen=True)
@@ -72,28 +73,30 @@ def open_geotiffs(records: Sequence[Record]) -> xr.Dataset:
     """Join files along time, one variable for each name that stands behind the stamp; values are read when used.
 
     Returns:
-        Variables (time, y, x) of float32, NaN where the file marks no data; time as the names have it.
+        Variables (time, y, x) of float32, scaled as each file says, NaN where it marks no data; time as the names have
+        it.
 
     Raises:
-        SourceError: a file that cannot be read, that is rotated, or that differs from the others in its grid.
+        SourceError: a file that cannot be read, that is rotated or has several bands; when its values are read, one
+            that differs from the first in its grid or, of the same variable, its units.
     """
     import xarray as xr
 
-    frame = _frame(records[0].path)
+    first = _frame(records[0].path)
     groups = {r.variable: sorted((q for q in records if q.variable == r.variable), key=_time) for r in records}
-    arrays = {
-        name: xr.DataArray(
+    arrays = {}
+    for name, group in groups.items():
+        frame = replace(first, units=_frame(group[0].path).units)
+        arrays[name] = xr.DataArray(
             _lazy([q.path for q in group], frame),
             dims=("time", "y", "x"),
             coords={"time": np.array([q.time for q in group], "datetime64[ns]")},
             attrs={"grid_mapping": "crs"} | ({"units": frame.units} if frame.units else {}),
         )
-        for name, group in groups.items()
-    }
-    dataset = xr.Dataset(arrays, coords={"y": ("y", frame.y), "x": ("x", frame.x)})
-    for name, standard in (("y", "projection_y_coordinate"), ("x", "projection_x_coordinate")):
-        dataset[name].attrs |= {"standard_name": standard, "units": "m"}
-    dataset["crs"] = ((), 0, {"crs_wkt": frame.wkt})
+    dataset = xr.Dataset(arrays, coords={"y": ("y", first.y), "x": ("x", first.x)})
+    for axis, attributes in _axes(first.wkt).items():
+        dataset[axis].attrs |= attributes
+    dataset["crs"] = ((), 0, {"crs_wkt": first.wkt})
     return dataset
 
 
@@ -103,22 +106,90 @@ def _time(record: Record) -> datetime:
 
 @dataclass(frozen=True)
 class _Frame:
-    """What all files of a series share."""
+    """What all files of a series share.
 
-    y: NDArray[np.float64]
-    x: NDArray[np.float64]
+    Attributes:
+        cells: (Y, X).
+        corner: x and y where the first cell begins, in units of the CRS.
+        step: signed width and height of a cell.
+        wkt: CRS, empty where the file has none.
+        units: of the values, empty where the file has none.
+    """
+
+    cells: tuple[int, int]
+    corner: tuple[float, float]
+    step: tuple[float, float]
     wkt: str
     units: str
+
+    @property
+    def x(self) -> NDArray[np.float64]:
+        """Centres of the columns."""
+        return self.corner[0] + self.step[0] * (np.arange(self.cells[1], dtype=np.float64) + 0.5)
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """Centres of the rows."""
+        return self.corner[1] + self.step[1] * (np.arange(self.cells[0], dtype=np.float64) + 0.5)
+
+    def lies_on(self, other: _Frame) -> bool:
+        """Whether both have the same cells, but for rounding."""
+        if self.cells != other.cells:
+            return False
+        off = np.concatenate((self.x - other.x, self.y - other.y))
+        return bool(np.abs(off).max() <= SAME_PLACE * abs(self.step[0]))
 
 
 def _frame(path: str) -> _Frame:
     with _opened(path) as file:
-        a = file.transform
-        if a.b or a.d:
-            raise SourceError(f"{path} is rotated. A north-up grid is needed; reproject it.")
-        x = a.c + a.a * (np.arange(file.width) + 0.5)
-        y = a.f + a.e * (np.arange(file.height) + 0.5)
-        return _Frame(y, x, file.crs.to_wkt() if file.crs else "", (file.units or ("",))[0] or "")
+        return _frame_of(file, path)
+
+
+def _frame_of(file: Any, path: str) -> _Frame:
+    a = file.transform
+    if a.b or a.d:
+        raise SourceError(f"{path} is rotated. A north-up grid is needed; reproject it.")
+    if file.count != 1:
+        raise SourceError(f"{path} has {file.count} bands. One is needed: copy that of the precipitation to a file.")
+    wkt = file.crs.to_wkt() if file.crs else ""
+    return _Frame((file.height, file.width), (a.c, a.f), (a.a, a.e), wkt, (file.units or ("",))[0] or "")
+
+
+def _check_alike(found: _Frame, first: _Frame, path: str) -> None:
+    """Refuse a file whose values would be taken for those of other cells, or for other units."""
+    alike = {
+        ("cells",): found.cells == first.cells,
+        ("corner", "step"): found.lies_on(first),
+        ("wkt",): _is_same_crs(found.wkt, first.wkt),
+        ("units",): found.units == first.units,
+    }
+    for names, same in alike.items():
+        if not same:
+            has, needed = (", ".join(f"{name} {getattr(f, name)!r}" for name in names) for f in (found, first))
+            raise SourceError(
+                f"{path} has {has}; the first file has {needed}. Files of a series need the same: read those of each "
+                "kind by a glob of their own, or convert them."
+            )
+
+
+def _is_same_crs(one: str, other: str) -> bool:
+    from rasterio.crs import CRS
+
+    return one == other or bool(one and other and CRS.from_wkt(one) == CRS.from_wkt(other))
+
+
+def _axes(wkt: str) -> dict[str, dict[str, str]]:
+    """CF attributes of y and x; axes without units are in the unit of the CRS."""
+    from rasterio.crs import CRS
+
+    crs = CRS.from_wkt(wkt) if wkt else None
+    if crs is not None and crs.is_geographic:
+        return {
+            "y": {"standard_name": "latitude", "units": "degrees_north"},
+            "x": {"standard_name": "longitude", "units": "degrees_east"},
+        }
+    units = {"units": "m"} if crs is None or crs.linear_units_factor[1] == 1.0 else {}
+    return {axis: {"standard_name": f"projection_{axis}_coordinate", **units} for axis in ("y", "x")}
 
 
 @contextmanager
@@ -139,14 +210,12 @@ def _lazy(paths: Sequence[str], frame: _Frame) -> Any:
     import dask.array as da
     from dask.delayed import delayed
 
-    shape = (len(frame.y), len(frame.x))
     read = delayed(_read, pure=True)
-    return da.stack([da.from_delayed(read(path, shape), shape, np.float32) for path in paths])
+    return da.stack([da.from_delayed(read(path, frame), frame.cells, np.float32) for path in paths])
 
 
-def _read(path: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+def _read(path: str, frame: _Frame) -> NDArray[np.float32]:
     with _opened(path) as file:
-        if (file.height, file.width) != shape:
-            raise SourceError(f"{path} has {file.height} x {file.width} cells; the first file has {shape}.")
-        values: NDArray[np.float32] = np.ma.filled(file.read(1, masked=True).astype(np.float32), np.nan)
-        return values
+        _check_alike(_frame_of(file, path), frame, path)
+        values = np.ma.filled(file.read(1, masked=True).astype(np.float64), np.nan)
+        return np.asarray(values * file.scales[0] + file.offsets[0], np.float32)

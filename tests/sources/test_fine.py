@@ -3,6 +3,7 @@ import tarfile
 import numpy as np
 import pytest
 import rasterio
+from pyproj import CRS
 from rasterio.transform import from_origin
 
 from stsr_core.errors import SourceError
@@ -51,6 +52,60 @@ def test_a_glob_of_geotiffs_is_one_series(hours):
     assert dict(data.sizes) == {"time": 5, "y": 4, "x": 6}
     assert str(data["time"].values[3]) == "2018-05-01T05:00:00.000000000"
     assert data["y"].values[0] == 6_799_500
+
+
+PROFILE = {
+    "driver": "GTiff", "width": 6, "height": 4, "count": 1, "dtype": "int16", "crs": "EPSG:2154",
+    "transform": from_origin(600_000, 6_800_000, 1000, 1000), "nodata": -1,
+}  # fmt: skip
+
+
+def hourly(folder, scale=1.0, offset=0.0, units="mm", **later):
+    """Two hours on 4 x 6 cells, the second with another profile; the glob of both."""
+    for hour, profile in ((1, PROFILE), (2, PROFILE | later)):
+        with rasterio.open(folder / f"201805010{hour}_RR.tif", "w", **profile) as file:
+            values = np.arange(-1, profile["width"] * profile["height"] - 1).reshape(profile["height"], -1)
+            file.write(np.stack([values] * profile["count"]).astype(profile["dtype"]))
+            file.scales, file.offsets = (scale,) * profile["count"], (offset,) * profile["count"]
+            file.units = (units if hour == 2 else "mm",) * profile["count"]
+    return f"{folder}/*_RR.tif"
+
+
+def test_values_are_scaled_as_the_bands_of_each_file_say(tmp_path):
+    amount = open_dataset(hourly(tmp_path, scale=0.1, offset=0.5))["RR"].values
+    assert amount.dtype == np.float32
+    assert np.isnan(amount[:, 0, 0]).all()
+    np.testing.assert_allclose(amount[:, 0, 1:4], [[0.5, 0.6, 0.7]] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        ({"width": 5}, r"02_RR\.tif has cells \(4, 5\); the first file has cells \(4, 6\)"),
+        (
+            {"transform": from_origin(600_500, 6_800_000, 1000, 1000)},
+            r"corner \(600500.*first file has corner \(600000",
+        ),
+        ({"transform": from_origin(600_000, 6_800_000, 1000, 1001)}, r"step \(1000\.0, -1001\.0\); the first file"),
+        ({"crs": "EPSG:3035"}, r"has wkt 'PROJCS\[.*the first file has wkt"),
+        ({"units": "0.1 mm"}, "has units '0.1 mm'; the first file has units 'mm'"),
+        ({"count": 2}, "has 2 bands. One is needed"),
+    ],
+)
+def test_a_file_that_differs_from_the_first_of_its_series_is_refused(tmp_path, later, message):
+    data = open_dataset(hourly(tmp_path, **later))
+    assert not np.isnan(data["RR"][0, 1]).any()
+    with pytest.raises(SourceError, match=message):
+        data["RR"][1].load()
+
+
+@pytest.mark.parametrize(("crs", "size"), [("EPSG:2263", 3280.0), ("EPSG:4326", 0.01)])
+def test_axes_of_geotiffs_are_in_feet_and_degrees_where_their_crs_is(tmp_path, monkeypatch, crs, size):
+    monkeypatch.setitem(PROFILE, "crs", crs)
+    monkeypatch.setitem(PROFILE, "transform", from_origin(30, 50, size, size))
+    grid = fine_runs(hourly(tmp_path), "RR")[0].grid
+    assert (grid.x.step, grid.y.step) == (pytest.approx(size), pytest.approx(-size))
+    assert CRS.from_wkt(grid.crs_wkt) == CRS.from_user_input(crs)
 
 
 def test_units_are_never_guessed(hours):
