@@ -38,25 +38,37 @@ def mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: D
     Raises:
         SourceError: cells are missing because 0 marks them, which is also what dry cells hold.
     """
-    scale, offset = (float(array.encoding.get(k, v)) for k, v in (("scale_factor", 1.0), ("add_offset", 0.0)))
-    high = _valid_max(array) * scale + offset
+    high = _valid_max(array)
     if high < np.inf:
         records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
     marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
-    if 0 in marks and offset == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
+    if 0 in marks and _packing(array)[1] == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
         raise SourceError(
             "The fill value of the file is 0, so dry cells would be missing. If 0 does mark missing cells, declare "
             "`missing_values: [0.0]` of the source in catalog.yaml, or by --declare; else remove the fill value."
         )
 
 
+def _packing(array: xr.DataArray) -> tuple[float, float]:
+    """Scale and offset of the values in the file."""
+    return float(array.encoding.get("scale_factor", 1.0)), float(array.encoding.get("add_offset", 0.0))
+
+
 def _valid_max(array: xr.DataArray) -> float:
-    """Largest valid value as the file states it, packed where its values are; infinite where it does not."""
+    """Largest valid value as the file states it; infinite where it does not.
+
+    It is packed as the values are, but where it is no integer and they are: it is then a value as it is meant.
+
+    Source: NetCDF Users Guide, attribute conventions, `valid_range`.
+    """
     stated = np.ravel(array.attrs.get("valid_range", array.attrs.get("valid_max", np.inf)))[-1]
     try:
-        return float(stated)
+        high = float(stated)
     except ValueError as e:
         raise SourceError(f"The valid range ends at {stated!r}, which is no number. Mend or remove it.") from e
+    scale, offset = _packing(array)
+    is_packed = np.dtype(array.encoding.get("dtype", array.dtype)).kind == "f" or np.asarray(stated).dtype.kind in "iu"
+    return high * scale + offset if is_packed else high
 
 
 def largest_amount(step: timedelta) -> float:

@@ -156,10 +156,14 @@ def test_a_declared_missing_value_is_found_as_float32_holds_it():
     assert np.isnan(cube_of(data, Declared(time_label="end", missing_values=(-99.9,))).amount).sum() == 1
 
 
-def test_what_lies_above_the_valid_range_of_the_file_is_missing(tmp_path):
+@pytest.mark.parametrize(
+    "stated",
+    [{"valid_max": np.int16(9000)}, {"valid_max": np.float32(90)}, {"valid_range": np.array([0.0, 90.0], np.float32)}],
+)
+def test_what_lies_above_the_valid_range_of_the_file_is_missing(tmp_path, stated):
     data = array(values=values_with(99.99)).assign_attrs(valid_range=np.array([0.0, 90.0]))
     assert np.isnan(cube_of(data, END).amount).sum() == 1
-    packed = array(values=values_with(99.99)).assign_attrs(valid_max=np.int16(9000)).to_dataset(name="pr")
+    packed = array(values=values_with(99.99)).assign_attrs(stated).to_dataset(name="pr")  # integers are packed
     packed["pr"].encoding.update(scale_factor=0.01, dtype="int16", _FillValue=-1)
     packed.to_netcdf(tmp_path / "packed.nc")
     with open_dataset(str(tmp_path / "packed.nc")) as opened:
