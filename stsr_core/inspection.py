@@ -207,10 +207,8 @@ def _sample(dataset: xr.Dataset, name: str) -> int:
 def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) -> tuple[str, object] | None:
     """Declaration that would lead past an error, None where none would."""
     if "values are the same" in message and not declared.missing_values:
-        array = dataset[names_of(dataset, name)[0]]
-        part = array.isel({d: slice(0, 4) for d in array.dims[:1]}).values.astype(np.float64)
-        raw = np.nanmin(part) if message.startswith("Negative") else np.nanmax(part)
-        return "missing_values", (float(raw),)
+        mark = _mark(dataset, name, declared, message)
+        return None if mark is None else ("missing_values", (mark,))
     lowest = re.search(r"Negative precipitation: (-[\d.e-]+) mm", message)
     if lowest and "values are the same" not in message:
         small = -float(lowest.group(1)) < 1.0 and declared.max_negative_mm is None
@@ -222,6 +220,25 @@ def _settle(dataset: xr.Dataset, name: str, declared: Declared, message: str) ->
         entries = {d: (int(v) if v.isdigit() else v) for d, _, v in dims}
         return ("select", {**declared.select, **entries}) if entries else None
     return _asked_for(declared, message)
+
+
+def _mark(dataset: xr.Dataset, name: str, declared: Declared, message: str) -> float | None:
+    """Value of the file that makes most of an amount that was refused; None where none does."""
+    said = re.search(
+        r": (\S+) mm at step (\d+), cell (\d+)(?: in driving member (.+))?, (?:beyond|more than) ", message
+    )
+    if said is None:
+        return None
+    amount, step, cell, label = float(said[1]), int(said[2]), int(said[3]), said[4] or ""
+    for one in find(dataset, name, declared).variables:
+        layout, record = one.layout, int(one.steps.record[step])
+        values = layout.array.isel({layout.time_dim: record}).values.reshape(len(layout.labels), -1)
+        raw = float(values[layout.labels.index(label), cell])
+        kind, scale = measured(layout.units)
+        seconds = float(one.steps.record_seconds[record]) if kind == "rate" else 1.0
+        if raw * scale * seconds / amount > 0.5:  # the rest is what a running sum held before
+            return raw
+    return None
 
 
 def _asked_for(declared: Declared, message: str) -> tuple[str, object] | None:

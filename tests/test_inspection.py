@@ -58,6 +58,27 @@ def test_every_doubt_comes_with_the_line_that_settles_it(bare):
     assert np.isnan(read_cube(bare, "rain", declared).amount).mean() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("declared", [{"units": "mm"}, {"units": "mm/h"}, {"units": "m", "accumulated": "run"}])
+def test_missing_values_are_those_that_the_error_is_about_not_those_of_the_first_records(bare, declared):
+    bare["rain"][:, :2] = 0.0
+    if declared["units"] == "m":
+        bare["rain"] = bare["rain"].cumsum("time") / 1000
+    bare["rain"][5, 2:4] = -9999.0
+    found = look(bare, declared=Declared(time_label="end", crs="EPSG:2154", **declared))
+    assert [d.line.partition(" ")[::2] for d in found.doubts] == [
+        ("missing_values:", "[-9999.0]   # if this marks missing cells")
+    ]
+
+
+def test_dry_cells_are_never_proposed_as_missing(bare):
+    bare["rain"][:, :2] = 0.0
+    bare["rain"][3, :2] = 500.0
+    sums = bare["rain"].clip(0.0).cumsum("time") * (np.arange(6) != 4)[:, None, None]  # falls to 0 everywhere
+    found = look(bare.assign(rain=sums), declared=Declared(units="mm", time_label="end", accumulated="run"))
+    assert [d.line for d in found.doubts] == [""]
+    assert "values are the same" in found.doubts[0].what
+
+
 def test_the_line_for_a_doubt_keeps_what_the_file_means(bare):
     rain = bare["rain"].where(bare["rain"] >= 0)
     rate = (rain / 3600).assign_attrs(units="kg m-2 s-1", cell_methods="time: point")
