@@ -174,8 +174,8 @@ def downscale(
     ],
     output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
-    space: Annotated[int, typer.Option(help="Fine cells per input cell along x and y.")],
-    time: Annotated[int, typer.Option(help="Fine steps per input step.")],
+    space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
+    time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
     members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
@@ -292,8 +292,8 @@ def train(
         list[Path] | None,
         typer.Option("--validation", help="Likewise, to choose on: the weights of the least loss are kept."),
     ] = None,
-    space: Annotated[int | None, typer.Option(help="Factor in space.")] = None,
-    time: Annotated[int | None, typer.Option(help="Factor in time.")] = None,
+    space: Annotated[int | None, typer.Option(min=1, help="Factor in space.")] = None,
+    time: Annotated[int | None, typer.Option(min=1, help="Factor in time.")] = None,
     factors: Annotated[
         list[str] | None,
         typer.Option("--factor", help="Factor SPACExTIME, as 8x3; several train one checkpoint together."),
@@ -398,16 +398,16 @@ def train(
 
 def _factor(text: str) -> tuple[int, int]:
     space, _, time = text.partition("x")
-    if not (space.isdigit() and time.isdigit()):
-        raise ConfigurationError(f"Factor {text!r} is no SPACExTIME; write it as 8x3.")
+    if not (space.isdecimal() and time.isdecimal() and int(space) and int(time)):
+        raise ConfigurationError(f"Factor {text!r} is no SPACExTIME of numbers from 1; write it as 8x3.")
     return int(space), int(time)
 
 
 @app.command()
 def evaluate(
     data: Annotated[list[Path], typer.Argument(help="Fine files, or folders of NetCDF files.")],
-    space: Annotated[int, typer.Option(help="Factor in space.")],
-    time: Annotated[int, typer.Option(help="Factor in time.")],
+    space: Annotated[int, typer.Option(min=1, help="Factor in space.")],
+    time: Annotated[int, typer.Option(min=1, help="Factor in time.")],
     members: Annotated[int, typer.Option(help="Members.")] = 8,
     hours: Annotated[int, typer.Option(help="Fine steps that are scored, the wettest of each file.")] = 24,
     cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,

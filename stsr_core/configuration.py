@@ -250,6 +250,9 @@ class Configuration(_Frozen):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as e:
             raise ConfigurationError(f"{path} cannot be read ({e.strerror}). Name it with STSR_CATALOG_FILE.") from e
+        except UnicodeDecodeError as e:
+            line = e.object.count(b"\n", 0, e.start) + 1
+            raise ConfigurationError(f"{path} is not UTF-8 (line {line}: {e.reason}). Save it in UTF-8.") from e
         except yaml.YAMLError as e:
             raise ConfigurationError(f"{path} is no valid YAML: {e}. Mend it there.") from e
         try:

@@ -19,9 +19,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
-from stsr_core.errors import StsrError
+from stsr_core.errors import ConfigurationError, StsrError
 from stsr_core.settings import Settings
 from stsr_core.translation import missing
 from stsr_core.version import code_version
@@ -68,12 +66,8 @@ def examine(products: list[str] | None = None) -> Iterator[Finding]:
     """
     try:
         settings = Settings()
-    except ValidationError as e:
-        for problem in e.errors():
-            name = f"STSR_{'_'.join(map(str, problem['loc'])).upper()}"
-            yield Finding(
-                "settings", Health.fault, f"{name}: {problem['msg']}", "Change it in the environment or .env."
-            )
+    except ConfigurationError as e:
+        yield Finding("settings", Health.fault, str(e))
         return
     named = ", ".join(sorted(settings.model_fields_set)) or "nothing set, all defaults"
     yield Finding("settings", Health.good, named)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from stsr_core.errors import ConfigurationError
 
 
 class Settings(BaseSettings):
-    """Settings of one process, from environment variables named STSR_... or a file .env."""
+    """Settings of one process, from environment variables named STSR_... or a file .env.
+
+    Raises:
+        ConfigurationError: a value is not understood; the message names its variable.
+    """
 
     model_config = SettingsConfigDict(env_prefix="STSR_", env_file=".env", frozen=True, extra="ignore")
 
@@ -70,6 +76,15 @@ class Settings(BaseSettings):
     releases: Path = Field(
         default=Path("stsr-releases"), description="Folder that `redeploy` keeps the code of references in."
     )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as e:
+            problems = "; ".join(f"STSR_{'_'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in e.errors())
+            raise ConfigurationError(
+                f"Settings are not understood: {problems}. Change them in the environment or in .env."
+            ) from None  # the cause may hold a key
 
     @model_validator(mode="before")
     @classmethod

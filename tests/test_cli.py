@@ -8,7 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from click import unstyle
+from typer.testing import CliRunner
 
+from stsr_core.cli import app
+from stsr_core.errors import ConfigurationError
 from tests.grib_files import REGULAR, write_grib
 
 
@@ -157,6 +161,21 @@ def test_mistakes_are_one_paragraph_without_traceback_and_leave_nothing(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.zarr").exists()
+
+
+@pytest.mark.parametrize("command", ["downscale", "train", "evaluate"])
+@pytest.mark.parametrize("option", ["--space", "--time"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_factor_below_1_is_refused_with_the_name_of_the_option(command, option, number):
+    refused = CliRunner().invoke(app, [command, option, number])
+    assert refused.exit_code == 2
+    assert f"Invalid value for '{option}'" in unstyle(refused.output)
+
+
+@pytest.mark.parametrize("factor", ["8", "0x1", "8x0"])
+def test_what_is_no_factor_is_refused(factor):
+    with pytest.raises(ConfigurationError, match=f"Factor '{factor}' is no SPACExTIME of numbers from 1"):
+        CliRunner().invoke(app, ["bench", "--factor", factor], catch_exceptions=False)
 
 
 def test_debug_shows_the_traceback(tmp_path, checkpoints):

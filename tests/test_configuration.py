@@ -45,6 +45,13 @@ def test_a_missing_file_and_product_are_named(tmp_path):
         Configuration.load(shipped_catalog()).product("x")
 
 
+def test_a_catalogue_that_is_not_utf_8_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "catalog.yaml"
+    path.write_bytes("sources: {}\n# Météo-France\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"catalog.yaml is not UTF-8 \(line 2: .*Save it in UTF-8"):
+        Configuration.load(path)
+
+
 def test_declarations_are_lines_of_the_catalogue():
     found = Declarations.of(["units: mm/h", "select: {number: 0, scenario: ssp585}", "missing_values: [-9999]"])
     assert found.declared.units == "mm/h"

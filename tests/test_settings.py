@@ -1,6 +1,6 @@
 import pytest
-from pydantic import ValidationError
 
+from stsr_core.errors import ConfigurationError
 from stsr_core.settings import Settings
 
 
@@ -28,9 +28,12 @@ def test_sources_are_read_by_their_own_settings_or_by_those_of_the_store(monkeyp
     assert Settings().source_options("s3://bucket/a.nc") == {"profile": "nightly"}
 
 
-def test_a_setting_that_is_not_understood_is_refused(monkeypatch):
+def test_a_setting_that_is_not_understood_is_refused_by_the_name_of_its_variable(monkeypatch):
     monkeypatch.setenv("STSR_DEVICE", "tpu")
-    with pytest.raises(ValidationError, match="device"):
+    monkeypatch.setenv("STSR_WORKERS", "abc")
+    with pytest.raises(
+        ConfigurationError, match=r"STSR_DEVICE: Input should be .*; STSR_WORKERS: .*valid integer.*\.env"
+    ):
         Settings()
 
 
