@@ -46,6 +46,7 @@ from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
 
 if TYPE_CHECKING:
+    from distributed import Client
     from numpy.typing import NDArray
 
     from stsr_core.factors import Factor
@@ -73,7 +74,7 @@ class Options:
         cells: fine cells along the square.
         steps: fine steps.
         members: members.
-        workers: numbers of local workers, one run each.
+        workers: numbers of local workers, one run each; where there are GPUs, no more than one for each is started.
         device: auto, cpu or cuda.
         precision: auto, float32 or bfloat16.
         output: folder or bucket prefix that the stores are written below; None is a temporary folder.
@@ -161,7 +162,7 @@ def _rate(run: Mapping[str, float]) -> float:
 
 
 def _run(
-    plan: Plan, downscaler: Downscaler, workers: int, url: str, options: Options, reading: float
+    plan: Plan, downscaler: Downscaler, asked: int, url: str, options: Options, reading: float
 ) -> dict[str, float]:
     """Make one ensemble on a cluster of its own and remove it again; the share outside the networks counts reading."""
     seconds_in_networks, evaluations = 0.0, 0
@@ -172,10 +173,10 @@ def _run(
         evaluations += done
 
     store_options = options.storage_options or {}
-    cluster = Cluster(device=options.device, workers=workers)  # type: ignore[arg-type]
+    cluster = Cluster(device=options.device, workers=asked)  # type: ignore[arg-type]
     target = Target(url, ARRAY, store_options)
     with cluster.client() as client:
-        client.wait_for_workers(1)
+        workers = _started(client)
         started = time.perf_counter()
         create_ensemble(url, layout_of(plan), array=ARRAY, options=store_options)
         gpu = choose_device(options.device).type == "cuda"
@@ -217,6 +218,13 @@ def _run(
         "compression": 2 * cells / max(1, written),
         "bytes_written_per_s": written / seconds,
     }
+
+
+def _started(client: Client) -> int:
+    """Number of workers of a local cluster, once all are there; there may be fewer than were asked for."""
+    assert client.cluster is not None  # this process started it
+    client.wait_for_workers(len(client.cluster.worker_spec))
+    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 @contextmanager

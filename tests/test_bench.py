@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
@@ -6,6 +7,7 @@ from typer.testing import CliRunner
 
 from stsr_core import bench
 from stsr_core.cli import app
+from stsr_core.ensemble.cluster import Cluster
 from stsr_core.factors import Factor
 
 SMALL = {"cells": 40, "steps": 6, "members": 5}
@@ -28,6 +30,16 @@ def test_the_engine_is_measured_for_every_number_of_workers(checkpoints, tmp_pat
     assert "1 workers" in lines[0]
     assert list(tmp_path.iterdir()) == []
     json.dumps(figures)
+
+
+def test_a_run_counts_the_workers_that_there_are_as_on_two_gpus_not_those_asked_for(checkpoints, tmp_path, monkeypatch):
+    local = Cluster._local
+    monkeypatch.setattr(Cluster, "_local", lambda self, gpus: local(replace(self, workers=min(self.workers, 2)), gpus))
+    lines: list[str] = []
+    options = bench.Options(Factor(space=4, time=3), **SMALL, workers=(3,), device="cpu", output=str(tmp_path))
+    figures = bench.bench_engine(options, checkpoints=str(checkpoints), report=lines.append)
+    assert [run["workers"] for run in figures["runs"]] == [2]
+    assert lines[0].startswith("2 workers: ")
 
 
 def test_a_file_of_the_users_own_is_measured_and_dry_windows_are_counted(checkpoints, tmp_path, monkeypatch):
