@@ -205,7 +205,9 @@ def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid |
     for name in (y, x):
         centres = _coordinate(dataset, name, crs)
         pair = _pairs(dataset, name, centres, crs)
-        axes.append(_regular(centres, dataset[name].dtype == np.float32, pair, name))
+        axis = _regular(centres, dataset[name].dtype == np.float32, pair, name)
+        is_longitude = crs is not None and crs.is_geographic and not _is_latitude(dataset[name])
+        axes.append(_closed(axis, centres) if axis is not None and is_longitude else axis)
         pairs.append(pair)
     if crs is not None and crs.is_geographic:
         _check_latitudes(_coordinate(dataset, y, crs))
@@ -322,6 +324,16 @@ def _regular(centres: NDArray[np.float64], single: bool, pairs: NDArray[np.float
     if pairs is not None and not _agree(axis, pairs):
         return None
     return axis
+
+
+def _closed(axis: Axis, centres: NDArray[np.float64]) -> Axis:
+    """The axis with steps that make a full circle exactly where its longitudes do, but for the digits they have."""
+    if axis.size < 2:
+        return axis
+    turn = axis.size * abs(float(centres[-1] - centres[0])) / (axis.size - 1)
+    if abs(turn - 360.0) > REPEATED * abs(axis.step):
+        return axis
+    return Axis(axis.first, math.copysign(360.0 / axis.size, axis.step), axis.size)
 
 
 def _agree(axis: Axis, pairs: NDArray[np.float64]) -> bool:

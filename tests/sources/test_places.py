@@ -11,8 +11,9 @@ from pyproj import CRS, Transformer
 from stsr_core.configuration import TargetGrid
 from stsr_core.errors import GridError, SourceError
 from stsr_core.factors import Factor
-from stsr_core.grids import Cells, Grid
+from stsr_core.grids import Axis, Cells, Grid
 from stsr_core.regrid import PARALLEL_POINTS, coarse_grid, native_factor, reach, regrid
+from stsr_core.sources.box import Box
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
@@ -190,6 +191,21 @@ def test_longitudes_0_to_360_and_descending_latitudes_reach_across_the_meridian(
     np.testing.assert_allclose(a.amount, b.amount, rtol=1e-6)
     np.testing.assert_allclose(regrid(read_coarse(data, "pr"), lattice).amount, b.amount, rtol=1e-6)
     assert read_coarse(data, "pr", near=reach(west)).grid.x.size < 20
+
+
+@pytest.mark.parametrize("first", [0.0, -180.0])
+@pytest.mark.parametrize("columns", [1024, 1080, 2160, 4320])
+def test_longitudes_of_few_digits_close_the_circle(first, columns):
+    step = 360.0 / columns
+    lat, lon = np.arange(42.0, 47.0, step), (first + step * np.arange(columns)).astype(np.float32)
+    coords = {"lat": ("lat", lat.astype(np.float32), {}), "lon": ("lon", lon, {})}
+    data = timed({"pr": (("time", "lat", "lon"), np.full((1, lat.size, lon.size), 3.0))}, coords, nt=1)
+    for middle in (0, 180):
+        crs = CRS.from_proj4(f"+proj=laea +lat_0=44.5 +lon_0={middle}").to_wkt()
+        grid = Grid(Axis(8e4, -4e4, 5), Axis(-8e4, 4e4, 5), crs)
+        np.testing.assert_allclose(regrid(read_coarse(data, "pr", near=Box.around(grid)), grid).amount, 3.0, rtol=1e-6)
+    whole = read_coarse(data, "pr").grid.x
+    assert whole.edges[-1] - whole.edges[0] == pytest.approx(360.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("first", [0.0, -180.0])
