@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Self
@@ -50,6 +51,16 @@ class Declarations(_Frozen):
     period: tuple[str, str] | None = Field(
         default=None, strict=False, description="First and last ISO date; only whole steps between them are read."
     )
+
+    @field_validator("select", "period", mode="before")
+    @classmethod
+    def _dates_as_text(cls, value: object) -> object:
+        """Undo that YAML makes dates of what looks like one."""
+        if isinstance(value, dict):
+            return {key: cls._dates_as_text(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [cls._dates_as_text(one) for one in value]
+        return value.isoformat() if isinstance(value, date) else value
 
     @property
     def declared(self) -> Declared:

@@ -59,6 +59,12 @@ def test_declarations_are_lines_of_the_catalogue():
     assert found.declared.missing_values == (-9999.0,)
 
 
+def test_dates_stay_as_they_are_written():
+    found = Declarations.of(["period: [2001-01-01, 2001-02-01 06:00:00+02:00]", "select: {time: [2001-01-01, 3]}"])
+    assert found.declared.period == ("2001-01-01", "2001-02-01T06:00:00+02:00")
+    assert found.declared.select == {"time": ("2001-01-01", 3)}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

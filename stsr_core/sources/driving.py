@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ REALIZATIONS = (
     "member", "members", "member_id", "memb", "realization", "realisation", "realizations", "number", "ensemble",
     "ensemble_member", "ens", "eps", "perturbation", "perturbationnumber", "variant_label",
 )  # fmt: skip
+DATE = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::00)?)?")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _positions(dataset: xr.Dataset, dim: str, wanted: Label | tuple[Label, ...])
         return list(range(len(values)))
     positions = []
     for one in wanted if isinstance(wanted, tuple) else (wanted,):
-        found = [i for i, label in enumerate(values) if label == one or str(label) == str(one)]
+        found = [i for i, label in enumerate(values) if label == one or _spelt(label) == _spelt(one)]
         if len(found) != 1 or found[0] in positions:
             twice = found and found[0] in positions
             raise SourceError(f"`select: {{{dim}: {one}}}` is {'named twice' if twice else f'none of {_few(values)}'}.")
@@ -132,6 +134,12 @@ def _positions(dataset: xr.Dataset, dim: str, wanted: Label | tuple[Label, ...])
     if not positions:
         raise SourceError(f"`select: {{{dim}: []}}` names no entry; there are {_few(values)}.")
     return positions
+
+
+def _spelt(label: object) -> str:
+    """A label as text; dates in one spelling of several."""
+    found = DATE.fullmatch(str(label))
+    return str(label) if found is None else f"{found[1]}T{found[2] or '00:00'}"
 
 
 def _few(values: list[object]) -> str:

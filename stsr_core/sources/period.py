@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import cftime
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from stsr_core.sources.times import Steps, Time
 
 ROUNDING = 1e-6  # steps
+DAY = len("2001-12-31")
+ANY_DAY = datetime(2001, 1, 1)  # of this calendar, to read a time of day off
 
 
 def within(steps: Steps, first: date, last: date) -> Steps:
@@ -48,7 +50,7 @@ def _position(times: TimeAxis, day: date) -> float:
 
 
 def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
-    """Return the steps that lie wholly in a period of ISO dates, in the calendar of the steps.
+    """Return the steps that lie wholly in a period of ISO dates or dates and times, in the calendar of the steps.
 
     Raises:
         SourceError: dates that are none, or no step between them.
@@ -65,9 +67,17 @@ def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
 
 
 def _date(text: str, like: Time) -> Time:
+    """The moment that a date, or a date and time of day, names in the calendar of the source; UTC, as its steps are."""
     try:
-        if isinstance(like, cftime.datetime):
-            return cftime.datetime.strptime(text[:10], "%Y-%m-%d", calendar=like.calendar)
-        return datetime.fromisoformat(text).replace(tzinfo=None)
+        if not isinstance(like, cftime.datetime):
+            return _in_utc(datetime.fromisoformat(text))
+        day = cftime.datetime.strptime(text[:DAY], "%Y-%m-%d", calendar=like.calendar)
+        return day + (_in_utc(datetime.fromisoformat(f"{ANY_DAY.date()}{text[DAY:]}")) - ANY_DAY)
     except ValueError as e:
-        raise SourceError(f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31.") from e
+        raise SourceError(
+            f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31 or 2001-12-31T06:00."
+        ) from e
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)

@@ -10,6 +10,7 @@ import zarr
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import ALL, Declared
+from stsr_core.sources.driving import selected
 from stsr_core.sources.harmonise import cubes_of, find, read_cube, read_cubes
 from stsr_core.sources.open import open_dataset
 
@@ -160,3 +161,12 @@ def test_more_than_memory_holds_is_refused_before_it_is_read(tmp_path):
         reading = find(dataset, "pr", END)
         with pytest.raises(SourceError, match=r"50 driving members x 24 steps x 2592000000 cells take 12441.6 GB; of "):
             reading.read_all()
+
+
+@pytest.mark.parametrize("calendar", ["standard", "noleap"])
+@pytest.mark.parametrize("wanted", ["2001-01-01", "2001-01-01T00:00", "2001-01-01 00:00:00"])
+def test_runs_are_selected_by_dates_in_any_spelling(calendar, wanted):
+    runs = xr.date_range("2000-12-31", periods=2, calendar=calendar, use_cftime=calendar != "standard")
+    data = xr.Dataset({"pr": (("run", "time"), np.zeros((2, 3)))}, {"run": runs})
+    found, _ = selected(data, "pr", Declared(select={"run": wanted}))
+    assert str(found["run"].values).startswith("2001-01-01")

@@ -6,7 +6,7 @@ import pytest
 
 from stsr_core.errors import SourceError
 from stsr_core.grids import TimeAxis
-from stsr_core.sources.period import within
+from stsr_core.sources.period import period_of, within
 from stsr_core.sources.times import Steps
 
 
@@ -37,3 +37,27 @@ def test_calendars_without_leap_days():
 def test_days_outside_the_source_are_refused():
     with pytest.raises(SourceError, match="covers 2020-01-01.* to 2020-01-04"):
         within(steps(datetime(2020, 1, 1)), date(2021, 1, 1), date(2021, 1, 2))
+
+
+@pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])
+@pytest.mark.parametrize(
+    ("period", "records"),
+    [
+        (("2001-01-01", "2001-01-02"), [0, 1, 2, 3]),
+        (("2001-01-01T06:00", "2001-01-01 18"), [1, 2]),
+        (("2001-01-01T06:00Z", "2001-01-01T18:00Z"), [1, 2]),
+        (("2001-01-01T06:00+06:00", "2001-01-01T18:00-06:00"), [0, 1, 2, 3]),
+        (("2001-01-02T02:00+02:00", "2001-01-02T10:00:00+02:00"), [4]),
+    ],
+)
+def test_periods_have_hours_and_offsets_from_utc_in_every_calendar(calendar, period, records):
+    start = datetime(2001, 1, 1) if calendar == "standard" else cftime.datetime(2001, 1, 1, calendar=calendar)
+    assert period_of(steps(start), period).record.tolist() == records
+
+
+def test_periods_name_days_of_the_calendar():
+    start = cftime.datetime(2001, 2, 29, calendar="360_day")
+    assert period_of(steps(start), ("2001-02-30", "2001-03-01")).record.tolist() == [4, 5, 6, 7]
+    for text in ("2001-01-31", "2001-01-30T25:00", "2001-01"):
+        with pytest.raises(SourceError, match=f"'{text}' is no date of the calendar .*Write it as 2001-12-31"):
+            period_of(steps(start), (text, "2001-03-01"))
