@@ -250,10 +250,15 @@ class Family:
             limit: the largest ratio on one axis between the request and what serves it.
 
         Raises:
-            FactorError: the family is empty, or its nearest factor is further away than `limit`.
+            FactorError: the family is empty, its nearest factor is further away than `limit`, or the request is none.
         """
         if not self.factors:
             raise FactorError("No checkpoint is installed, so no factor is served. Train one with `stsr train`.")
+        if not all(math.isfinite(f) and f > 0 for f in (space, time)):
+            raise FactorError(
+                f"Factor ({space},{time}) is asked for; finite numbers above 0 are needed. Does the source have cells "
+                "and steps of a known size at the target?"
+            )
 
         def off(f: Factor) -> tuple[float, float]:
             return math.log(f.space / space), math.log(f.time / time)

@@ -130,8 +130,9 @@ def cells_of(grid: Grid | Cells) -> Cells:
 
 
 def _nodes(grid: Grid) -> NDArray[np.float64]:
-    """Places where cells of a grid meet, (Y + 1, X + 1, 2)."""
-    return np.stack(np.meshgrid(grid.x.edges, grid.y.edges), axis=-1)
+    """Places where cells of a grid with a CRS meet, (Y + 1, X + 1, 2); none beyond a pole, where rows may lie."""
+    y = np.clip(grid.y.edges, -90.0, 90.0) if CRS.from_wkt(crs_of(grid)).is_geographic else grid.y.edges
+    return np.stack(np.meshgrid(grid.x.edges, y), axis=-1)
 
 
 def _around_nodes(node: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,6 +19,12 @@ def test_nearest_is_by_log_distance_on_both_axes():
     assert FAMILY.nearest(8, 3).exact
 
 
+@pytest.mark.parametrize(("space", "time"), [(math.nan, 1.0), (0.0, 1.0), (10.0, math.inf), (10.0, -1.0)])
+def test_what_is_no_factor_is_refused(space, time):
+    with pytest.raises(FactorError, match="finite numbers above 0 are needed"):
+        FAMILY.nearest(space, time)
+
+
 def test_the_spacing_that_is_told_is_the_nearest_by_its_logarithm():
     assert [nearest_spacing(km) for km in (0.1, 0.93, 1.4, 1.45, 4.6, 60.0)] == [1, 1, 1, 2, 5, 5]
     assert nearest_spacing(4.6, (1, 3)) == 3

@@ -53,6 +53,18 @@ def test_a_uniform_field_stays_uniform():
     np.testing.assert_allclose(out.amount, 3.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("crs", "middle"), [("EPSG:3031", 0.0), ("EPSG:32661", 2e6), ("EPSG:3413", 0.0)])
+def test_points_at_the_poles_cover_polar_targets(crs, middle):
+    ends = {f"{axis}_{end}": middle + way * 3e5 for axis in "xy" for end, way in (("min", -1), ("max", 1))}
+    target = TargetGrid(crs=crs, spacing_m=5000.0, **ends)
+    grid = Grid(Axis(90.0, -1.0, 181), Axis(0.0, 1.0, 360), LATLON)  # the outer rows would reach half a cell beyond
+    times = TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 1)
+    cube = Cube(np.full((1, 181, 360), 3.0, np.float32), times, grid, {})
+    np.testing.assert_allclose(regrid(cube, coarse_grid(target, Factor(space=10, time=1))).amount, 3.0, rtol=1e-6)
+    space, _ = native_factor(cube, target)
+    assert 0 < space < 30
+
+
 def test_missing_source_cells_stay_missing_and_touch_only_what_they_cover():
     amount = np.ones((2, 30, 40))
     amount[1, 15, 20] = np.nan
