@@ -19,6 +19,7 @@ from stsr_core.sources.box import Box, part_of
 from stsr_core.sources.cube import CellCube, Cube
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.places import place_of
+from stsr_core.sources.remote import patiently
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -62,14 +63,16 @@ class StaticSource:
         """Area means of the field on the cells of a grid with a CRS, (Y, X) float32.
 
         Raises:
-            SourceError: no such variable, no units, more dimensions than places, or missing values on the grid.
+            SourceError: no such variable, no units, more dimensions than places, missing values on the grid, or what
+                cannot be read.
             GridError: places that make no cells, or do not cover the grid.
         """
         with self._opened() as (dataset, array):
-            place = place_of(dataset, array, tuple(map(str, array.dims)), self.crs)
+            dims = tuple(map(str, array.dims))
+            place = patiently(lambda: place_of(dataset, array, dims, self.crs), "the coordinates")
             ordered = array.transpose(*place.dims)
             part = part_of(place.grid, ordered.shape, Box.around(grid))
-            values = part.take(ordered.expand_dims("time"), np.float32)
+            values = patiently(lambda: part.take(ordered.expand_dims("time"), np.float32), "the values")
         if isinstance(part.grid, Grid):
             found = regrid(Cube(values.reshape(1, *part.grid.shape), ONCE, part.grid, {}), grid).amount[0]
         else:

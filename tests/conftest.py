@@ -71,3 +71,24 @@ def cluster() -> Iterator[Cluster]:
     """A running Dask cluster that tests share, as a scheduler to connect to."""
     with Cluster(device="cpu", workers=2).client() as client:
         yield Cluster(scheduler_address=client.scheduler.address, device="cpu")
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """How often reading what has a name in its path is cut off, on memory:// as on a server; waits are short."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from stsr_core.sources import remote
+
+    left, read = {}, MemoryFileSystem.cat_file
+
+    def cat_file(self, path, *args, **kwargs):
+        for name, times in left.items():
+            if name in path and times > 0:
+                left[name] -= 1
+                raise ConnectionResetError("cut")
+        return read(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    return left

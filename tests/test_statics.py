@@ -104,6 +104,16 @@ def projected_wkt() -> str:
     return pyproj.CRS.from_user_input(CRS).to_wkt()
 
 
+def test_a_field_on_a_server_is_asked_for_again(folder, cuts):
+    with xr.open_dataset(folder / "orography.nc") as dataset:
+        dataset.drop_encoding().to_zarr("memory://cuts/z.zarr", zarr_format=3, mode="w", consolidated=False)
+    cuts.update({"orography/c": 1})
+    grid = Grid(Axis(150_000.0, -4000.0, 20), Axis(50_000.0, 4000.0, 20), pyproj.CRS(CRS).to_wkt())
+    found = StaticSource("memory://cuts/z.zarr", "orography", CRS).read(grid)
+    np.testing.assert_array_equal(found, source(folder).read(grid))
+    assert cuts == {"orography/c": 0}
+
+
 def test_the_card_says_what_the_networks_see(checkpoints):
     (static,) = Library.open(checkpoints).checkpoints[0].card.statics
     assert (static.name, static.units) == ("orography", "m")

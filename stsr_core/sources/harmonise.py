@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -119,7 +120,7 @@ def find(
     names = names_of(dataset, variable)
     found = []
     for name in names:
-        layout = layout_of(dataset, name, declared)
+        layout = patiently(partial(layout_of, dataset, name, declared), "the coordinates")
         steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
         steps = steps if days is None else within(steps, *days)
         steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))

@@ -9,7 +9,7 @@ import xarray as xr
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import cube_of, find, read_cube
+from stsr_core.sources.harmonise import cube_of, find, read_coarse, read_cube
 from stsr_core.sources.open import open_dataset
 
 END = Declared(time_label="end")
@@ -256,3 +256,37 @@ def test_blocks_are_read_ahead_yet_come_in_order_until_one_cannot_be_read(tmp_pa
             seen.extend(float(block.amount.sum()) for (block,) in blocks)
     np.testing.assert_allclose(seen, values[:20].sum(axis=(1, 2)), rtol=1e-6)
     assert not [t for t in set(threading.enumerate()) - others if t.name.startswith("ThreadPoolExecutor")]
+
+
+def curvilinear():
+    """Rain on 2-D latitudes and longitudes."""
+    lon, lat = np.meshgrid(np.arange(0.0, 8.0, 0.5), np.arange(40.0, 46.0, 0.5))
+    time = pd.date_range("2001-01-01 01:00", periods=2, freq="h")
+    places = {"lat": (("y", "x"), lat, {"units": "degrees_north"}), "lon": (("y", "x"), lon, {"units": "degrees_east"})}
+    return xr.Dataset({"pr": (("time", "y", "x"), np.ones((2, *lat.shape)), {"units": "mm"})}, {"time": time, **places})
+
+
+def test_coordinates_on_a_server_are_asked_for_again(cuts):
+    curvilinear().to_zarr("memory://cuts/a.zarr", zarr_format=3, mode="w", consolidated=False)
+    cuts["lat/c"] = 2
+    with open_dataset("memory://cuts/a.zarr") as opened:
+        assert read_coarse(opened, "pr", END).amount.shape == (2, 192)
+    assert cuts == {"lat/c": 0}
+    cuts["lon/c"] = 99
+    with (
+        open_dataset("memory://cuts/a.zarr") as opened,
+        pytest.raises(SourceError, match=r"the coordinates cannot be read \(ConnectionResetError"),
+    ):
+        read_coarse(opened, "pr", END)
+
+
+def test_damaged_coordinates_are_an_error_not_a_traceback(tmp_path):
+    curvilinear().to_zarr(tmp_path / "a.zarr", zarr_format=2)
+    chunk = tmp_path / "a.zarr" / "lat" / "0.0"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:4] + b"\xff" * 16 + content[20:])
+    with (
+        open_dataset(str(tmp_path / "a.zarr")) as opened,
+        pytest.raises(SourceError, match="the coordinates cannot be read"),
+    ):
+        read_coarse(opened, "pr", END)
