@@ -37,13 +37,13 @@ from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, distillation_loss
-from stsr_core.training.fit import Training
 from stsr_core.training.losses import denoiser_loss, mean_loss
 from stsr_core.training.patches import region_of
 from stsr_core.training.presets import PRESETS
 from stsr_core.training.run import Run
 from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
+from stsr_core.training.training import Training
 
 if TYPE_CHECKING:
     from distributed import Client

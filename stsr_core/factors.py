@@ -54,10 +54,6 @@ class Factor(BaseModel):
         """Bits of missing detail per coarse cell, log2(s * s * t)."""
         return math.log2(self.space**2 * self.time)
 
-    def distance(self, other: Factor) -> float:
-        """Log distance on both axes: sqrt(ln(s/s')^2 + ln(t/t')^2)."""
-        return math.hypot(math.log(self.space / other.space), math.log(self.time / other.time))
-
 
 class ConservationFunction(BaseModel):
     """The mass-conservation function f.
@@ -211,11 +207,6 @@ class Match:
     factor: Factor
     distance: float
 
-    @property
-    def exact(self) -> bool:
-        """Whether the request is served without regridding."""
-        return self.distance < 1e-9
-
 
 def _instead(space: float, time: float) -> str:
     """What to do about a factor (space, time) that is not served."""
@@ -280,9 +271,7 @@ class Family:
         for factor in self.factors:
             if (factor.space, factor.time) == (space, time):
                 return factor
-        nearest = min(
-            self.factors, key=lambda f: math.hypot(math.log(f.space / space), math.log(f.time / time)), default=None
-        )
+        nearest = self.nearest(space, time, limit=math.inf).factor
         raise FactorError(
             f"Factor ({space},{time}) is not served; served are {self}. "
             f"The nearest is {nearest}: ask for it, pass --nearest to regrid to it, "

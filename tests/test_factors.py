@@ -15,8 +15,7 @@ def test_nearest_is_by_log_distance_on_both_axes():
     match = FAMILY.nearest(9.2, 1)
     assert match.factor == Factor(space=10, time=1)
     assert match.distance == pytest.approx(math.log(10 / 9.2))
-    assert not match.exact
-    assert FAMILY.nearest(8, 3).exact
+    assert FAMILY.nearest(8, 3).distance == 0
 
 
 @pytest.mark.parametrize(("space", "time"), [(math.nan, 1.0), (0.0, 1.0), (10.0, math.inf), (10.0, -1.0)])
@@ -54,10 +53,11 @@ def test_an_empty_family_says_how_to_fill_it():
         Family(()).nearest(10, 1)
 
 
-@given(any_factor, any_factor)
-def test_distance_is_a_metric_on_factors(a, b):
-    assert a.distance(b) == pytest.approx(b.distance(a))
-    assert (a.distance(b) == 0) == (a == b)
+def test_a_factor_is_one_of_the_family_or_refused():
+    assert Factor.of(25, 6) == Factor(space=25, time=6)
+    for space, time in ((26, 1), (0, 1), (1, 7), (1, 0)):
+        with pytest.raises(FactorError, match=rf"\({space},{time}\) is asked for; it can be 1 to 25 in space"):
+            Factor.of(space, time)
 
 
 @given(any_factor)

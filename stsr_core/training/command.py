@@ -17,10 +17,11 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.statics import StaticSource, named_sources
-from stsr_core.training.fit import Training, fit
+from stsr_core.training.fit import fit
 from stsr_core.training.patches import Region, load_archive
 from stsr_core.training.presets import PRESETS
 from stsr_core.training.run import Run
+from stsr_core.training.training import Training
 
 RecipeName = Literal["stsr", "authors"]
 

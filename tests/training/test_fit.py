@@ -17,12 +17,13 @@ from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
 from stsr_core.training.command import Data, train_checkpoint
-from stsr_core.training.fit import Training, TrainingError, fit
+from stsr_core.training.fit import fit
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import Region, draw_patch, fitting_spacings, load_archive, patch_cells, region_of
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.stage import Stage
+from stsr_core.training.training import Training, TrainingError
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -401,7 +402,9 @@ def test_what_was_distilled_is_trained_on_by_its_scores(regions, tmp_path):
 
 def test_spreads_are_calibrated_once(regions, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("stsr_core.training.fit.calibrated_spread", lambda *_: asked.append(1) or 1.0 + len(asked) / 10)
+    monkeypatch.setattr(
+        "stsr_core.training.training.calibrated_spread", lambda *_: asked.append(1) or 1.0 + len(asked) / 10
+    )
     first = fit(training(regions, tmp_path), "x", {})
     assert len(asked) == 3  # teacher, student, and what was trained on by scores
     again = fit(training(regions, tmp_path), "x", {})
@@ -446,7 +449,7 @@ from pathlib import Path
 
 import torch
 
-from stsr_core.training.fit import _digest
+from stsr_core.training.training import _digest
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import load_archive
 from stsr_core.training.run import Run
