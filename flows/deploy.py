@@ -25,10 +25,11 @@ from prefect.events.actions import CallWebhook, ChangeFlowRunState, DoNothing
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
+from prefect.types import SecretDict
 from prefect.utilities.callables import parameter_schema
 from prefect.variables import Variable
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field
 
 from flows.declared import MARK, Automation, Declared, Deployment, Infrastructure, InfrastructureName
 from flows.parameters import ALL
@@ -331,15 +332,20 @@ async def _alert_block(client: PrefectClient, settings: Settings, changes: Chang
         if found is not None and changes.add(f"removed block webhook/{ALERT_BLOCK}"):
             await Webhook.adelete(ALERT_BLOCK)
         return None
-    wanted = SecretStr(settings.alert_url.get_secret_value())
-    same = found is not None and found.url.get_secret_value() == wanted.get_secret_value()
-    if not same and changes.add(f"set block webhook/{ALERT_BLOCK}"):
-        await Webhook(url=wanted).save(ALERT_BLOCK, overwrite=True)
+    wanted = Webhook(url=settings.alert_url, headers=SecretDict({"Content-Type": "application/json"}))
+    if not _same_calls(found, wanted) and changes.add(f"set block webhook/{ALERT_BLOCK}"):
+        await wanted.save(ALERT_BLOCK, overwrite=True)
     try:
         document = await client.read_block_document_by_name(ALERT_BLOCK, "webhook")
     except ObjectNotFound:
         return None
     return document.id
+
+
+def _same_calls(found: Webhook | None, wanted: Webhook) -> bool:
+    if found is None:
+        return False
+    return (found.url, found.headers.get_secret_value()) == (wanted.url, wanted.headers.get_secret_value())
 
 
 async def _automations(
@@ -390,7 +396,12 @@ def _action(automation: Automation, message: str, block: UUID | None) -> Any:
         return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message)
     if block is None:
         return DoNothing()
-    return CallWebhook(block_document_id=block, payload=json.dumps({"text": f"stsr: {message}"}))
+    return CallWebhook(block_document_id=block, payload=alert_payload(message))
+
+
+def alert_payload(message: str) -> str:
+    """Template of the JSON that an alert posts; its text is quoted after it is filled, for runs say anything."""
+    return f'{{% set text %}}stsr: {message}{{% endset %}}{{"text": {{{{ text | tojson }}}} }}'
 
 
 def _bare(automation: AutomationCore) -> Any:

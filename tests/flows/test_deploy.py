@@ -1,0 +1,70 @@
+"""What alerts post, as Prefect's own server fills and sends it; no server runs here."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from prefect.blocks.webhook import Webhook
+from prefect.server.utilities.user_templates import render_user_template, validate_user_template
+from prefect.types import SecretDict
+from pydantic import SecretStr
+
+from flows import deploy
+from flows.declared import Declared, shipped_declaration
+from stsr_core.settings import Settings
+
+URL = "https://hooks.example/x"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "plain",
+        'Filter "x" is no CQL2',
+        "doctor failed:\nFAULT\tstore",
+        r"path C:\new",
+        "'x' & <b> é",
+        "{{ 1 }} {% if %}",
+    ],
+)
+def test_alerts_are_json_whatever_a_run_said(message):
+    failed = next(a for a in Declared.load(shipped_declaration()).automations if a.name == "stsr: run failed")
+    run = SimpleNamespace(name="nightly all", state=SimpleNamespace(name="Failed", message=message))
+    template = deploy.alert_payload(failed.message)
+    validate_user_template(template)
+    posted = asyncio.run(render_user_template(template, {"flow_run": run}))
+    assert json.loads(posted) == {"text": f"stsr: nightly all ended as Failed: {message}"}
+
+
+def block_after(monkeypatch, found):
+    """The block that a deploy sets where `found` is there; None where it leaves it."""
+    saved = []
+
+    async def loaded(_):
+        if found is None:
+            raise ValueError("there is none")
+        return found
+
+    async def save(block, *_, **__):
+        saved.append(block)
+
+    async def read(*_):
+        return SimpleNamespace(id="id")
+
+    monkeypatch.setattr(Webhook, "aload", loaded)
+    monkeypatch.setattr(Webhook, "save", save)
+    client, changes = SimpleNamespace(read_block_document_by_name=read), deploy.Changes(dry_run=False)
+    asyncio.run(deploy._alert_block(client, Settings(alert_url=SecretStr(URL)), changes))
+    return saved[0] if saved else None
+
+
+def test_alerts_say_that_they_are_json_and_a_block_that_does_not_is_set_again(monkeypatch):
+    made = block_after(monkeypatch, None)
+    assert made.url.get_secret_value() == URL
+    assert made.headers.get_secret_value() == {"Content-Type": "application/json"}
+    assert block_after(monkeypatch, made) is None
+    assert block_after(monkeypatch, Webhook(url=SecretStr(URL))) is not None
+    assert block_after(
+        monkeypatch, Webhook(url=SecretStr(URL + "y"), headers=SecretDict(made.headers.get_secret_value()))
+    )
