@@ -30,7 +30,9 @@ from flows.parameters import Members, Order, Period, Pieces, ProductName, Publis
 from flows.stages import HOUR_S, patient, show_plan
 from flows.tasks import Job, complete, make_shards, missing
 from flows.versions import Begun, NewVersion, conclude, prepare, summarise
+from stsr_core.configuration import Configuration, choose_catalog
 from stsr_core.ensemble.cluster import Cluster
+from stsr_core.errors import ConfigurationError
 from stsr_core.events import about
 from stsr_core.settings import Settings
 
@@ -70,16 +72,21 @@ def backfill(
         period: days to make.
         pieces: how the period is cut, in which order, and how fast it goes.
         members: number of members, of each driving member; without it that of the product.
-        publish_as: name to publish under; without it the product's name and the period.
+        publish_as: name to publish under, not that of a product in catalog.yaml; without it the product's name and the
+            period.
         catalog_file: catalog.yaml to use; without it the one of the settings.
         destination: folder or bucket of the catalogue; without it the one of the settings.
 
     Returns:
         What was published, None where this very version is published already.
+
+    Raises:
+        ConfigurationError: a nightly product has the name to publish under.
     """
     settings = Settings()
     job = jobs(product, settings, catalog_file=catalog_file, destination=destination, members=members)[0]
     named = _named(job, publish_as, period)
+    _require_apart(named.name, period, Configuration.load(choose_catalog(catalog_file or settings.catalog_file)))
     with about(product=named.name):
         begun = prepare(named, settings, force=True, days=(period.first, period.last), once=True)
         if begun is not None:
@@ -145,6 +152,14 @@ def _named(job: Job, publish_as: str | None, period: Period) -> Job:
     name = publish_as or f"{job.name}-{period.first:%Y%m%d}-{period.last:%Y%m%d}"
     titled = job.product.model_copy(update={"title": f"{job.product.title}, {period.first} to {period.last}"})
     return replace(job, name=name, product=titled)
+
+
+def _require_apart(name: str, period: Period, configuration: Configuration) -> None:
+    if name in configuration.products:
+        raise ConfigurationError(
+            f"{name} is a product of catalog.yaml; published under its name, {period} alone would be its latest "
+            "version. Give another name as publish_as."
+        )
 
 
 def _let_nightly_pass() -> None:

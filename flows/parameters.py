@@ -8,12 +8,14 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stsr_core.configuration import FreeName
+
 ALL = "all"
 
 # Titles and help of a form come from the names and docstrings of the flow; bounds and nested forms from here.
 ProductName = Annotated[str, Field(min_length=1)]
 Members = Annotated[int | None, Field(ge=1, le=10_000)]
-PublishAs = Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+PublishAs = FreeName | None
 SmokeMembers = Annotated[int, Field(ge=1, le=8)]
 
 

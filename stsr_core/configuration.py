@@ -7,14 +7,27 @@ from dataclasses import fields
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.grids import TimeLabel
 from stsr_core.sources.declared import Accumulation, Declared, Label
+
+PRODUCT_NAME = r"^[a-z0-9][a-z0-9_-]*$"  # a folder of the catalogue and part of ids, as STAC and every store take them
+NAMES_TAKEN = {"all": "means every product", "checkpoints": "is the folder of checkpoints in the catalogue"}
+
+
+def free_name(name: str) -> str:
+    """Return the name of a product unless something else has it; raises ValueError."""
+    if name in NAMES_TAKEN:
+        raise ValueError(f"{name!r} {NAMES_TAKEN[name]}; name the product otherwise")
+    return name
+
+
+FreeName = Annotated[str, Field(pattern=PRODUCT_NAME), AfterValidator(free_name)]
 
 
 class _Frozen(BaseModel):
@@ -96,8 +109,8 @@ class _Data(Declarations):
 
     variable: str
     description: str
-    license: str = Field(description="SPDX identifier or name of the licence.")
-    attribution: str
+    license: str = Field(min_length=1, description="SPDX identifier or name of the licence.")
+    attribution: str = Field(min_length=1)
 
 
 class Source(_Data):
@@ -237,7 +250,7 @@ class Configuration(_Frozen):
 
     sources: dict[str, Source]
     grids: dict[str, TargetGrid]
-    products: dict[str, Product]
+    products: dict[FreeName, Product]
     archives: dict[str, Archive] = {}
     statics: dict[str, Static] = {}
 

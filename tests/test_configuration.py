@@ -31,6 +31,14 @@ def test_the_shipped_catalogue_is_valid():
         ("crs: EPSG:2154", "crs: EPSG:2263", "'EPSG:2263' is in units of US survey foot; name a CRS in metres"),
         ("crs: EPSG:2154", "crs: +proj=laea +units=km", "is in units of kilometre; name a CRS in metres"),
         ("sources:", "sources: [", "no valid YAML"),
+        ("  arpege-provence-1km:", "  Provence:", "products.Provence.*should match pattern"),
+        ("  arpege-provence-1km:", "  arpege.1km:", "products.arpege.1km.*should match pattern"),
+        ("  arpege-provence-1km:", "  provence 1km:", "products.provence 1km.*should match pattern"),
+        ("  arpege-provence-1km:", "  ../escaped:", r"products.../escaped.*should match pattern"),
+        ("  arpege-provence-1km:", "  all:", "'all' means every product; name the product otherwise"),
+        ("  arpege-provence-1km:", "  checkpoints:", "'checkpoints' is the folder of checkpoints"),
+        ("license: etalab-2.0", 'license: ""', "sources.arpege-se-france.license: .*at least 1"),
+        ("attribution: METEO FRANCE", 'attribution: "" #', "sources.arpege-se-france.attribution: .*at least 1"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, old, new, message):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stsr_core.catalog.items import EXTENSIONS, Entries
+from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.errors import PublicationError
 
 
@@ -24,7 +25,7 @@ def _inside(href: str) -> str:
 Inside = Annotated[str, AfterValidator(_inside)]
 Instant = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Name = Annotated[str, Field(pattern=PRODUCT_NAME)]
 
 
 class _Strict(BaseModel):

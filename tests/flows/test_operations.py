@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from prefect.exceptions import ParameterTypeError
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows import tasks
 from flows.artifacts import key_of
-from flows.backfill import cut_pieces
+from flows.backfill import backfill, cut_pieces
 from flows.declared import Declared, shipped_declaration
 from flows.jobs import jobs
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
 from stsr_core.catalog.search import Version
+from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.errors import ConfigurationError, GateError, SourceError
 from stsr_core.factors import Factor, Match
@@ -68,6 +70,18 @@ def test_pieces_cover_the_plan_once_in_either_order(plan):
     assert [len(p.keys) for p in oldest] == [4, 4, 2]
     assert sorted(key for p in oldest for key in p.keys) == sorted(s.key for s in plan.shards)
     assert list(cut_pieces(plan, 4, Order.newest_first)) == oldest[::-1]
+
+
+def test_a_backfill_takes_no_name_of_a_nightly_product_and_none_that_cannot_be_published():
+    day = Period(first=date(2018, 5, 1), last=date(2018, 5, 1))
+    product = "arpege-provence-1km"
+    with pytest.raises(ConfigurationError, match="2018-05-01..2018-05-01 alone would be its latest.*publish_as"):
+        backfill.fn(product, day, publish_as=product, catalog_file=ROOT / "catalog.yaml")
+    for name, message in (("../escaped", "match pattern"), ("Provence", "match pattern"), ("all", "every product")):
+        with pytest.raises(ParameterTypeError, match=message):
+            backfill.validate_parameters({"product": product, "period": day, "publish_as": name})
+    schema = parameter_schema(backfill).model_dump()
+    assert PRODUCT_NAME in json.dumps(schema["properties"]["publish_as"])
 
 
 def test_only_what_may_pass_is_tried_again():
