@@ -88,9 +88,9 @@ def main_options(
 def demo(
     to: Annotated[Path, typer.Option(help="Folder that the catalogue is published in.")] = Path("stsr-demo"),
     force: Annotated[bool, typer.Option("--force", help="Publish a new version though nothing is new.")] = False,
-    members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
+    members: Annotated[int | None, typer.Option(min=1, help="Members; without it those of the product.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
-    workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Dask workers; 0 is one per core or GPU.")] = 0,
 ) -> None:
     """Run the nightly flow on the shipped ARPEGE forecast and publish it under ./stsr-demo.
 
@@ -113,7 +113,7 @@ def demo(
 @app.command()
 def plan(
     product: Annotated[str, typer.Argument(help="Product of catalog.yaml.")],
-    members: Annotated[int | None, typer.Option(help="Members; without it those of the product.")] = None,
+    members: Annotated[int | None, typer.Option(min=1, help="Members; without it those of the product.")] = None,
 ) -> None:
     """Say what a run of a product would take, without running it: shards, evaluations, bytes, device hours.
 
@@ -176,8 +176,10 @@ def downscale(
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
     time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
-    members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    members: Annotated[
+        int, typer.Option(min=1, help="Members of the ensemble, of each driving member if INPUT has any.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,
@@ -187,7 +189,7 @@ def downscale(
     extend: Annotated[
         bool, typer.Option("--extend", help="Let OUTPUT grow to more members or a longer INPUT; the rest stays.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Dask workers; 0 is one per core or GPU.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Dask workers; 0 is one per core or GPU.")] = 0,
     declare: DeclareOption = None,
     static: StaticOption = None,
 ) -> None:
@@ -425,7 +427,7 @@ def evaluate(
         bool, typer.Option("--reference", help="Also score the authors' setting: 1000 evaluations, f by tile. Slow.")
     ] = False,
     warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
-    workers: Annotated[int, typer.Option(help="Threads; 0 is one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Threads; 0 is one per core.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default the shipped ones.")] = None,
     record: Annotated[
@@ -467,10 +469,10 @@ def evaluate(
 @app.command()
 def bench(
     factor: Annotated[str, typer.Option("--factor", help="Factor SPACExTIME.")] = "10x1",
-    cells: Annotated[int, typer.Option(help="Fine cells along the square.")] = 200,
-    steps: Annotated[int, typer.Option(help="Fine steps.")] = 24,
-    members: Annotated[int, typer.Option(help="Members.")] = 8,
-    workers: Annotated[list[int] | None, typer.Option(help="Local workers; several for several runs.")] = None,
+    cells: Annotated[int, typer.Option(min=1, help="Fine cells along the square.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Fine steps.")] = 24,
+    members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
+    workers: Annotated[list[int] | None, typer.Option(min=1, help="Local workers; several for several runs.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
     source: Annotated[str | None, typer.Option("--input", help="Coarse file or URL; else the shipped forecast")] = None,

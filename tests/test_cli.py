@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -48,6 +49,26 @@ def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(coarse):
     refused = stsr("downscale", coarse, "out.zarr", *REQUEST[:-2])
     assert refused.returncode == 1
     assert "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "demo --workers=-1", "demo --members 0", "plan p --members 0", "bench --workers 0", "bench --cells 0",
+        "downscale in.nc out.zarr --variable rain --space 4 --time 1 --workers=-1",
+        "downscale in.nc out.zarr --variable rain --space 4 --time 1 --members 0",
+        "downscale in.nc out.zarr --variable rain --space 4 --time 1 --seed=-1",
+        "evaluate in.nc --space 4 --time 1 --workers=-1",
+        "catalog search --catalog c --limit 0", "catalog reconcile p --catalog c --grace-hours 99999999",
+        "catalog retire p --catalog c --keep 1 --days 99999999999",
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_at_once(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = CliRunner().invoke(app, line.split())
+    assert found.exit_code == 2
+    assert re.search("(less|greater) than or equal", found.output)
+    assert not list(tmp_path.iterdir())
 
 
 MEMBERS = [1, 2, 5]

@@ -15,6 +15,7 @@ from stsr_core.errors import ConfigurationError, StoreError
 catalog_app = typer.Typer(help="Find, open, check and cite published versions.", no_args_is_help=True)
 CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
 VersionOption = Annotated[str, typer.Option("--version", help="v1, v2, ... or latest.")]
+CENTURY_DAYS = 36_500  # beyond it dates before a number of days come to an end
 GroupOption = Annotated[str, typer.Option(help="ensemble, series, overview or coarse.")]
 
 
@@ -74,7 +75,7 @@ def catalog_search(
     datetime: Annotated[str | None, typer.Option(help="A time, a day, or START/END; .. is an open end.")] = None,
     filter_: Annotated[str | None, typer.Option("--filter", help='CQL2 text, as: "stsr:members" >= 8')] = None,
     sortby: Annotated[str | None, typer.Option(help="Properties, by commas; - before those that descend.")] = None,
-    limit: Annotated[int, typer.Option(help="Most versions of a product that are shown.")] = 10,
+    limit: Annotated[int, typer.Option(help="Most versions of a product that are shown.", min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print the items as a GeoJSON FeatureCollection.")] = False,
 ) -> None:
     """Find versions by place, time and properties."""
@@ -183,7 +184,7 @@ def catalog_retire(
     product: str,
     catalog: CatalogOption,
     keep: Annotated[int, typer.Option(help="Newest good versions that stay, whatever their age.", min=1)],
-    days: Annotated[int, typer.Option(help="Versions younger than this stay as well.", min=0)],
+    days: Annotated[int, typer.Option(help="Versions younger than this stay as well.", min=0, max=CENTURY_DAYS)],
     dry_run: DryRun = False,
 ) -> None:
     """Let old versions go by a rule; `stsr catalog reconcile` then removes their data."""
@@ -247,7 +248,9 @@ def catalog_serve(
 def catalog_reconcile(
     product: str,
     catalog: CatalogOption,
-    grace_hours: Annotated[float, typer.Option(help="Silence after which an attempt counts as dead.", min=0)] = 24.0,
+    grace_hours: Annotated[
+        float, typer.Option(help="Silence after which an attempt counts as dead.", min=0, max=24 * CENTURY_DAYS)
+    ] = 24.0,
     dry_run: DryRun = False,
 ) -> None:
     """Remove what crashes left and mend links between versions; safe beside publishers that are alive."""
