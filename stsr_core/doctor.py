@@ -86,7 +86,11 @@ def examine(products: list[str] | None = None) -> Iterator[Finding]:
     ]
     for name, check in checks:
         yield _checked(name, check, settings)
-    for product in _chosen(products or [], settings):
+    try:
+        chosen = _chosen(products or [], settings)
+    except Exception:  # the check of catalog.yaml has said why
+        return
+    for product in chosen:
         yield _checked(f"product {product}", lambda s, p=product: _product(s, p), settings)  # type: ignore[misc]
 
 
@@ -97,6 +101,8 @@ def _checked(name: str, check: Callable[[Settings], Finding], settings: Settings
         return Finding(name, Health.fault, str(e))
     except OSError as e:
         return Finding(name, Health.fault, str(e), "Check the path and its permissions.")
+    except Exception as e:  # whatever it is, the other checks are made
+        return Finding(name, Health.fault, f"{type(e).__name__}: {e}", "Correct the setting or file that it is about.")
 
 
 def _versions(_: Settings) -> Finding:
@@ -192,8 +198,8 @@ def _scheduler(settings: Settings) -> Finding:
     try:
         with socket.create_connection((parts.hostname or "", parts.port or 8786), timeout=ANSWER_S):
             return Finding("scheduler", Health.good, f"{address} answers")
-    except OSError as e:
-        mend = "Start it, or unset STSR_SCHEDULER_ADDRESS."
+    except (OSError, ValueError) as e:  # ValueError: it has no port that can be
+        mend = "Start it, or correct or unset STSR_SCHEDULER_ADDRESS."
         return Finding("scheduler", Health.fault, f"{address} does not answer ({e})", mend)
 
 

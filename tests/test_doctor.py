@@ -35,6 +35,7 @@ def test_a_sound_installation_has_no_fault_and_leaves_nothing(here):
         ("STSR_DEVICE", "tpu", "settings", "STSR_DEVICE"),
         ("STSR_CHECKPOINTS", "/nowhere", "checkpoints", "No folder of checkpoints at /nowhere"),
         ("STSR_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9", "scheduler", "does not answer"),
+        ("STSR_SCHEDULER_ADDRESS", "tcp://127.0.0.1:99999", "scheduler", "Port out of range 0-65535"),
         ("STSR_S3_ACCESS_KEY_ID", "key", "credentials", "one half of the S3 keys"),
         ("PREFECT_API_URL", "http://127.0.0.1:9/api", "Prefect server", "does not answer"),
         ("STSR_DESTINATION", "/dev/null/x", "store", "Not a directory"),
@@ -45,6 +46,19 @@ def test_each_fault_is_found_and_says_what_to_do(here, monkeypatch, name, value,
     finding = found()[check]
     assert finding.health is Health.fault
     assert message in str(finding)
+
+
+def test_whatever_stops_a_check_is_its_fault_and_the_others_are_made(here, monkeypatch):
+    def broken(_):
+        raise UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid continuation byte")
+
+    monkeypatch.setattr(doctor, "_catalog", broken)
+    monkeypatch.setattr(doctor, "_chosen", lambda *_: broken(_))
+    findings = found(["all"])
+    assert findings["catalog.yaml"].health is Health.fault
+    assert "UnicodeDecodeError: 'utf-8' codec can't decode" in findings["catalog.yaml"].found
+    assert [f.name for f in findings.values() if f.health is Health.fault] == ["catalog.yaml"]
+    assert list(findings)[-1] == "git"
 
 
 def test_a_checkout_that_needs_other_packages_than_are_installed_is_found(here, monkeypatch):
