@@ -66,9 +66,12 @@ def read_receipts(url: str, array: str, options: Options | None = None) -> dict[
     """
     fs, path = filesystem(url, options)
     fs.invalidate_cache()  # workers write receipts after this process has listed the folder
-    names = sorted(fs.glob(f"{path}/{_folder(array)}/*.json"))
+    try:  # neither glob nor cat, to which [, * and ? in the path of a store are patterns
+        names = sorted(name for name in fs.ls(f"{path}/{_folder(array)}", detail=False) if name.endswith(".json"))
+    except FileNotFoundError:
+        return {}
     found = {}
-    for raw in fs.cat(names).values() if names else ():
+    for raw in fs.cat_ranges(names, None, None, on_error="raise"):
         with suppress(ValidationError):
             receipt = Receipt.model_validate_json(raw)
             found[receipt.shard] = receipt

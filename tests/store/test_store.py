@@ -241,6 +241,15 @@ def test_missing_cells_must_be_those_of_the_input(store, coarse):
     assert failed(report_of(store, holed))["missing cells"].where == "m0-t0-y0-x0"
 
 
+def test_receipts_are_found_where_the_path_of_a_store_looks_like_a_pattern(tmp_path, store):
+    receipts = read_receipts(store, "precipitation")
+    for name in ("run [1]", "all*", "which?"):
+        assert read_receipts(f"{tmp_path}/{name}", "precipitation") == {}
+        for receipt in receipts.values():
+            write_receipt(f"{tmp_path}/{name}", "precipitation", receipt)
+        assert read_receipts(f"{tmp_path}/{name}", "precipitation") == receipts
+
+
 def test_receipts_vouch_for_shards_that_are_not_read_back(store, coarse, monkeypatch):
     monkeypatch.setattr(verify_module, "SAMPLE", 1)
     for region, change in ((REGIONS[5], {"closure_quanta": 3}), (REGIONS[6], {"missing": 12})):
