@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -26,7 +25,7 @@ from prefect.exceptions import PrefectException
 from flows import artifacts
 from flows.jobs import jobs
 from flows.log import event
-from flows.parameters import Members, Order, Period, Pieces, ProductName, PublishAs
+from flows.parameters import CatalogFile, Destination, Members, Order, Period, Pieces, ProductName, PublishAs
 from flows.stages import HOUR_S, patient, show_plan
 from flows.tasks import Job, complete, make_shards, missing
 from flows.versions import Begun, NewVersion, conclude, prepare, summarise
@@ -60,8 +59,8 @@ def backfill(
     pieces: Pieces = Pieces(),  # noqa: B008  it is frozen
     members: Members = None,
     publish_as: PublishAs = None,
-    catalog_file: Path | None = None,
-    destination: str | None = None,
+    catalog_file: CatalogFile = None,
+    destination: Destination = None,
 ) -> NewVersion | None:
     """Make a period of a product in pieces and publish it as a product of its own; the nightly one stays as it is.
 

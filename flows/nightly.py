@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 
 from prefect import flow
 
 from flows.jobs import jobs
 from flows.log import event
-from flows.parameters import ALL, Members, ProductName
+from flows.parameters import ALL, CatalogFile, Destination, Members, ProductName
 from flows.stages import show_plan, stage
 from flows.tasks import Job, generate_ensemble
 from flows.versions import NewVersion, conclude, prepare, summarise
@@ -25,8 +24,8 @@ def nightly(
     product: ProductName = ALL,
     force: bool = False,
     members: Members = None,
-    catalog_file: Path | None = None,
-    destination: str | None = None,
+    catalog_file: CatalogFile = None,
+    destination: Destination = None,
 ) -> list[NewVersion]:
     """Publish the next version of each product whose source, configuration or checkpoint has changed.
 

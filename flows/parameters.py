@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from datetime import date
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from stsr_core.configuration import FreeName
+from stsr_core.home import at_home
 
 ALL = "all"
 
@@ -16,6 +18,8 @@ ALL = "all"
 ProductName = Annotated[str, Field(min_length=1)]
 Members = Annotated[int | None, Field(ge=1, le=10_000)]
 PublishAs = FreeName | None
+CatalogFile = Annotated[Path | None, AfterValidator(at_home)]
+Destination = Annotated[str | None, AfterValidator(at_home)]
 SmokeMembers = Annotated[int, Field(ge=1, le=8)]
 
 

@@ -15,6 +15,7 @@ import typer
 from stsr_core import operations
 from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
+from stsr_core.home import at_home
 
 app = typer.Typer(
     help="Turn coarse climate-model precipitation into published, versioned, high-resolution ensembles.",
@@ -86,7 +87,9 @@ def main_options(
 
 @app.command()
 def demo(
-    to: Annotated[Path, typer.Option(help="Folder that the catalogue is published in.")] = Path("stsr-demo"),
+    to: Annotated[Path, typer.Option(callback=at_home, help="Folder that the catalogue is published in.")] = Path(
+        "stsr-demo"
+    ),
     force: Annotated[bool, typer.Option("--force", help="Publish a new version though nothing is new.")] = False,
     members: Annotated[int | None, typer.Option(min=1, help="Members; without it those of the product.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
@@ -172,7 +175,9 @@ def downscale(
             metavar="INPUT", help="NetCDF, GRIB or Zarr, path, glob or URL (s3://, https://), with (time, y, x)."
         ),
     ],
-    output: Annotated[str, typer.Argument(help="Zarr store to write: a folder or s3://bucket/prefix.")],
+    output: Annotated[
+        str, typer.Argument(callback=at_home, help="Zarr store to write: a folder or s3://bucket/prefix.")
+    ],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
     time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
@@ -248,7 +253,7 @@ def inspect(
     declare: DeclareOption = None,
     product: Annotated[str | None, typer.Option(help="Product whose factor is shown; without it all of them.")] = None,
     catalog_file: Annotated[
-        Path | None, typer.Option(help="catalog.yaml; else ./catalog.yaml or the shipped one.")
+        Path | None, typer.Option(callback=at_home, help="catalog.yaml; else ./catalog.yaml or the shipped one.")
     ] = None,
 ) -> None:
     """Say what a file is, how it would be read, and what catalog.yaml must declare before it can be."""
@@ -474,7 +479,9 @@ def bench(
     members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
     workers: Annotated[list[int] | None, typer.Option(min=1, help="Local workers; several for several runs.")] = None,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
-    output: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to write to.")] = None,
+    output: Annotated[
+        str | None, typer.Option(callback=at_home, help="Folder or s3://bucket/prefix to write to.")
+    ] = None,
     source: Annotated[str | None, typer.Option("--input", help="Coarse file or URL; else the shipped forecast")] = None,
     variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
     declare: DeclareOption = None,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from stsr_core.errors import ConfigurationError
+from stsr_core.home import at_home
 
 
 class Settings(BaseSettings):
@@ -90,6 +91,11 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value != ""}
+
+    @field_validator("catalog_file", "destination", "checkpoints", "repository", "releases")
+    @classmethod
+    def _at_home(cls, place: str | Path | None) -> str | Path | None:
+        return at_home(place)
 
     @property
     def s3_options(self) -> dict[str, object]:

@@ -71,6 +71,19 @@ def test_numbers_that_cannot_be_are_refused_at_once(line, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("catalog ls --catalog=~/none", "/none"),
+        ("catalog verify ~/none", "/none"),
+        ("inspect in.nc --catalog-file=~/none", "/none cannot be read"),
+    ],
+)
+def test_a_leading_tilde_is_the_home_folder(line, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"{tmp_path}{message}" in str(CliRunner().invoke(app, line.split()).exception)
+
+
 MEMBERS = [1, 2, 5]
 
 

@@ -28,6 +28,16 @@ def test_sources_are_read_by_their_own_settings_or_by_those_of_the_store(monkeyp
     assert Settings().source_options("s3://bucket/a.nc") == {"profile": "nightly"}
 
 
+def test_a_leading_tilde_is_the_home_folder_and_urls_stay_as_they_are(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("CATALOG_FILE", "DESTINATION", "CHECKPOINTS", "REPOSITORY", "RELEASES"):
+        monkeypatch.setenv(f"STSR_{name}", "~/x")
+        assert str(getattr(Settings(), name.lower())) == "/home/me/x"
+    monkeypatch.setenv("STSR_DESTINATION", "s3://bucket/~me")
+    assert Settings().destination == "s3://bucket/~me"
+    assert Settings(checkpoints=None).checkpoints is None
+
+
 def test_a_setting_that_is_not_understood_is_refused_by_the_name_of_its_variable(monkeypatch):
     monkeypatch.setenv("STSR_DEVICE", "tpu")
     monkeypatch.setenv("STSR_WORKERS", "abc")

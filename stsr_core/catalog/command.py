@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from stsr_core.errors import ConfigurationError, StoreError
+from stsr_core.home import at_home
 
 catalog_app = typer.Typer(help="Find, open, check and cite published versions.", no_args_is_help=True)
-CatalogOption = Annotated[str, typer.Option("--catalog", help="Folder or URL of the catalogue.")]
+CatalogOption = Annotated[str, typer.Option("--catalog", callback=at_home, help="Folder or URL of the catalogue.")]
 VersionOption = Annotated[str, typer.Option("--version", help="v1, v2, ... or latest.")]
 CENTURY_DAYS = 36_500  # beyond it dates before a number of days come to an end
 GroupOption = Annotated[str, typer.Option(help="ensemble, series, overview or coarse.")]
@@ -109,8 +110,13 @@ def _box(text: str | None) -> tuple[float, float, float, float] | None:
 
 @catalog_app.command("verify")
 def catalog_verify(
-    where: Annotated[str, typer.Argument(help="Product, with --catalog; or folder or URL of a version or its copy.")],
-    catalog: Annotated[str | None, typer.Option("--catalog", help="Folder or URL of the catalogue.")] = None,
+    where: Annotated[
+        str,
+        typer.Argument(callback=at_home, help="Product, with --catalog; or folder or URL of a version or its copy."),
+    ],
+    catalog: Annotated[
+        str | None, typer.Option("--catalog", callback=at_home, help="Folder or URL of the catalogue.")
+    ] = None,
     version: VersionOption = "latest",
 ) -> None:
     """Re-compute every digest, and the closure of every coarse cell, of a published version or of your copy."""
@@ -202,7 +208,9 @@ def catalog_retire(
 @catalog_app.command("export")
 def catalog_export(
     catalog: CatalogOption,
-    to: Annotated[Path, typer.Option(help="Folder that collections.ndjson and items.ndjson are written in.")],
+    to: Annotated[
+        Path, typer.Option(callback=at_home, help="Folder that collections.ndjson and items.ndjson are written in.")
+    ],
     public: PublicOption = None,
 ) -> None:
     """Write collections and items for the loader of a database, as `pypgstac load`."""

@@ -22,6 +22,7 @@ from flows.artifacts import key_of
 from flows.backfill import backfill, cut_pieces
 from flows.declared import Declared, shipped_declaration
 from flows.jobs import jobs
+from flows.nightly import nightly
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
@@ -82,6 +83,15 @@ def test_a_backfill_takes_no_name_of_a_nightly_product_and_none_that_cannot_be_p
             backfill.validate_parameters({"product": product, "period": day, "publish_as": name})
     schema = parameter_schema(backfill).model_dump()
     assert PRODUCT_NAME in json.dumps(schema["properties"]["publish_as"])
+
+
+@pytest.mark.parametrize("flow", [nightly, backfill])
+def test_a_leading_tilde_in_a_parameter_is_the_home_folder(flow, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    day = {"first": "2018-05-01", "last": "2018-05-01"}
+    given = {"product": "p", "catalog_file": "~/c.yaml", "destination": "~/cat"}
+    found = flow.validate_parameters(given | ({"period": day} if flow is backfill else {}))
+    assert (str(found["catalog_file"]), found["destination"]) == ("/home/me/c.yaml", "/home/me/cat")
 
 
 def test_only_what_may_pass_is_tried_again():
