@@ -175,7 +175,8 @@ def _environment(
             "STSR_S3_ACCESS_KEY_ID": keys[0],
             "STSR_S3_SECRET_ACCESS_KEY": keys[1],
         }
-    _write_secret(folder / ".env", "".join(f"{k}={v}\n" for k, v in settings.items()))
+    lines = [*(f"{k}={v}" for k, v in settings.items()), *_other_lines(folder / ".env", settings)]
+    _write_secret(folder / ".env", "\n".join([*lines, ""]))
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     code = str(Path(__file__).resolve().parents[1])
     repository = next((str(p) for p in (Path(code), Path.cwd()) if (p / ".git").exists()), code)
@@ -193,6 +194,12 @@ def _environment(
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "DO_NOT_TRACK": "1",
     }
+
+
+def _other_lines(path: Path, settings: Mapping[str, str]) -> list[str]:
+    """Lines of a `.env` that set something else: an operator's."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [line for line in lines if line.partition("=")[0].strip().removeprefix("export ").strip() not in settings]
 
 
 def _keys(folder: Path) -> tuple[str, str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.up import _environment
+
 ROOT = Path(__file__).parents[2]
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
 UP = f"""
@@ -50,3 +52,18 @@ def test_a_second_signal_kills_at_once_and_leaves_no_process(number):
     assert time.monotonic() - began < 15
     assert not [p for p in family if p.is_running()]
     up.stdout.close()
+
+
+def test_what_an_operator_added_to_the_settings_stays(tmp_path):
+    def start(port):
+        _environment(tmp_path, 4200, "s3://stsr/catalogue", ("K", "S"), port)
+        return (tmp_path / ".env").read_text()
+
+    written = start(8333)
+    added = "# mine\nSTSR_CATALOG_FILE=/srv/catalog.yaml\n\nexport STSR_MAX_DEVICE_HOURS=2"
+    (tmp_path / ".env").write_text(f"{written}{added}")
+    assert start(8334) == written.replace("8333", "8334") + added + "\n"
+    assert start(8333) == f"{written}{added}\n"
+    (tmp_path / ".env").write_text(f"export STSR_DESTINATION=elsewhere\n{added}\n")  # `up` decides where it publishes
+    assert start(8333) == f"{written}{added}\n"
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
