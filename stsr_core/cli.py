@@ -192,7 +192,10 @@ def downscale(
         bool, typer.Option("--overwrite", help="Replace the store at OUTPUT; only one that stsr wrote.")
     ] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Let OUTPUT grow to more members or a longer INPUT; the rest stays.")
+        bool,
+        typer.Option(
+            "--extend", help="Let OUTPUT grow to more members or a longer INPUT; shards that this does not change stay."
+        ),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Dask workers; 0 is one per core or GPU.")] = 0,
     declare: DeclareOption = None,

@@ -27,7 +27,7 @@ from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.memory import keep_freed
-from stsr_core.store.layout import write_shard
+from stsr_core.store.layout import shape_of, write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
 
@@ -208,18 +208,30 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
     Args:
         plan: what is to be there.
         target: what is there.
-        extend: the store may hold a smaller or shorter ensemble; shards that differ are made again.
+        extend: the store may hold a smaller or shorter ensemble; shards that differ, as they were not full or their
+            windows now reach further, are made again.
 
     Raises:
         StoreError: shards are there that belong to other input, arguments or code.
     """
     kept, foreign = done(plan, target)
-    if foreign and not (extend and kept):
+    if foreign and not (extend and (kept or _holds_part(plan, target))):
         raise StoreError(
             f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code"
             f"{' and none of this ensemble' if extend else ''}. Name another output, or start over with --overwrite."
         )
     return [shard for shard in plan.shards if shard.key not in kept]
+
+
+def _holds_part(plan: Plan, target: Target) -> bool:
+    """Whether a store holds the ensemble with fewer members or steps, all of whose shards grow."""
+    members, steps, *_ = shape_of(target.url, target.array, target.options)
+    before = plan.part(max(1, members // len(plan.cubes)), steps // plan.time)
+    if before.fine_shape[:2] != (members, steps) or before.member_block != plan.member_block:
+        return False
+    receipts = read_receipts(target.url, target.array, target.options)
+    there = [shard for shard in before.shards if shard.key in receipts]
+    return bool(there) and all(receipts[shard.key].plan_digest == before.task(shard).digest for shard in there)
 
 
 def generate(

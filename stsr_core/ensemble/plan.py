@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, TypeAlias
@@ -163,6 +163,11 @@ class Plan:
     def cube(self) -> Cube:
         """The first driving member's cube, for the axes that all share."""
         return self.cubes[0]
+
+    def part(self, members: int, steps: int) -> Plan:
+        """The plan of the first members of every driving member, and of the first coarse steps."""
+        cubes = (replace(c, amount=c.amount[:steps], times=c.times.isel(0, steps)) for c in self.cubes)
+        return Plan(tuple(cubes), replace(self.recipe, members=members), self.statics)
 
     @property
     def member_block(self) -> int:

@@ -340,6 +340,21 @@ def test_a_store_grows_to_more_members_and_a_longer_period(rain, checkpoints, cl
     assert files_of(grown) == files_of(fresh)
 
 
+@pytest.mark.parametrize(("members", "steps"), [(4, 16), (6, 24)])
+def test_a_store_grows_of_which_no_shard_is_full(rain, checkpoints, cluster, tmp_path, members, steps):
+    """Two members and a shard of 16 steps: what comes changes every shard that is there."""
+    cubes = {n: cube_of(np.tile(rain, (7, 1, 1))[:n]) for n in (16, steps)}
+    to_store(cubes[16], checkpoints, tmp_path / "grown", cluster, members=2)
+    with pytest.raises(StoreError, match="other input, arguments or code and none of this ensemble"):
+        to_store(cubes[steps], checkpoints, tmp_path / "grown", cluster, members=members, seed=9, extend=True)
+    before = xr.open_zarr(tmp_path / "grown")["precipitation"].load()
+    to_store(cubes[steps], checkpoints, tmp_path / "grown", cluster, members=members, extend=True)
+    to_store(cubes[steps], checkpoints, tmp_path / "fresh", cluster, members=members)
+    assert files_of(tmp_path / "grown") == files_of(tmp_path / "fresh")
+    if steps == 16:
+        xr.testing.assert_equal(xr.open_zarr(tmp_path / "grown")["precipitation"][:2].load(), before)
+
+
 def test_a_store_of_driving_members_grows_and_its_shards_are_those_of_each_alone(rain, checkpoints, cluster, tmp_path):
     cubes = driving_cubes(rain)
     to_store(cubes, checkpoints, tmp_path / "all", cluster, members=4)
