@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -144,9 +145,8 @@ def fetch(reference: str, repository: str, releases: Path) -> Fetched:
     """Fetch a reference into a folder named after its commit; there already, it is used again."""
     releases = releases.resolve()
     mirror = releases / "repository.git"
-    if not mirror.is_dir():
-        releases.mkdir(parents=True, exist_ok=True)
-        _git("clone", "--quiet", "--mirror", repository, str(mirror))
+    if not _is_mirror(mirror):
+        _mirror(repository, mirror)
     _git("-C", str(mirror), "remote", "set-url", "origin", repository)
     _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
     commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
@@ -158,6 +158,22 @@ def fetch(reference: str, repository: str, releases: Path) -> Fetched:
     if changed:
         raise RedeployError(f"{folder} was changed by hand ({changed.split()[1]}). Remove it; it is fetched again.")
     return Fetched(reference, commit, folder)
+
+
+def _is_mirror(folder: Path) -> bool:
+    """Whether a folder has a remote to fetch from; what a killed clone leaves has none."""
+    command = ["git", "--git-dir", str(folder), "remote"]
+    return "origin" in subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+def _mirror(repository: str, mirror: Path) -> None:
+    """Clone beside and rename, so that a mirror is whole once it is there."""
+    mirror.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=mirror.parent, prefix="clone-") as folder:
+        new = Path(folder) / mirror.name
+        _git("clone", "--quiet", "--mirror", repository, str(new))
+        shutil.rmtree(mirror, ignore_errors=True)
+        new.rename(mirror)
 
 
 @task(name="imports", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)

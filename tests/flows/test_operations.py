@@ -200,6 +200,24 @@ def test_a_reference_that_is_not_there_is_refused(tmp_path):
         fetch.fn("nosuch", str(tmp_path / "repository"), tmp_path / "releases")
 
 
+@pytest.mark.parametrize("left", ["a repository without remote", "an empty folder"])
+def test_what_a_killed_clone_left_is_cloned_again(tmp_path, left):
+    repository, releases = tmp_path / "repository", tmp_path / "releases"
+    (repository / "flows").mkdir(parents=True)
+    (repository / "flows" / "nightly.py").touch()
+    git = ["git", "-C", str(repository), "-c", "user.name=me", "-c", "user.email=me@here"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    mirror = releases / "repository.git"
+    mirror.mkdir(parents=True)
+    if left == "a repository without remote":
+        subprocess.run(["git", "init", "--quiet", "--bare", str(mirror)], check=True)
+    found = fetch.fn("HEAD", str(repository), releases)
+    assert (found.folder / "flows" / "nightly.py").is_file()
+    assert {p.name for p in releases.iterdir()} == {"repository.git", found.folder.name}
+    assert fetch.fn("HEAD", str(repository), releases) == found
+
+
 def test_a_product_is_made_again_where_its_source_configuration_or_checkpoint_changed(library, monkeypatch, tmp_path):
     """Nothing else is: neither text nor code; and the URL is told without what it may hold of credentials."""
     settings = Settings(destination=str(tmp_path))
