@@ -12,9 +12,8 @@ from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
 from flows.log import event
-from stsr_core.catalog.claims import claim
-from stsr_core.catalog.publish import Attempt
-from stsr_core.catalog.search import newest
+from stsr_core.catalog.claims import claim, release
+from stsr_core.catalog.publish import Attempt, listed_attempts
 from stsr_core.ensemble.product import attempt_name
 
 if TYPE_CHECKING:
@@ -36,15 +35,19 @@ def begin(job: Job, plan: Plan, digest: str, *, after: str, sole_publisher: bool
         sole_publisher: see `Attempt.begin`.
 
     Returns:
-        The attempt; None where this very attempt has been published meanwhile.
+        The attempt; None where this very attempt is published already, as whichever version.
     """
     fresh = Attempt.begin(job.destination, job.name, job.options, sole_publisher=sole_publisher)
     named = replace(fresh, name=attempt_name(plan, digest, after))
-    if not claim(named, owner(), _is_over):
+    claimed = claim(named, owner(), _is_over)
+    found = named.documents.read(f"{job.name}/collection.json")  # after the claim: until then others may publish it
+    if found is not None and named.name in listed_attempts(found[0]):
+        if claimed:
+            release(named)
+        return None
+    if not claimed:
         event("attempt_taken", attempt=named.name, instead=fresh.name)
-        return fresh
-    last = newest(job.name, job.destination, storage_options=job.options)
-    return None if last is not None and f"/data/{named.name}/" in last.url else named
+    return named if claimed else fresh
 
 
 def owner() -> str:

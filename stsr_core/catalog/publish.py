@@ -163,6 +163,11 @@ def versions(document: Mapping[str, Any]) -> list[str]:
     return list(listed(document))
 
 
+def listed_attempts(document: Mapping[str, Any]) -> set[str]:
+    """Names of the attempts that a collection lists as versions; nothing in them is written again."""
+    return {href.split("/")[1] for href in listed(document).values()}
+
+
 def publish(attempt: Attempt, publication: Publication) -> Published:
     """Make an attempt the next version of its product.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import named
-from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed
+from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed, listed_attempts
 from stsr_core.catalog.withdrawal import settle_item, withdrawals
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _name(place: str) -> str:
 
 def _named(current: dict[str, Any]) -> set[str]:
     """Attempts and index files that a collection names."""
-    return {href.split("/")[1] for href in listed(current).values()} | named(current)
+    return listed_attempts(current) | named(current)
 
 
 def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
