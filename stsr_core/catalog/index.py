@@ -30,21 +30,24 @@ KEYS = ("index", "index-recent")  # assets of the collection
 RECENT = 256  # rows of the file that every publication writes
 TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated")
 ALWAYS = ("id", "href", "version", "bbox", *TIMES)  # columns that every search reads
+TEXTS = ("stsr:configuration",)  # kept as JSON: `select` may hold a number here and a list there, no column both
 MAX_LIMIT = 10_000
 
 
 def _row(item: Mapping[str, Any], href: str) -> dict[str, Any]:
-    """One row: an item with its properties at the top, times as times, the footprint as WKB."""
+    """One row: an item with its properties at the top, times as times, the footprint as WKB, the recipe as JSON."""
     import shapely
 
     own = {k: _filled(v) for k, v in item.items() if k not in ("properties", "geometry", "bbox", "links")}
     times = {t: datetime.fromisoformat(v) if (v := item["properties"].get(t)) else None for t in TIMES}
+    texts = {name: json.dumps(item["properties"][name]) for name in TEXTS if name in item["properties"]}
     west, south, east, north = item["bbox"]
     link = {"rel": "self", "href": f"../{href.removeprefix('./')}", "type": "application/geo+json"}
     return {
         **own,
         **_filled(item["properties"]),
         **times,
+        **texts,
         "geometry": shapely.to_wkb(shapely.from_geojson(json.dumps(item["geometry"]))),
         "bbox": {"xmin": west, "ymin": south, "xmax": east, "ymax": north},
         "links": [link],
@@ -57,6 +60,13 @@ def _filled(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {k: None if v == {} else _filled(v) for k, v in value.items()}
+
+
+def bare(value: Any) -> Any:
+    """Value without what the rows of other items put into it."""
+    if isinstance(value, dict):
+        return {k: bare(v) for k, v in value.items() if v is not None}
+    return [bare(v) for v in value] if isinstance(value, list) else value
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -118,7 +128,18 @@ def _read(raw: bytes | None, columns: Iterable[str] | None = None) -> pa.Table |
         return None
     source = pq.ParquetFile(pa.BufferReader(raw))
     wanted = None if columns is None else [c for c in columns if c in source.schema_arrow.names]
-    return source.read(columns=wanted)
+    return _with_texts(source.read(columns=wanted))
+
+
+def _with_texts(table: pa.Table) -> pa.Table:
+    """Table whose TEXTS are JSON also where an earlier state of this code wrote them as objects."""
+    import pyarrow as pa
+
+    for name in TEXTS:
+        if name in table.column_names and pa.types.is_struct(table.schema.field(name).type):
+            texts = [None if value is None else json.dumps(bare(value)) for value in table[name].to_pylist()]
+            table = table.set_column(table.column_names.index(name), name, pa.array(texts, pa.string()))
+    return table
 
 
 def with_row(documents: Documents, product: str, collection: Document, item: Document, href: str) -> dict[str, Any]:
@@ -295,7 +316,7 @@ def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
     order = _order(query)
     if unknown := [name for name, _ in order if name not in table.column_names]:
         raise ConfigurationError(f"Items have no property {unknown[0]!r} to sort by. `stsr catalog show` lists those.")
-    if nested := [name for name, _ in order if pa.types.is_nested(table.schema.field(name).type)]:
+    if nested := [n for n, _ in order if n in TEXTS or pa.types.is_nested(table.schema.field(n).type)]:
         raise ConfigurationError(f"Property {nested[0]!r} is a list or an object, which has no order. Sort by another.")
     table = table.select([c for c in _needed(expression, order, query) if c in table.column_names])
     table = table.append_column("__row", pa.array(np.arange(table.num_rows)))

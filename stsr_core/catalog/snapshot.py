@@ -7,6 +7,7 @@ should not be believed, is logged and left; what was good is served on.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import Documents, encode
-from stsr_core.catalog.index import TIMES, Query, joined, read_index, select
+from stsr_core.catalog.index import TEXTS, TIMES, Query, bare, joined, read_index, select
 from stsr_core.catalog.publish import listed
 from stsr_core.catalog.withdrawal import Withdrawal, as_withdrawn, withdrawals
 from stsr_core.errors import StoreError, StsrError
@@ -153,25 +154,19 @@ def item_of(row: Mapping[str, Any]) -> Document:
 
     properties = {k: v for k, v in row.items() if k not in (*TOP, *OTHER) and v is not None}
     times = {t: _instant(row[t]) for t in TIMES if row.get(t) is not None}
+    objects = {name: json.loads(properties[name]) for name in TEXTS if name in properties}
     west, south, east, north = (row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax"))
     return {
-        **{k: _bare(row[k]) for k in TOP},
+        **{k: bare(row[k]) for k in TOP},
         "geometry": shapely.geometry.mapping(shapely.from_wkb(row["geometry"])),
         "bbox": [west, south, east, north],
-        "properties": {"datetime": None, **_bare(properties), **times},
+        "properties": {"datetime": None, **bare(properties), **times, **objects},
         "href": row["href"],
     }
 
 
 def _instant(time: Any) -> str:
     return time.isoformat().replace("+00:00", "Z")
-
-
-def _bare(value: Any) -> Any:
-    """Value without what the rows of other items put into it."""
-    if isinstance(value, dict):
-        return {k: _bare(v) for k, v in value.items() if v is not None}
-    return [_bare(v) for v in value] if isinstance(value, list) else value
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pyarrow.parquet as pq
@@ -12,11 +13,22 @@ import shapely
 import stsr_core.catalog
 from stsr_core.catalog import Query
 from stsr_core.catalog.documents import Documents, encode
-from stsr_core.catalog.index import KEYS, RECENT, _row, _table, _written, joined, look_up
+from stsr_core.catalog.index import KEYS, RECENT, _filled, _row, _table, _written, joined, look_up
 from stsr_core.catalog.items import Lineage, item
-from stsr_core.catalog.publish import publish
+from stsr_core.catalog.publish import Attempt, publish
+from stsr_core.catalog.snapshot import Loaded
 from stsr_core.errors import ConfigurationError, StoreError
-from tests.catalog.made import CHECKPOINT, DESCRIPTION, LAYOUT, PROVENANCE, prepared, publication, publish_one
+from tests.catalog.made import (
+    CHECKPOINT,
+    DESCRIPTION,
+    ENTRIES,
+    LAYOUT,
+    PROVENANCE,
+    prepared,
+    publication,
+    publish_one,
+    write_stores,
+)
 
 MANY = 10_000
 START = datetime(2000, 1, 1, tzinfo=UTC)
@@ -204,3 +216,50 @@ def test_rows_of_unlike_items_join():
     table = joined([_table([_row(made, "./a")]), _table([_row(other, "./b")])])
     assert table["stsr:new"].to_pylist() == [None, {"a": 1}]
     assert table["stsr:scores"].to_pylist() == [{"crps": 0.5}, None]
+
+
+def publish_selecting(destination, product, select):
+    attempt = Attempt.begin(str(destination), product)
+    write_stores(attempt, 7)
+    source = ENTRIES.source.model_copy(update={"select": select})
+    entries = ENTRIES.model_copy(update={"source": source})
+    provenance = PROVENANCE.model_copy(update={"configuration": entries})
+    description = replace(DESCRIPTION, product=product)
+    return publish(attempt, replace(publication(attempt), description=description, provenance=provenance))
+
+
+def selected(documents):
+    """What the items of a catalogue in memory say that their sources select, by id; the whole recipe is as in them."""
+    found, _ = Loaded(documents).current().search(Query())
+    for served in found:
+        item, _ = documents.read(f"{served['collection']}/{served['href']}")
+        assert served["properties"]["stsr:configuration"] == item["properties"]["stsr:configuration"]
+    return {x["id"]: x["properties"]["stsr:configuration"]["source"]["select"] for x in found}
+
+
+def test_a_selection_may_be_written_in_any_way_by_any_version_of_any_product(tmp_path):
+    ways = [{"number": 0}, {"number": [0, 1]}, {"number": "all"}, {"number": [1, "a"]}, {}]
+    for way in ways:
+        publish_selecting(tmp_path, "rain", way)
+    publish_selecting(tmp_path, "snow", {"number": [2, 3]})
+    expected = {f"rain-v{n}": way for n, way in enumerate(ways, 1)} | {"snow-v1": {"number": [2, 3]}}
+    assert selected(Documents(str(tmp_path))) == expected
+    assert Loaded(Documents(str(tmp_path))).current().export(tmp_path / "to", "https://example.org") == 6
+
+
+def test_an_index_that_holds_recipes_as_objects_is_gone_on_with(tmp_path):
+    item_url = publish_selecting(tmp_path, "rain", {"number": 0}).item_url
+    documents = Documents(str(tmp_path))
+    collection, _ = documents.read("rain/collection.json")
+    [href] = [x["href"] for x in collection["links"] if x["rel"] == "item"]
+    made, _ = documents.read(item_url.removeprefix(f"{tmp_path}/"))
+    row = {**_row(made, href), "stsr:configuration": _filled(made["properties"]["stsr:configuration"])}
+    assets = {KEYS[1]: _written(documents, "rain", _table([row]), "Index")}
+    documents.write("rain/collection.json", encode({**collection, "assets": assets}))
+    publish_selecting(tmp_path, "rain", {"number": [0, 1]})
+    found, _ = Loaded(documents).current().search(Query())
+    assert [x["properties"]["stsr:configuration"]["source"]["select"] for x in found] == [
+        {"number": [0, 1]}, {"number": 0},
+    ]  # fmt: skip
+    with pytest.raises(ConfigurationError, match="'stsr:configuration' is a list or an object"):
+        Loaded(documents).current().search(Query(sortby=("stsr:configuration",)))
