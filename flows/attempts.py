@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 
 from flows.log import event
 from stsr_core.catalog.claims import claim, release
-from stsr_core.catalog.publish import Attempt, listed_attempts
+from stsr_core.catalog.publish import REMOVING, Attempt, listed_attempts
 from stsr_core.ensemble.product import attempt_name
 
 if TYPE_CHECKING:
@@ -41,13 +41,16 @@ def begin(job: Job, plan: Plan, digest: str, *, after: str, sole_publisher: bool
     named = replace(fresh, name=attempt_name(plan, digest, after))
     claimed = claim(named, owner(), _is_over)
     found = named.documents.read(f"{job.name}/collection.json")  # after the claim: until then others may publish it
-    if found is not None and named.name in listed_attempts(found[0]):
-        if claimed:
-            release(named)
+    collection = found[0] if found is not None else {}
+    published, going = named.name in listed_attempts(collection), named.name in collection.get(REMOVING, [])
+    if claimed and not published and not going:
+        return named
+    if claimed:
+        release(named)
+    if published:
         return None
-    if not claimed:
-        event("attempt_taken", attempt=named.name, instead=fresh.name)
-    return named if claimed else fresh
+    event("attempt_going" if going else "attempt_taken", attempt=named.name, instead=fresh.name)
+    return fresh
 
 
 def owner() -> str:

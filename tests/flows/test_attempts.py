@@ -1,5 +1,6 @@
 """Where a run writes; no server runs here, and no plan is made: an attempt's name is all that counts."""
 
+import json
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -8,6 +9,7 @@ from flows import attempts
 from flows.attempts import begin
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.publish import Attempt, publish
+from stsr_core.catalog.reconcile import reconcile
 from tests.catalog.made import publication, publish_one, write_stores
 
 NAME = "0123456789ab"
@@ -59,3 +61,17 @@ def test_what_is_published_is_not_begun_again_whatever_was_published_since(job, 
         publish_one(tmp_path)
     assert begun(job) is None
     assert claims(tmp_path) == []
+
+
+def test_an_attempt_that_an_interrupted_reconcile_announced_is_not_gone_on_with(job, tmp_path):
+    publish_one(tmp_path)
+    write_stores(named(job), 7)
+    assert claim(named(job), "dead", lambda _: False)
+    collection = tmp_path / "rain" / "collection.json"
+    collection.write_text(json.dumps({**json.loads(collection.read_text()), "stsr:removing": [NAME]}))
+    fresh = begun(job)
+    assert fresh.name != NAME
+    write_stores(fresh, 7)
+    assert reconcile(job.destination, "rain") == [f"rain/data/{NAME}"]
+    assert publish(fresh, publication(fresh)).version == "v2"
+    assert begun(job).name == NAME
