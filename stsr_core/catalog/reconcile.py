@@ -95,8 +95,9 @@ def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
 def _dead(documents: Documents, product: str, current: dict[str, Any], before: datetime) -> list[str]:
     """Attempts, index files and claims that nothing names and that wrote nothing since `before`.
 
-    Places are relative to the product. A claim lives as long as its attempt writes. Those that an interrupted
-    reconcile announced are among them.
+    Places are relative to the product. A claim lives as long as its attempt writes, and an attempt as long as it was
+    claimed anew: who goes on with it may compute long before it writes. Those that an interrupted reconcile announced
+    are among them.
     """
     kept = _named(current)
     announced = set(current.get(REMOVING, []))
@@ -106,7 +107,8 @@ def _dead(documents: Documents, product: str, current: dict[str, Any], before: d
     ]  # fmt: skip
     dead = []
     for place in candidates:
-        places = [place, f"data/{_name(place).removesuffix('.json')}"] if place.startswith(f"{FOLDER}/") else [place]
+        attempt = _name(place).removesuffix(".json")
+        places = [place] if place.startswith("index/") else [f"data/{attempt}", f"{FOLDER}/{attempt}.json"]
         times = [written for p in places for _, written in documents.files(f"{product}/{p}").values()]
         if _name(place) in announced or (times and max(times) <= before):
             dead.append(place)

@@ -123,6 +123,17 @@ def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):
     assert not place.exists()
 
 
+def test_an_attempt_that_was_claimed_anew_is_not_dead_though_it_wrote_nothing_since(tmp_path):
+    publish_one(tmp_path)
+    left = prepared(tmp_path)
+    for path in Path(left.url).rglob("*"):
+        os.utime(path, (0, 0))
+    assert claim(left, "run", lambda _: False)
+    assert reconcile(str(tmp_path), "rain") == []
+    os.utime(tmp_path / "rain" / "claims" / f"{left.name}.json", (0, 0))
+    assert len(reconcile(str(tmp_path), "rain")) == 2
+
+
 def test_a_publisher_that_was_taken_for_dead_publishes_nothing(tmp_path):
     publish_one(tmp_path)
     slow = prepared(tmp_path)
