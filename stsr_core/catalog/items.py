@@ -315,16 +315,23 @@ def collection(description: Description, bbox: list[float], interval: list[str])
         "stac_version": "1.1.0",
         "stac_extensions": COLLECTION_EXTENSIONS,
         "id": description.product,
-        "title": description.title,
-        "description": description.description,
-        "license": description.license,
-        "keywords": list(description.keywords),
-        "providers": [{"name": description.attribution, "roles": ["producer", "licensor"]}],
+        **told(description),
         "extent": {"spatial": {"bbox": [bbox]}, "temporal": {"interval": [interval]}},
         "links": [
             {"rel": "root", "href": "../catalog.json", "type": "application/json"},
             {"rel": "parent", "href": "../catalog.json", "type": "application/json"},
         ],
+    }
+
+
+def told(description: Description) -> dict[str, Any]:
+    """What a collection says of its product, in the words of the newest version."""
+    return {
+        "title": description.title,
+        "description": description.description,
+        "license": description.license,
+        "keywords": list(description.keywords),
+        "providers": [{"name": description.attribution, "roles": ["producer", "licensor"]}],
     }
 
 

@@ -33,6 +33,7 @@ from stsr_core.catalog.items import (
     instant,
     item,
     root_catalog,
+    told,
 )
 from stsr_core.catalog.manifest import NAME as MANIFEST
 from stsr_core.catalog.manifest import make_manifest
@@ -244,7 +245,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     assets = with_row(documents, product, current, document, href)
     changed = _with_version(current, lineage.version, href, bbox, interval)
     try:
-        documents.replace(path, {**changed, "assets": assets}, tag)
+        documents.replace(path, {**changed, **told(publication.description), "assets": assets}, tag)
     except ConflictError:
         _discard(attempt, lineage.version, current, assets)
         raise
@@ -344,11 +345,11 @@ def link_product(documents: Documents, product: str, title: str) -> None:
 
 
 def add_to_root(documents: Documents, link: dict[str, str]) -> None:
-    """Add a link to the catalogue's root unless it is there."""
+    """Add a link to the catalogue's root, in place of one to the same address that says otherwise."""
 
     def change(root: Document) -> Document:
-        there = any(x.get("href") == link["href"] for x in root["links"])
-        return root if there else {**root, "links": [*root["links"], link]}
+        links = [link if x.get("href") == link["href"] else x for x in root["links"]]
+        return {**root, "links": links if link in links else [*links, link]}
 
     while documents.amend("catalog.json", change) is None:
         with suppress(ConflictError):  # another publisher made the same

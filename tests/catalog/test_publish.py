@@ -17,7 +17,7 @@ from stsr_core.catalog.publish import RedundantError, publish
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.errors import GateError, PublicationError, StoreError
 from stsr_core.store.verify import Gate, GateReport
-from tests.catalog.made import PROVENANCE, prepared, publication, publish_one
+from tests.catalog.made import DESCRIPTION, PROVENANCE, prepared, publication, publish_one
 
 NOW = timedelta(0)
 
@@ -40,6 +40,25 @@ def test_versions_are_numbered_linked_and_valid(tmp_path):
     assert 4.8 < west < east < 5.1
     assert 45.0 < south < north < 45.2
     assert items["v2"].properties["stsr:checkpoint_digest"] == "c" * 64
+
+
+def test_collection_and_root_say_of_a_product_what_its_newest_version_says(tmp_path):
+    publish_one(tmp_path)
+    attempt = prepared(tmp_path)
+    newest = replace(
+        DESCRIPTION, title="New", description="New text.", license="CC-BY-4.0", attribution="ECMWF", keywords=("new",)
+    )
+    publish(attempt, replace(publication(attempt), description=newest))
+    found = json.loads((tmp_path / "rain" / "collection.json").read_text())
+    assert [found[k] for k in ("title", "description", "license", "keywords")] == [
+        "New", "New text.", "CC-BY-4.0", ["new"],
+    ]  # fmt: skip
+    assert found["providers"] == [{"name": "ECMWF", "roles": ["producer", "licensor"]}]
+    assert list(stsr_core.catalog.ls(str(tmp_path))["rain"]) == ["v1", "v2"]
+    links = json.loads((tmp_path / "catalog.json").read_text())["links"]
+    assert [x["title"] for x in links if x["rel"] == "child"] == ["New"]
+    reconcile(str(tmp_path), "rain")
+    assert json.loads((tmp_path / "catalog.json").read_text())["links"] == links
 
 
 def test_readers_open_any_version(tmp_path):
