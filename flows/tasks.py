@@ -5,6 +5,7 @@ How often and how long each is tried is said in stages.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, layout_of
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Shard
-from stsr_core.errors import SourceError
+from stsr_core.errors import PublicationError, SourceError
 from stsr_core.factors import Match
 from stsr_core.progress import progress_bar
 from stsr_core.regrid import native_factor, reach
@@ -331,10 +332,22 @@ def publish_version(
         return None
     release(attempt)
     event("published", version=published.version, item=published.item_url)
-    removed = reconcile(documents.destination, job.name, documents.options, sole_publisher=documents.sole_publisher)
+    _clean(attempt)
+    return published, f"{attempt.url}/quicklook.png"
+
+
+def _clean(attempt: Attempt) -> None:
+    """Remove what crashes left; what cannot be removed is no reason to call a run failed that has published."""
+    documents = attempt.documents
+    try:
+        removed = reconcile(
+            documents.destination, attempt.product, documents.options, sole_publisher=documents.sole_publisher
+        )
+    except PublicationError as e:
+        event("not_reconciled", level=logging.WARNING, why=e)
+        return
     if removed:
         event("reconciled", removed=",".join(removed))
-    return published, f"{attempt.url}/quicklook.png"
 
 
 def _description(job: Job) -> Description:

@@ -315,13 +315,13 @@ class Documents:
         return True
 
     def remove(self, path: str) -> None:
-        """Remove a file or everything below a prefix; nothing happens where there is none."""
+        """Remove a file or everything below a prefix; nothing happens where there is none.
+
+        Raises:
+            PublicationError: it cannot be removed, or the store cannot be reached.
+        """
         if self._local is not None:
-            target = self._local / path
-            if target.is_dir():
-                shutil.rmtree(target, ignore_errors=True)
-            else:
-                target.unlink(missing_ok=True)
+            _remove_local(self._local / path)
             return
         import obstore
 
@@ -402,6 +402,24 @@ def _local_files(root: Path, prefix: str) -> dict[str, tuple[int, datetime]]:
         if path.is_file() and path.name[0] != ".":
             found[path.relative_to(root).as_posix()] = (state.st_size, datetime.fromtimestamp(state.st_mtime, UTC))
     return found
+
+
+def _remove_local(target: Path) -> None:
+    def tolerate(function: Any, path: str, problem: Any) -> None:
+        if not isinstance(problem[1], FileNotFoundError):  # that one somebody else removed
+            raise problem[1]
+
+    try:
+        if target.is_dir():
+            shutil.rmtree(target, onerror=tolerate)
+        else:
+            target.unlink(missing_ok=True)
+    except NotADirectoryError:
+        return
+    except OSError as e:
+        raise PublicationError(
+            f"{e.filename} cannot be removed ({e.strerror}). Check its owner and permissions, then run again."
+        ) from e
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

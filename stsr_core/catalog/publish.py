@@ -306,8 +306,10 @@ def _with_version(
         {"rel": rel, "href": href, "type": "application/geo+json", "title": version}
         for rel in ("item", "latest-version")
     ]
-    box = current["extent"]["spatial"]["bbox"][0]
-    start, end = current["extent"]["temporal"]["interval"][0]
+    box, (start, end) = bbox, interval  # what a collection without versions says of its extent is made up
+    if listed(current):
+        box = current["extent"]["spatial"]["bbox"][0]
+        start, end = current["extent"]["temporal"]["interval"][0]
     union = [min(box[0], bbox[0]), min(box[1], bbox[1]), max(box[2], bbox[2]), max(box[3], bbox[3])]
     extent = {
         "spatial": {"bbox": [union]},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -9,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import named
+from stsr_core.catalog.items import Description, collection, instant
 from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed, listed_attempts
 from stsr_core.catalog.withdrawal import settle_item, withdrawals
+from stsr_core.errors import PublicationError
 
 if TYPE_CHECKING:
     from stsr_core.catalog.documents import Document, Options
 
 GRACE = timedelta(hours=24)  # an attempt that wrote nothing for so long is dead
 ROUND = "stsr:reconciled"  # counts up: tags follow content, so a collection must never become what it was
+OURS = re.compile(r"^[0-9a-f]{12}(\.json|\.parquet)?$")  # attempts, claims and index files; no name that people give
 CHECKED = 100  # newest versions whose links are checked
 
 
@@ -33,7 +38,8 @@ def reconcile(
 
     Only what wrote nothing for longer than `grace` counts as dead. It is first announced in the collection, by the
     same compare-and-swap that publishes: a publisher that was thought dead then loses its swap and finds itself
-    announced, so nothing that is listed can be removed, whatever the clocks say.
+    announced, so nothing that is listed can be removed, whatever the clocks say. A product that never got a version
+    has no collection; one without versions is made to announce in, which the first publisher goes on with.
 
     Args:
         destination: folder or bucket of the catalogue.
@@ -47,23 +53,48 @@ def reconcile(
         What was removed, relative to the destination.
 
     Raises:
-        PublicationError: the collection is damaged, or the store cannot be used.
+        PublicationError: the collection is damaged, the store cannot be used, or something cannot be removed.
     """
+    if not product or product != product.strip("./\\") or "/" in product:
+        raise PublicationError(f"{product!r} is no name of a product. Give the one of its folder in {destination}.")
     documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
     path = f"{product}/collection.json"
     found = documents.read(path)
-    if found is None:
-        return []  # without a collection nothing can be announced; the first publication makes one
-    current = found[0]
+    current = found[0] if found is not None else {}
     dead = _dead(documents, product, current, datetime.now(UTC) - grace)
-    if dry_run:
+    if found is None:  # the folder may be anyone's
+        dead = [place for place in dead if OURS.match(_name(place))]
+    if dry_run or (found is None and not dead):
         return [f"{product}/{d}" for d in dead]
+    if found is None:
+        with suppress(ConflictError):  # its first publisher made one meanwhile
+            documents.create(path, _nothing_yet(product))
     dead = _announce(documents, path, dead)
     for name in dead:
         documents.remove(f"{product}/{name}")
     _forget(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
     _mend(documents, product, current)
     return [f"{product}/{d}" for d in dead]
+
+
+def unlisted(destination: str, options: Options | None = None) -> list[str]:
+    """Products that hold data and that the catalogue's root does not list: they never got a version.
+
+    Raises:
+        PublicationError: the store cannot be used.
+    """
+    documents = Documents(destination.rstrip("/"), dict(options or {}))
+    found = documents.read("catalog.json")
+    there = {link.get("href") for link in found[0].get("links", [])} if found is not None else set()
+    names = [name for name in documents.names("") if f"./{name}/collection.json" not in there]
+    return [name for name in names if any(map(OURS.match, documents.names(f"{name}/data")))]
+
+
+def _nothing_yet(product: str) -> Document:
+    """Collection of a product without versions; its first publisher says everything else."""
+    now = instant(datetime.now(UTC).replace(tzinfo=None))
+    description = Description(product, product, f"Nothing of {product} is published yet.", "other", "unknown", ())
+    return collection(description, [-180.0, -90.0, 180.0, 90.0], [now, now])
 
 
 def _name(place: str) -> str:

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.items import instant
 from stsr_core.catalog.publish import RedundantError, publish
-from stsr_core.catalog.reconcile import reconcile
+from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.errors import GateError, PublicationError, StoreError
 from stsr_core.store.verify import Gate, GateReport
 from tests.catalog.made import DESCRIPTION, PROVENANCE, prepared, publication, publish_one
@@ -140,6 +141,57 @@ def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):
         os.utime(path, (0, 0))
     assert set(reconcile(str(tmp_path), "rain")) == {begun.prefix, f"rain/claims/{begun.name}.json"}
     assert not place.exists()
+
+
+def test_what_a_product_without_a_version_left_is_removed_and_its_first_publisher_goes_on(tmp_path):
+    lost = prepared(tmp_path)
+    (tmp_path / "mine" / "data" / "2020").mkdir(parents=True)
+    assert reconcile(str(tmp_path), "rain") == []  # it may be alive
+    assert not (tmp_path / "rain" / "collection.json").exists()
+    assert unlisted(str(tmp_path)) == ["rain"]
+    assert reconcile(str(tmp_path), "rain", grace=NOW, dry_run=True) == [lost.prefix]
+    assert reconcile(str(tmp_path), "rain", grace=NOW) == [lost.prefix]
+    assert not Path(lost.url).exists()
+    assert reconcile(str(tmp_path), "mine", grace=NOW) == []
+    assert unlisted(str(tmp_path)) == []
+    assert publish_one(tmp_path) == "v1"
+    found = json.loads((tmp_path / "rain" / "collection.json").read_text())
+    assert found["title"] == "Rain"
+    item = json.loads(item_path(tmp_path).read_text())
+    assert found["extent"]["spatial"]["bbox"] == [item["bbox"]]
+    period = [item["properties"][f"{end}_datetime"] for end in ("start", "end")]
+    assert found["extent"]["temporal"]["interval"] == [period]
+
+
+def test_a_publisher_of_a_first_version_that_was_taken_for_dead_publishes_nothing(tmp_path):
+    slow = prepared(tmp_path)
+    ready = publication(slow)
+    assert reconcile(str(tmp_path), "rain", grace=NOW) == [slow.prefix]
+    with pytest.raises(PublicationError, match="is not whole"):
+        publish(slow, ready)
+    assert stsr_core.catalog.latest("rain", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_nothing_outside_a_product_is_reconciled(tmp_path, name):
+    with pytest.raises(PublicationError, match="is no name of a product"):
+        reconcile(str(tmp_path), name, grace=NOW)
+
+
+def test_what_cannot_be_removed_is_an_error_and_stays_announced(tmp_path, monkeypatch):
+    publish_one(tmp_path)
+    lost = prepared(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", lost.url)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(PublicationError, match=rf"{lost.name} cannot be removed \(Permission denied\)"):
+        reconcile(str(tmp_path), "rain", grace=NOW)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "rain" / "collection.json").read_text())["stsr:removing"] == [lost.name]
+    assert reconcile(str(tmp_path), "rain") == [lost.prefix]
+    Documents(str(tmp_path)).remove(lost.prefix)  # nothing is there any more
 
 
 def test_an_attempt_that_was_claimed_anew_is_not_dead_though_it_wrote_nothing_since(tmp_path):
