@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Annotated
 
 from prefect import flow, task
@@ -16,11 +19,11 @@ from flows.log import event
 from flows.parameters import ALL, ProductName, Retention, Withdrawal
 from flows.stages import patient
 from stsr_core.catalog.integrity import verify_version
-from stsr_core.catalog.reconcile import reconcile
+from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.catalog.retention import expiring, retire
-from stsr_core.catalog.search import find, ls
+from stsr_core.catalog.search import find, products, published
 from stsr_core.catalog.withdrawal import withdraw
-from stsr_core.errors import StoreError
+from stsr_core.errors import StoreError, StsrError
 from stsr_core.settings import Settings
 
 GRACE_H = 7 * 24.0  # a backfill that was interrupted may be resumed for a week
@@ -49,7 +52,7 @@ def maintain(
     """Reconcile, check and thin out a catalogue; safe beside runs that publish.
 
     Args:
-        product: name of a published product, or "all".
+        product: name of a published product, or "all": those that left data and never got a version too.
         grace_hours: attempts that wrote nothing for so long are removed.
         check_newest: versions of each product whose every byte is read and compared.
         retention: which superseded versions go; without it all stay.
@@ -61,33 +64,64 @@ def maintain(
         What was done, by product.
 
     Raises:
-        StoreError: a published version is damaged; everything else was done.
+        StoreError: a published version is damaged, or something could not be done; everything else was done.
     """
     settings = Settings()
     where = destination or settings.destination
-    there = ls(where, storage_options=options_of(where, settings))
-    names = list(there) if product == ALL else [product]
+    names = _everything(where, settings) if product == ALL else [product]
     if withdrawal is not None:
         patient(take_back, f"withdraw {withdrawal.version}", hours=1)(product, where, withdrawal, dry_run=dry_run)
-    done = []
-    for name in names:
-        retired = (
-            patient(let_go, f"let go {name}", hours=24)(name, where, retention, dry_run=dry_run) if retention else []
-        )
-        removed = patient(remove_leftovers, f"reconcile {name}", hours=24)(name, where, grace_hours, dry_run=dry_run)
-        newest = [v for v in there.get(name, []) if v not in retired][::-1][:check_newest]
-        flaws = []
-        for version in newest:
-            flaws += patient(verify, f"verify {name} {version}", hours=24)(name, version, where)
-        done.append(Upkeep(product=name, removed=removed, retired=retired, checked=newest, flaws=flaws))
+    upkeep = partial(_keep_up, where=where, grace_hours=grace_hours, check_newest=check_newest, retention=retention)
+    done = [upkeep(name, dry_run=dry_run) for name in names]
     _show(done, dry_run=dry_run)
     flaws = [flaw for upkeep in done for flaw in upkeep.flaws]
     if flaws:
         raise StoreError(
-            f"Published versions are damaged: {'; '.join(flaws[:5])}. Restore these objects from a backup, or publish "
-            "the product again with `force`."
+            f"Flaws found: {len(flaws)}. {'; '.join(flaws[:5])}. Restore objects that are damaged from a backup, or "
+            "publish the product again with `force`; mend what kept something from being done, then run maintain again."
         )
     return done
+
+
+def _everything(where: str, settings: Settings) -> list[str]:
+    """Products that the catalogue lists, and those that never got a version but hold data."""
+    options = options_of(where, settings)
+    beside = unlisted(where, options)
+    try:
+        return [*products(where, storage_options=options), *beside]
+    except StoreError:
+        if not beside:
+            raise
+        return beside  # nothing was ever published here
+
+
+def _keep_up(
+    name: str, *, where: str, grace_hours: float, check_newest: int, retention: Retention | None, dry_run: bool
+) -> Upkeep:
+    """Keep up one product; what cannot be done of it is among its flaws, and keeps nothing else from being done."""
+    flaws: list[str] = []
+    retired, removed, newest = [], [], []
+    with _noting(flaws, f"let go {name}"):
+        if retention:
+            retired = patient(let_go, f"let go {name}", hours=24)(name, where, retention, dry_run=dry_run)
+    with _noting(flaws, f"reconcile {name}"):
+        removed = patient(remove_leftovers, f"reconcile {name}", hours=24)(name, where, grace_hours, dry_run=dry_run)
+    with _noting(flaws, f"list {name}"):
+        there = published(name, where, storage_options=options_of(where, Settings()))
+        newest = [v for v in there if v not in retired][::-1][:check_newest]
+    for version in newest:
+        with _noting(flaws, f"verify {name} {version}"):
+            flaws += patient(verify, f"verify {name} {version}", hours=24)(name, version, where)
+    return Upkeep(product=name, removed=removed, retired=retired, checked=newest, flaws=flaws)
+
+
+@contextmanager
+def _noting(flaws: list[str], what: str) -> Iterator[None]:
+    """Note an error among the flaws, and go on."""
+    try:
+        yield
+    except StsrError as e:
+        flaws.append(f"{what} failed: {e}")
 
 
 @task(name="withdraw", cache_policy=NO_CACHE)
@@ -127,7 +161,8 @@ def verify(product: str, version: str, destination: str) -> list[str]:
     """Read every byte of a version; returns what is wrong."""
     options = options_of(destination, Settings())
     found = find(product, version, destination, storage_options=options)
-    verdict = verify_version(found.url.rsplit("/", 1)[0], options)
+    item = found.url.rpartition("/")[2]  # a crash may have left others beside it
+    verdict = verify_version(found.folder, options, item_name=item)
     event("verified", product=product, version=version, objects=verdict.objects, flaws=len(verdict.flaws))
     return [f"{product} {version}: {flaw}" for flaw in verdict.flaws]
 

@@ -86,7 +86,7 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
 
 
 def _item(documents: Documents, name: str | None) -> Document:
-    names = [name] if name else [n for n in documents.names("") if is_item(n)]
+    names = [name] if name else sorted((n for n in documents.names("") if is_item(n)), key=lambda n: (len(n), n))
     found = documents.read(names[-1]) if names else None
     if found is None:
         raise StoreError(f"{documents.destination} holds no item v1.json, v2.json ... Name the folder of one version.")

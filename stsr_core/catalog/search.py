@@ -89,6 +89,22 @@ def ls(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> 
     return {product: versions(_collection(documents, product)) for product in _products(documents)}
 
 
+def published(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:
+    """List the versions of one product, oldest first; none where there is no such product."""
+    from stsr_core.catalog.publish import versions
+
+    return versions(_collection(_documents(catalog, storage_options), product))
+
+
+def products(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:
+    """List the products of a catalogue, whether their collections can be read or not.
+
+    Raises:
+        StoreError: there is no catalogue.
+    """
+    return _products(_documents(catalog, storage_options))
+
+
 def find(product: str, version: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version:
     """Find a version by name, or "latest": the newest that is not withdrawn.
 

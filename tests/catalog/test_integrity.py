@@ -89,6 +89,14 @@ def test_a_manifest_that_reaches_outside_is_refused(copy, path):
         verify_version(str(copy))
 
 
+def test_of_two_items_in_a_folder_the_higher_number_counts_unless_one_is_named(copy):
+    item = json.loads((copy / "v1.json").read_text())
+    for name in ("v9", "v10"):  # a publisher was killed before it swapped v9, went on and became v10
+        (copy / f"{name}.json").write_text(json.dumps({**item, "id": f"rain-{name}"}))
+    assert verify_version(str(copy)).item == "rain-v10"
+    assert verify_version(str(copy), item_name="v1.json").item == "rain-v1"
+
+
 def test_what_is_no_version_is_said_so(tmp_path, copy):
     with pytest.raises(StoreError, match="holds no item"):
         verify_version(str(tmp_path / "nothing"))

@@ -1,0 +1,72 @@
+"""The maintain flow's own decisions; its tasks run as plain functions, no server runs here."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flows import maintain as module
+from stsr_core.catalog import latest
+from stsr_core.catalog.publish import Attempt, publish
+from stsr_core.errors import StoreError
+from tests.catalog.made import DESCRIPTION, publication, write_stores
+
+
+def publish_as(destination, product) -> Path:
+    attempt = Attempt.begin(str(destination), product)
+    write_stores(attempt, 7)
+    publish(attempt, replace(publication(attempt), description=replace(DESCRIPTION, product=product)))
+    return Path(attempt.url)
+
+
+def left(destination, product) -> Path:
+    """An attempt that nothing was written to for years."""
+    folder = destination / product / "data" / "aaaaaaaaaaaa"
+    folder.mkdir(parents=True)
+    (folder / "zarr.json").write_text("{}")
+    os.utime(folder / "zarr.json", (1, 1))
+    return folder
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a run says that it did, by product."""
+    rows = {}
+    monkeypatch.setattr(module, "patient", lambda task, name, hours: task.fn)
+    monkeypatch.setattr(module, "event", lambda *_, **__: None)
+    monkeypatch.setattr(module.artifacts, "table", lambda _, found, __: rows.update({r["product"]: r for r in found}))
+    return rows
+
+
+def test_a_damaged_product_keeps_no_other_from_being_kept_up(tmp_path, shown):
+    damaged, _ = publish_as(tmp_path, "one"), publish_as(tmp_path, "two")
+    publish_as(tmp_path, "zero")
+    (damaged / "manifest.json").unlink()
+    (tmp_path / "two" / "collection.json").write_text("[]")
+    leftover = left(tmp_path, "zero")
+    with pytest.raises(StoreError, match=r"found: 4. verify one v1 failed: .* has no manifest.json.*list two"):
+        module.maintain.fn(destination=str(tmp_path), retention=module.Retention(keep=1, days=0))
+    assert not leftover.exists()
+    assert shown["zero"]["checked"] == "v1"
+    assert shown["zero"]["flaws"] == "none"
+
+
+def test_all_means_what_never_got_a_version_too_be_there_a_catalogue_or_not(tmp_path, shown):
+    with pytest.raises(StoreError, match="No catalogue is at"):
+        module.maintain.fn(destination=str(tmp_path))
+    for published in ([], ["rain"]):
+        leftover = left(tmp_path, "snow")
+        [publish_as(tmp_path, name) for name in published]
+        done = module.maintain.fn(destination=str(tmp_path))
+        assert [upkeep.product for upkeep in done] == [*published, "snow"]
+        assert done[-1].removed == ["snow/data/aaaaaaaaaaaa"]
+        assert not leftover.exists()
+
+
+def test_the_item_that_is_listed_is_checked_whatever_a_crash_left_beside_it(tmp_path, shown):
+    folder = publish_as(tmp_path, "rain")
+    (folder / "v9.json").write_text("[]")
+    [upkeep] = module.maintain.fn(destination=str(tmp_path))
+    assert latest("rain", str(tmp_path)).version == "v1"
+    assert upkeep.checked == ["v1"]
