@@ -6,6 +6,7 @@ buckets both are conditional writes of the server; on local disks a lock file st
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -35,6 +36,7 @@ PATIENCE_SECONDS = 120.0  # how long a writer goes on racing others
 FAIR_TRIES = 100  # and how often it tries at least: one of eight that race without end loses 100 times in 600,000
 PAUSE_SECONDS = 0.2  # longest wait between two tries; a longer one favours those that came last
 RACERS = 4  # writers that race in the probe for conditional writes
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
 
 
@@ -376,9 +378,8 @@ class Documents:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as e:
-            raise PublicationError(
-                f"{target.parent} cannot be written ({e.strerror}). Check the path and its permissions."
-            ) from e
+            todo = "Free some MB on it" if e.errno in FULL else "Check the path and its permissions"
+            raise PublicationError(f"{target.parent} cannot be written ({e.strerror}). {todo}.") from e
 
     @contextmanager
     def _locked(self, target: Path) -> Iterator[None]:
@@ -424,5 +425,9 @@ def _remove_local(target: Path) -> None:
 
 def _write_atomically(target: Path, data: bytes) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(target)
+    try:
+        part.write_bytes(data)
+        part.replace(target)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

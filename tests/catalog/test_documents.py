@@ -1,8 +1,11 @@
-"""How documents in buckets are asked for: in which region, as whom."""
+"""How documents in buckets are asked for: in which region, as whom; and what disks do that are full or closed."""
 
+import errno
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +82,21 @@ def test_region_and_keys_come_from_settings_else_from_the_environment_or_a_profi
 def test_a_profile_that_is_not_there_is_an_error_that_says_so(asked):
     with pytest.raises(PublicationError, match=r"profile \(day\) could not be found.*Check address, credentials"):
         asked(AWS_PROFILE="day")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said_to_be_full_and_gets_no_empty_file_at_each_try(tmp_path, monkeypatch, number):
+    documents = Documents(str(tmp_path))
+    documents.create("a.json", {})
+    _, tag = documents.read("a.json")
+
+    def fill(path, data):
+        path.touch()
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    for write in (lambda: documents.replace("a.json", {"n": 1}, tag), lambda: documents.write("b.json", b"b")):
+        with pytest.raises(PublicationError, match=rf"{os.strerror(number)}\). Free some MB"):
+            write()
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "a.json"}
+    assert documents.read("a.json") == ({}, tag)
