@@ -68,7 +68,7 @@ def read_receipts(url: str, array: str, options: Options | None = None) -> dict[
     fs.invalidate_cache()  # workers write receipts after this process has listed the folder
     try:  # neither glob nor cat, to which [, * and ? in the path of a store are patterns
         names = sorted(name for name in fs.ls(f"{path}/{_folder(array)}", detail=False) if name.endswith(".json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     found = {}
     for raw in fs.cat_ranges(names, None, None, on_error="raise"):
