@@ -134,7 +134,7 @@ class Documents:
         """Return the bytes of a file and the tag of their state, None where there is none.
 
         Raises:
-            PublicationError: the store cannot be reached.
+            PublicationError: the file cannot be read, or the store cannot be reached.
         """
         if self._local is not None:
             return self._fetch_local(path)
@@ -152,7 +152,7 @@ class Documents:
         """Return a document and the tag of its state, None where there is none.
 
         Raises:
-            PublicationError: the document is no JSON object, or the store cannot be reached.
+            PublicationError: the document is no JSON object or cannot be read, or the store cannot be reached.
         """
         found = self.fetch(path)
         if found is None:
@@ -173,10 +173,11 @@ class Documents:
 
     def _fetch_local(self, path: str) -> tuple[bytes, str] | None:
         assert self._local is not None
-        try:
-            raw = (self._local / path).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with _reading(self._local / path):
+            try:
+                raw = (self._local / path).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         return raw, hashlib.sha256(raw).hexdigest()
 
     def write(self, path: str, data: bytes) -> None:
@@ -340,7 +341,8 @@ class Documents:
         """Names directly below a prefix; those that begin with a dot are not counted."""
         if self._local is not None:
             folder = self._local / prefix
-            return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
+            with _reading(folder):
+                return sorted(p.name for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else []
         import obstore
 
         try:
@@ -353,7 +355,8 @@ class Documents:
     def files(self, prefix: str) -> dict[str, tuple[int, datetime]]:
         """Size and time of writing of every file below a prefix (or of that file), by path below the destination."""
         if self._local is not None:
-            return _local_files(self._local, prefix)
+            with _reading(self._local / prefix):
+                return _local_files(self._local, prefix)
         import obstore
 
         try:
@@ -390,6 +393,16 @@ class Documents:
                 yield
             finally:
                 os.close(handle)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise PublicationError(
+            f"{e.filename or path} cannot be read ({e.strerror}). Check its owner and permissions."
+        ) from e
 
 
 def _local_files(root: Path, prefix: str) -> dict[str, tuple[int, datetime]]:

@@ -100,3 +100,34 @@ def test_a_full_disk_is_said_to_be_full_and_gets_no_empty_file_at_each_try(tmp_p
             write()
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "a.json"}
     assert documents.read("a.json") == ({}, tag)
+
+
+@pytest.mark.parametrize(
+    ("closed", "read"),
+    [
+        ("read_bytes", lambda documents: documents.read("a.json")),
+        ("iterdir", lambda documents: documents.names("")),
+        ("stat", lambda documents: documents.files("a.json")),
+    ],
+)
+def test_what_may_not_be_read_is_an_error_that_says_so(tmp_path, monkeypatch, closed, read):
+    documents = Documents(str(tmp_path))
+    documents.create("a.json", {})
+
+    def refuse(path, **_):  # whoever runs tests may read everything, whatever its mode
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, closed, refuse)
+    with pytest.raises(PublicationError, match=rf"{tmp_path}.* cannot be read \(Permission denied\). Check its owner"):
+        read(documents)
+
+
+def test_a_folder_in_place_of_a_document_is_an_error_and_nothing_there_is_none(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    (tmp_path / "file").write_text("")
+    documents = Documents(str(tmp_path))
+    with pytest.raises(PublicationError, match=r"a.json cannot be read \(Is a directory\)"):
+        documents.read("a.json")
+    assert documents.read("b.json") is None
+    assert documents.read("file/b.json") is None
+    assert documents.names("b") == []
