@@ -121,7 +121,7 @@ def _noting(flaws: list[str], what: str) -> Iterator[None]:
     try:
         yield
     except StsrError as e:
-        flaws.append(f"{what} failed: {e}")
+        flaws.append(f"{what} failed: {str(e).rstrip('.')}")
 
 
 @task(name="withdraw", cache_policy=NO_CACHE)
