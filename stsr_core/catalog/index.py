@@ -79,7 +79,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     geo = {
         "version": "1.1.0",
         "primary_column": "geometry",
-        "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon"]}},
+        "columns": {"geometry": {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"]}},
     }
     return table.replace_schema_metadata({"geo": json.dumps(geo), "stac-geoparquet": json.dumps({"version": "1.1.0"})})
 
@@ -89,7 +89,7 @@ def joined(tables: Iterable[pa.Table | None]) -> pa.Table:
     import pyarrow as pa
 
     there = [t for t in tables if t is not None]
-    metadata = there[0].schema.metadata
+    metadata = there[-1].schema.metadata  # of the newest, which knows all that rows may hold
     return pa.concat_tables(there, promote_options="permissive").replace_schema_metadata(metadata)
 
 
@@ -379,7 +379,7 @@ def read_index(
 
 
 def _within(table: pa.Table, bbox: tuple[float, float, float, float] | None) -> Any:
-    """Rows whose box touches a box; one whose west is greater than its east crosses the antimeridian."""
+    """Rows whose box touches a box; of either, one whose west is greater than its east crosses the antimeridian."""
     import pyarrow.compute as pc
 
     if bbox is None:
@@ -389,7 +389,9 @@ def _within(table: pa.Table, bbox: tuple[float, float, float, float] | None) -> 
         raise ConfigurationError(f"Box {bbox} is no west,south,east,north in degrees. Example: 4,43,8,46")
     low, high, bottom, top = (pc.struct_field(table["bbox"], n) for n in ("xmin", "xmax", "ymin", "ymax"))
     reaches_east, reaches_west = pc.less_equal(low, east), pc.greater_equal(high, west)
-    along = pc.and_(reaches_east, reaches_west) if west <= east else pc.or_(reaches_east, reaches_west)
+    either, crossing = pc.or_(reaches_east, reaches_west), pc.greater(low, high)
+    both = pc.and_(reaches_east, reaches_west)
+    along = pc.if_else(crossing, either, both) if west <= east else pc.or_(either, crossing)
     return pc.and_(along, pc.and_(pc.less_equal(bottom, north), pc.greater_equal(top, south)))
 
 

@@ -10,6 +10,7 @@ import cftime
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from stsr_core.catalog.footprint import footprint
 from stsr_core.configuration import Product, Source, Static, TargetGrid
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ MLM = f"{_BASE}/mlm/v1.5.2/schema.json"
 COLLECTION_EXTENSIONS = [EXTENSIONS[0], EXTENSIONS[4]]  # version, file
 ROOT = "../../../catalog.json"  # from an item
 COLLECTION = "../../collection.json"
-EDGE_POINTS = 21  # points along an edge of the footprint
 
 
 class Entries(BaseModel):
@@ -110,27 +110,6 @@ class SideFile:
     size: int
     title: str
     roles: tuple[str, ...]
-
-
-def footprint(grid: Grid) -> tuple[list[float], dict[str, Any]]:
-    """Bounding box and polygon of a grid in longitude and latitude (WGS 84); the world where the CRS is unknown."""
-    x, y = grid.x.edges, grid.y.edges
-    px = np.concatenate([np.linspace(x[0], x[-1], EDGE_POINTS), np.full(EDGE_POINTS, x[-1]),
-                         np.linspace(x[-1], x[0], EDGE_POINTS), np.full(EDGE_POINTS, x[0])])  # fmt: skip
-    py = np.concatenate([np.full(EDGE_POINTS, y[0]), np.linspace(y[0], y[-1], EDGE_POINTS),
-                         np.full(EDGE_POINTS, y[-1]), np.linspace(y[-1], y[0], EDGE_POINTS)])  # fmt: skip
-    if grid.crs_wkt is None:
-        px, py = np.array([-180.0, 180, 180, -180]), np.array([-90.0, -90, 90, 90])
-    else:
-        from pyproj import CRS, Transformer
-
-        px, py = Transformer.from_crs(CRS.from_wkt(grid.crs_wkt), 4326, always_xy=True).transform(px, py)
-    ring = [[round(float(a), 6), round(float(b), 6)] for a, b in zip(px, py, strict=True)]
-    if np.sum((px - np.roll(px, 1)) * (py + np.roll(py, 1))) > 0:  # exterior rings run counter-clockwise
-        ring.reverse()
-    ring.append(ring[0])
-    lon, lat = [p[0] for p in ring], [p[1] for p in ring]
-    return [min(lon), min(lat), max(lon), max(lat)], {"type": "Polygon", "coordinates": [ring]}
 
 
 def instant(value: Any) -> str:

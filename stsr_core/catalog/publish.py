@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, Documents, tries
+from stsr_core.catalog.footprint import footprint, union
 from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import (
     Description,
@@ -29,7 +30,6 @@ from stsr_core.catalog.items import (
     Provenance,
     SideFile,
     collection,
-    footprint,
     instant,
     item,
     root_catalog,
@@ -310,9 +310,8 @@ def _with_version(
     if listed(current):
         box = current["extent"]["spatial"]["bbox"][0]
         start, end = current["extent"]["temporal"]["interval"][0]
-    union = [min(box[0], bbox[0]), min(box[1], bbox[1]), max(box[2], bbox[2]), max(box[3], bbox[3])]
     extent = {
-        "spatial": {"bbox": [union]},
+        "spatial": {"bbox": [union(box, bbox)]},
         "temporal": {"interval": [[min(start, interval[0]), max(end, interval[1])]]},
     }
     return {**current, "version": version, "links": links, "extent": extent}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.footprint import WORLD
 from stsr_core.catalog.index import named
 from stsr_core.catalog.items import Description, collection, instant
 from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed, listed_attempts
@@ -94,7 +95,7 @@ def _nothing_yet(product: str) -> Document:
     """Collection of a product without versions; its first publisher says everything else."""
     now = instant(datetime.now(UTC).replace(tzinfo=None))
     description = Description(product, product, f"Nothing of {product} is published yet.", "other", "unknown", ())
-    return collection(description, [-180.0, -90.0, 180.0, 90.0], [now, now])
+    return collection(description, list(WORLD), [now, now])
 
 
 def _name(place: str) -> str:

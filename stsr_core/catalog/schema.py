@@ -197,18 +197,28 @@ class Properties(_Strict):
         return self
 
 
+def _closed(ring: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    if len(ring) < 4 or ring[0] != ring[-1]:
+        raise ValueError("the footprint is no closed ring")
+    return ring
+
+
+Ring = Annotated[list[tuple[float, float]], AfterValidator(_closed)]
+Rings = Annotated[list[Ring], Field(min_length=1, max_length=1)]
+
+
 class Polygon(_Strict):
     """The footprint."""
 
     type: Literal["Polygon"]
-    coordinates: list[list[tuple[float, float]]] = Field(min_length=1, max_length=1)
+    coordinates: Rings
 
-    @model_validator(mode="after")
-    def _closed(self) -> Self:
-        ring = self.coordinates[0]
-        if len(ring) < 4 or ring[0] != ring[-1]:
-            raise ValueError("the footprint is no closed ring")
-        return self
+
+class MultiPolygon(_Strict):
+    """The footprint of what crosses the antimeridian, cut there."""
+
+    type: Literal["MultiPolygon"]
+    coordinates: list[Rings] = Field(min_length=2)
 
 
 class Item(_Strict):
@@ -220,7 +230,7 @@ class Item(_Strict):
     id: str
     collection: Name
     bbox: tuple[float, float, float, float]
-    geometry: Polygon
+    geometry: Annotated[Polygon | MultiPolygon, Field(discriminator="type")]
     properties: Properties
     links: list[Link]
     assets: Assets
@@ -231,7 +241,8 @@ class Item(_Strict):
             raise ValueError(f"extensions are {self.stac_extensions}, not those of this catalogue")
         if self.id != f"{self.collection}-{self.properties.version}":
             raise ValueError(f"id {self.id!r} is not that of {self.collection} {self.properties.version}")
-        if self.bbox[0] > self.bbox[2] or self.bbox[1] > self.bbox[3]:
+        crosses = isinstance(self.geometry, MultiPolygon)  # then west may be greater than east
+        if (self.bbox[0] > self.bbox[2] and not crosses) or self.bbox[1] > self.bbox[3]:
             raise ValueError(f"box {self.bbox} is empty")
         rels = [link.rel for link in self.links]
         if any(rels.count(rel) != 1 for rel in ("root", "parent", "collection")) or "derived_from" not in rels:
