@@ -181,10 +181,8 @@ def downscale(
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
     time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
-    members: Annotated[
-        int, typer.Option(min=1, help="Members of the ensemble, of each driving member if INPUT has any.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,

@@ -56,8 +56,6 @@ def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(coarse):
     [
         "demo --workers=-1", "demo --members 0", "plan p --members 0", "bench --workers 0", "bench --cells 0",
         "downscale in.nc out.zarr --variable rain --space 4 --time 1 --workers=-1",
-        "downscale in.nc out.zarr --variable rain --space 4 --time 1 --members 0",
-        "downscale in.nc out.zarr --variable rain --space 4 --time 1 --seed=-1",
         "evaluate in.nc --space 4 --time 1 --workers=-1",
         "catalog search --catalog c --limit 0", "catalog reconcile p --catalog c --grace-hours 99999999",
         "catalog retire p --catalog c --keep 1 --days 99999999999",
