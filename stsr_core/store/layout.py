@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from typing import TYPE_CHECKING, Any
 
 import cftime
@@ -362,6 +363,11 @@ def remove_store(url: str, options: Options | None = None) -> None:
     """
     require_own(url, options)
     fs, path = filesystem(url, options)
+    if "file" not in fs.protocol and has_magic(path):  # fsspec would remove whatever fits the pattern
+        raise StoreError(
+            f"{url} has *, ? or [ in its name, so it is not removed: other stores may fit that. Remove it yourself, or "
+            "name another output."
+        )
     for name in _contents(fs, path):
         if name != f"{path}/{MARK}":
             fs.rm(name, recursive=True)

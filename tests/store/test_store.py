@@ -445,3 +445,14 @@ def test_members_conserve_the_totals_of_their_own_driving_member(tmp_path):
     with xr.open_zarr(f"{url}/series") as series:
         assert series["driving_member"].values.tolist() == ["a", "a", "b", "b"]
         assert series["precipitation"].values[tuple(region)].mean(axis=(1, 2, 3)).tolist() == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_store_whose_name_is_a_pattern_is_not_removed_from_an_object_store():
+    for name in ("out1.zarr", "out[1].zarr"):
+        create_ensemble(f"memory://patterns/{name}", LAYOUT, array="precipitation")
+    with pytest.raises(StoreError, match="other stores may fit that"):
+        remove_store("memory://patterns/out[1].zarr")
+    remove_store("memory://patterns/out1.zarr")
+    assert [name.rsplit("/", 1)[-1] for name in filesystem("memory://")[0].ls("/patterns", detail=False)] == [
+        "out[1].zarr"
+    ]
