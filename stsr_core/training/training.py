@@ -228,7 +228,9 @@ class Training:
             )
         elif self.run.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(identity, indent=1))
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(identity, indent=1))
+            part.replace(path)  # other ranks may read it already
 
     def rehearse(self) -> None:
         """Draw a patch of every factor, so that an archive that is too small is refused before the first step.
