@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from flows import artifacts
 from flows.jobs import options_of
 from flows.log import event
-from flows.parameters import ALL, ProductName, Retention, Withdrawal
+from flows.parameters import ALL, Destination, ProductName, Retention, Withdrawal
 from flows.stages import patient
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.reconcile import reconcile, unlisted
@@ -47,7 +47,7 @@ def maintain(
     retention: Retention | None = None,
     withdrawal: Withdrawal | None = None,
     dry_run: bool = False,
-    destination: str | None = None,
+    destination: Destination = None,
 ) -> list[Upkeep]:
     """Reconcile, check and thin out a catalogue; safe beside runs that publish.
 

@@ -22,6 +22,7 @@ from flows.artifacts import key_of
 from flows.backfill import backfill, cut_pieces
 from flows.declared import Declared, shipped_declaration
 from flows.jobs import jobs
+from flows.maintain import maintain
 from flows.nightly import nightly
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
@@ -92,6 +93,7 @@ def test_a_leading_tilde_in_a_parameter_is_the_home_folder(flow, monkeypatch):
     given = {"product": "p", "catalog_file": "~/c.yaml", "destination": "~/cat"}
     found = flow.validate_parameters(given | ({"period": day} if flow is backfill else {}))
     assert (str(found["catalog_file"]), found["destination"]) == ("/home/me/c.yaml", "/home/me/cat")
+    assert maintain.validate_parameters({"destination": "~/cat"})["destination"] == "/home/me/cat"
 
 
 def test_only_what_may_pass_is_tried_again():
