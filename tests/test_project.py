@@ -2,13 +2,18 @@
 
 import importlib
 import inspect
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+
+from stsr_core.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,8 +44,51 @@ def test_the_container_copies_what_exists():
 
 
 def test_the_readme_names_files_and_commands_that_exist():
+    for folder in (ROOT, ROOT / "stsr_core" / "checkpoints"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (folder / "README.md").read_text()):
+            assert (folder / target).exists(), target
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
     for marker in ("main-job", "tests"):
         assert re.search(rf"<!-- {marker} -->\n```sh\npython3 .+\n```", text)
+
+
+def test_options_in_the_readme_are_those_of_the_commands():
+    root = typer.main.get_command(app)
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        for line in block.splitlines()
+    ]
+    checked = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        at = next((i for i, word in enumerate(words) if word.endswith("stsr") or word == "stsr_core.cli"), None)
+        if at is None:
+            continue
+        command, names = root, words[at + 1 :]
+        while commands := getattr(command, "commands", None):
+            command, names = commands[names[0]], names[1:]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in names if word.startswith("--")} <= known, line
+        checked.append(words[at + 1])
+    assert set(checked) == {"demo", "inspect", "downscale", "catalog", "train", "evaluate", "up"}
+
+
+def test_scores_in_the_readme_are_those_of_the_card():
+    """Each row of its table, as far as the card has the scores: the card holds no intervals."""
+    served = {
+        (each["configuration"]["factor"]["space"], each["configuration"]["factor"]["time"]): each["measured"]["1"]
+        for each in json.loads((ROOT / "stsr_core" / "checkpoints" / "small.json").read_text())["served"]
+    }
+    rows = re.findall(r"^\| \((\d+),(\d+)\) \|(.+)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {(int(s), int(t)) for s, t, _ in rows} == set(served)
+    names = [
+        *("crps_over_linear", "crps_over_rainfarm", "spread_skill"),
+        *("quantile_ratio_0.99", "quantile_ratio_0.999", "wet_fraction_ratio", "hourly_change_ratio"),
+    ]
+    for s, t, row in rows:
+        shown = re.findall(r"\d\.\d\d", re.sub(r"\(.*?\)", "", row))
+        scores = served[int(s), int(t)]["scores"]
+        assert [float(text) for text in shown[: len(names)]] == [
+            pytest.approx(scores[name], abs=0.00501) for name in names
+        ], (s, t)
