@@ -161,7 +161,7 @@ def _device(settings: Settings) -> Finding:
     if settings.scheduler_address is not None:
         return Finding("device", Health.good, "that of the scheduler's workers")
     if settings.device == "cpu":
-        return Finding("device", Health.good, f"CPU as set, {os.cpu_count()} cores")
+        return _cpu(settings, f"CPU as set, {os.cpu_count()} cores")
     count, driver = visible_gpus(), _driver()
     if count:
         return _gpus(f"{count} GPUs, driver {driver or 'unknown'}")
@@ -170,7 +170,19 @@ def _device(settings: Settings) -> Finding:
         return Finding("device", Health.fault, f"driver {driver}, but torch sees no GPU", mend)
     if settings.device == "cuda":
         return Finding("device", Health.fault, "cuda is set, no GPU is here", "Set STSR_DEVICE=auto, or add a GPU.")
-    return Finding("device", Health.good, f"no GPU, {os.cpu_count()} CPU cores")
+    return _cpu(settings, f"no GPU, {os.cpu_count()} CPU cores")
+
+
+def _cpu(settings: Settings, found: str) -> Finding:
+    if settings.precision == "bfloat16":
+        import torch
+
+        from stsr_core.downscaler import native_bfloat16
+
+        if not native_bfloat16(torch.device("cpu")):
+            mend = "Unset STSR_PRECISION: this CPU takes five times as long in bfloat16 as in single precision."
+            return Finding("device", Health.warning, f"{found}, without bfloat16", mend)
+    return Finding("device", Health.good, found)
 
 
 def _gpus(found: str) -> Finding:

@@ -48,6 +48,15 @@ def test_each_fault_is_found_and_says_what_to_do(here, monkeypatch, name, value,
     assert message in str(finding)
 
 
+@pytest.mark.parametrize(("native", "health"), [(True, Health.good), (False, Health.warning)])
+def test_half_precision_on_a_cpu_that_has_none_is_found_slow(here, monkeypatch, native, health):
+    monkeypatch.setenv("STSR_PRECISION", "bfloat16")
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": native})
+    finding = found()["device"]
+    assert finding.health is health
+    assert ("Unset STSR_PRECISION" in str(finding)) is not native
+
+
 def test_whatever_stops_a_check_is_its_fault_and_the_others_are_made(here, monkeypatch):
     def broken(_):
         raise UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid continuation byte")

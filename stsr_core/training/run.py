@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stsr_core.downscaler import native_bfloat16
+
 PATIENCE = timedelta(hours=12)  # with a rank that others wait for, as with rank 0, which alone reads an archive
 
 
@@ -41,8 +43,7 @@ class Run:
     @property
     def precision(self) -> torch.dtype:
         """Half where the device computes in it, single elsewhere."""
-        native = self.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if native_bfloat16(self.device) else torch.float32
 
     def mixed(self) -> torch.autocast:
         """Mixed precision; weights and their updates stay single."""
