@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, task
+from prefect import flow, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.deployments import run_deployment
+from prefect.states import Cancelling
 from pydantic import Field
 
 from flows import artifacts
@@ -29,6 +32,9 @@ from stsr_core.settings import Settings
 Reference = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,299}$")]
 SMOKE_S = 3600  # seconds that a smoke run may take
 CHECK_S = 900
+GIT_S = 600
+SLACK_S = 60  # seconds that a task has beyond its commands, whose own errors say more
+BEGUN = "clone-"  # begins names of folders that are not whole yet
 MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy", "check")
 SHOWN = 6000  # characters of an output that artifacts show
 
@@ -92,7 +98,7 @@ def _try_reference(before: Release | None, reference: str, products: str, member
     if not dry_run:
         try:
             register.with_options(task_run_name=f"register {reference}")(release)
-        except RedeployError:
+        except Exception:  # whatever it is, half of it may be registered
             if before is not None:
                 register.with_options(task_run_name=f"roll back to {before.reference}")(before)
             raise
@@ -109,7 +115,7 @@ def _try_image(before: Release, image: str, products: str, members: int, *, dry_
             run_in_image.with_options(task_run_name=f"register {image}")(
                 image, {"release": release.model_dump(mode="json")}
             )
-        except RedeployError:
+        except Exception:  # likewise
             register_again.with_options(task_run_name=f"roll back to {before.reference}")(before)
             raise
     return release
@@ -129,8 +135,15 @@ def run_in_image(image: str, parameters: dict[str, Any]) -> None:
     run: Any = run_deployment(
         "check/check", parameters=parameters, job_variables={"image": image}, timeout=SMOKE_S, poll_interval=2
     )
-    if run.state is None or not run.state.is_completed():
-        found = f"{run.state.name}: {run.state.message}" if run.state else "no state"
+    found = f"{run.state.name}: {run.state.message}" if run.state else "no state"
+    if run.state is None or not run.state.is_final():
+        with get_client(sync_client=True) as client:  # else it may register the image when nobody expects it any more
+            client.set_flow_run_state(run.id, Cancelling())
+        raise RedeployError(
+            f"Run {run.name} in {image} was not over after {SMOKE_S} s ({found}), so it is cancelled. Check that a "
+            "worker serves its pool and can pull the image."
+        )
+    if not run.state.is_completed():
         raise RedeployError(f"Run {run.name} in {image} ended as {found}. Mend it there; see its log.")
 
 
@@ -144,39 +157,52 @@ def register_again(before: Release) -> None:
 def fetch(reference: str, repository: str, releases: Path) -> Fetched:
     """Fetch a reference into a folder named after its commit; there already, it is used again."""
     releases = releases.resolve()
+    releases.mkdir(parents=True, exist_ok=True)
     mirror = releases / "repository.git"
-    if not _is_mirror(mirror):
-        _mirror(repository, mirror)
-    _git("-C", str(mirror), "remote", "set-url", "origin", repository)
-    _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
-    commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
-    folder = releases / commit[:12]
-    if not (folder / "flows").is_dir():
-        _git("-C", str(mirror), "worktree", "prune")
-        _git("-C", str(mirror), "worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
+    with _alone(releases):
+        if not _is_mirror(mirror):
+            with _beside(mirror) as new:
+                _git("clone", "--quiet", "--mirror", repository, str(new))
+        _git("-C", str(mirror), "remote", "set-url", "origin", repository)
+        _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
+        commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
+        folder = releases / commit[:12]
+        if not (folder / ".git").exists():
+            with _beside(folder) as new:
+                _git("clone", "--quiet", "--no-checkout", str(mirror), str(new))
+                _git("-C", str(new), "checkout", "--quiet", "--detach", commit)
     changed = _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     if changed:
         raise RedeployError(f"{folder} was changed by hand ({changed.split()[1]}). Remove it; it is fetched again.")
     return Fetched(reference, commit, folder)
 
 
+@contextmanager
+def _alone(releases: Path) -> Iterator[None]:
+    """Be the only run that fetches there, and remove what one that was killed began."""
+    with (releases / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for begun in releases.glob(f"{BEGUN}*"):
+            shutil.rmtree(begun, ignore_errors=True)
+        yield
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Make a folder beside and rename it, so that the target is whole once it is there."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=BEGUN) as folder:
+        new = Path(folder) / target.name
+        yield new
+        shutil.rmtree(target, ignore_errors=True)
+        new.rename(target)
+
+
 def _is_mirror(folder: Path) -> bool:
     """Whether a folder has a remote to fetch from; what a killed clone leaves has none."""
-    command = ["git", "--git-dir", str(folder), "remote"]
-    return "origin" in subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return "origin" in _run_git("--git-dir", str(folder), "remote").stdout.split()
 
 
-def _mirror(repository: str, mirror: Path) -> None:
-    """Clone beside and rename, so that a mirror is whole once it is there."""
-    mirror.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=mirror.parent, prefix="clone-") as folder:
-        new = Path(folder) / mirror.name
-        _git("clone", "--quiet", "--mirror", repository, str(new))
-        shutil.rmtree(mirror, ignore_errors=True)
-        new.rename(mirror)
-
-
-@task(name="imports", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+@task(name="imports", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def check_imports(folder: Path) -> None:
     """Import every flow of the new code, and make sure that it is the new code."""
     names = ", ".join(f"flows.{name}" for name in MODULES)
@@ -185,14 +211,14 @@ def check_imports(folder: Path) -> None:
         raise RedeployError(f"stsr_core was imported from {found.strip()}, not from {folder}. Check PYTHONPATH.")
 
 
-@task(name="doctor", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+@task(name="doctor", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def examine(folder: Path, home: Path, product: str) -> None:
     """Run the new code's `stsr doctor` where runs take place."""
     found = _stsr(folder, "doctor", "--product", product, cwd=home, limit_s=CHECK_S)
     artifacts.page("redeploy-doctor", f"```\n{found}\n```", "stsr doctor of the new code")
 
 
-@task(name="smoke run", cache_policy=NO_CACHE, timeout_seconds=SMOKE_S)
+@task(name="smoke run", cache_policy=NO_CACHE, timeout_seconds=SMOKE_S + CHECK_S + SLACK_S)
 def smoke_run(folder: Path, members: int) -> None:
     """Publish the shipped sample with the new code in a folder that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="stsr-smoke-") as temporary:
@@ -202,7 +228,7 @@ def smoke_run(folder: Path, members: int) -> None:
     event("smoke_run_passed", published=found.strip())
 
 
-@task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S)
+@task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def register(release: Release) -> None:
     """Register the deployments of a release, by its own code."""
     assert release.code is not None
@@ -237,18 +263,34 @@ def _commit_of(release: Release | None) -> str | None:
 
 
 def _knows(mirror: Path, commit: str) -> bool:
-    command = ["git", "-C", str(mirror), "cat-file", "-e", f"{commit}^{{commit}}"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return _run_git("-C", str(mirror), "cat-file", "-e", f"{commit}^{{commit}}").returncode == 0
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, timeout=CHECK_S)
+    done = _run_git(*arguments)
     if done.returncode:
         raise RedeployError(
-            f"git {arguments[0] if arguments[0] != '-C' else arguments[2]} failed: {done.stderr.strip()[-500:]}. "
-            "Check the reference, and STSR_REPOSITORY."
+            f"git {_subcommand(arguments)} failed: {done.stderr.strip()[-500:]}. Check the reference, and "
+            "STSR_REPOSITORY."
         )
     return done.stdout
+
+
+def _run_git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a session without a terminal, where neither it nor ssh waits for a password."""
+    try:
+        return subprocess.run(
+            ["git", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=GIT_S,
+            start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RedeployError(
+            f"git {_subcommand(arguments)} took longer than {GIT_S} s. Check that STSR_REPOSITORY answers."
+        ) from None  # the command may hold a password
+
+
+def _subcommand(arguments: Sequence[str]) -> str:
+    return arguments[2 if arguments[0] in ("-C", "--git-dir") else 0]
 
 
 def _stsr(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, server: bool = False) -> str:

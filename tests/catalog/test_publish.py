@@ -14,6 +14,7 @@ import stsr_core.catalog
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.items import instant
+from stsr_core.catalog.manifest import make_manifest
 from stsr_core.catalog.publish import RedundantError, publish
 from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.errors import GateError, PublicationError, StoreError
@@ -216,6 +217,22 @@ def test_a_publisher_that_was_taken_for_dead_publishes_nothing(tmp_path):
         publish(slow, ready)
     assert reconcile(str(tmp_path), "rain") == [slow.prefix]
     assert "stsr:removing" not in json.loads(collection.read_text())
+    with pytest.raises(PublicationError, match="is not whole"):
+        publish(slow, ready)
+    assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1"]}
+
+
+def test_a_publisher_whose_attempt_is_removed_while_it_publishes_publishes_nothing(tmp_path, monkeypatch):
+    publish_one(tmp_path)
+    slow = prepared(tmp_path)
+    ready = publication(slow)
+
+    def outlasted(*arguments):
+        manifest = make_manifest(*arguments)
+        assert reconcile(str(tmp_path), "rain", grace=NOW) == [slow.prefix]  # and nothing is announced any more
+        return manifest
+
+    monkeypatch.setattr("stsr_core.catalog.publish.make_manifest", outlasted)
     with pytest.raises(PublicationError, match="is not whole"):
         publish(slow, ready)
     assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1"]}

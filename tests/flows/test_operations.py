@@ -1,26 +1,34 @@
 """Parameters, pieces of a backfill, artifacts without a server, and the declaration; no server runs here."""
 
+import contextlib
 import importlib
 import json
 import logging
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from prefect.exceptions import ParameterTypeError
+from prefect.states import Pending
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
-from flows import tasks
+from flows import redeploy, tasks
 from flows.artifacts import key_of
 from flows.backfill import backfill, cut_pieces
-from flows.declared import Declared, shipped_declaration
+from flows.declared import Declared, InfrastructureName, shipped_declaration
+from flows.deploy import Release
 from flows.jobs import jobs
 from flows.maintain import maintain
 from flows.nightly import nightly
@@ -202,22 +210,156 @@ def test_a_reference_that_is_not_there_is_refused(tmp_path):
         fetch.fn("nosuch", str(tmp_path / "repository"), tmp_path / "releases")
 
 
-@pytest.mark.parametrize("left", ["a repository without remote", "an empty folder"])
-def test_what_a_killed_clone_left_is_cloned_again(tmp_path, left):
-    repository, releases = tmp_path / "repository", tmp_path / "releases"
-    (repository / "flows").mkdir(parents=True)
-    (repository / "flows" / "nightly.py").touch()
-    git = ["git", "-C", str(repository), "-c", "user.name=me", "-c", "user.email=me@here"]
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "first"]):
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with one commit, and a branch `other` with another."""
+    folder = tmp_path / "repository"
+    (folder / "flows").mkdir(parents=True)
+    (folder / "flows" / "nightly.py").touch()
+    git = ["git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@here"]
+    commit = ["commit", "--quiet", "--allow-empty", "-m", "one"]
+    for command in (["init", "--quiet"], ["add", "."], commit, ["checkout", "--quiet", "-b", "other"], commit):
         subprocess.run([*git, *command], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("left", ["a repository without remote", "an empty folder"])
+def test_what_a_killed_clone_left_is_cloned_again(tmp_path, repository, left):
+    releases = tmp_path / "releases"
     mirror = releases / "repository.git"
     mirror.mkdir(parents=True)
     if left == "a repository without remote":
         subprocess.run(["git", "init", "--quiet", "--bare", str(mirror)], check=True)
     found = fetch.fn("HEAD", str(repository), releases)
     assert (found.folder / "flows" / "nightly.py").is_file()
-    assert {p.name for p in releases.iterdir()} == {"repository.git", found.folder.name}
+    assert {p.name for p in releases.iterdir()} == {".lock", "repository.git", found.folder.name}
     assert fetch.fn("HEAD", str(repository), releases) == found
+
+
+@pytest.mark.parametrize("command", ["clone", "fetch", "checkout"])
+def test_a_fetch_that_is_killed_at_any_command_is_made_good_by_the_next(tmp_path, repository, command):
+    releases = tmp_path / "releases"
+    at_work = fetch.fn("HEAD~1", str(repository), releases) if command == "checkout" else None
+    stand_in = tmp_path / "bin" / "git"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {command} "*) mkdir -p {releases}/clone-x/$$; kill -9 $PPID; sleep 60;; esac\n'
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    asked = f"'HEAD', {str(repository)!r}, Path({str(releases)!r})"
+    code = f"from pathlib import Path; from flows.redeploy import fetch; fetch.fn({asked})"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    )
+    assert killed.wait(60) == -signal.SIGKILL
+    assert list(releases.glob("clone-*"))
+    found = fetch.fn("HEAD", str(repository), releases)
+    assert (found.folder / "flows" / "nightly.py").is_file()
+    assert not list(releases.glob("clone-*"))
+    if at_work is not None:
+        shutil.rmtree(releases / "repository.git")  # as if its own clone had been killed
+        assert fetch.fn("HEAD~1", str(repository), releases) == at_work
+
+
+def test_git_that_hangs_is_an_error_that_does_not_tell_the_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(redeploy, "GIT_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://me:word@127.0.0.1:{silent.getsockname()[1]}/x.git"
+        with pytest.raises(RedeployError, match="git clone took longer than 1 s.*STSR_REPOSITORY answers") as caught:
+            fetch.fn("HEAD", url, tmp_path / "releases")
+    assert "word" not in "".join(traceback.format_exception(caught.value))
+
+
+class Tasks:
+    """Stand-ins for the tasks of `redeploy`: what they are called with, and one that fails."""
+
+    def __init__(self, monkeypatch, failing=None):
+        self.called = []
+        for name in ("check_imports", "examine", "smoke_run", "register", "register_again", "run_in_image"):
+            monkeypatch.setattr(redeploy, name, self._task(name, failing))
+        found = redeploy.Fetched("new", "c" * 40, Path("/new"))
+        monkeypatch.setattr(redeploy, "fetch", self._task("fetch", failing, found))
+        monkeypatch.setattr(redeploy, "difference", lambda *_: "")
+        monkeypatch.setattr(redeploy.artifacts, "page", lambda *_: None)
+        monkeypatch.setattr(redeploy, "event", lambda *_, **__: None)
+
+    def _task(self, name, failing, result=None):
+        def call(*arguments):
+            self.called.append((name, arguments))
+            if failing is not None and name == failing[0] and not failing[2:]:
+                failing.append("once")
+                raise failing[1]
+            return result
+
+        return SimpleNamespace(with_options=lambda **_: call)
+
+    @property
+    def names(self):
+        return [name for name, _ in self.called]
+
+
+OLD = Release(reference="old", code="/old", home="/home")
+
+
+@pytest.mark.parametrize("error", [RedeployError("refused"), TimeoutError("took too long")])
+def test_what_was_deployed_before_is_registered_again_whatever_kept_the_new_from_it(monkeypatch, error):
+    async def deployed():
+        return OLD
+
+    monkeypatch.setattr(redeploy, "deployed", deployed)
+    tasks = Tasks(monkeypatch, ["register", error])
+    with pytest.raises(type(error), match=str(error)):
+        redeploy.redeploy.fn("new")
+    first, second = [arguments[0] for name, arguments in tasks.called if name == "register"]
+    assert (first.code, first.home, second) == ("/new", "/home", OLD)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "check_imports", "examine", "smoke_run"])
+def test_nothing_is_registered_that_failed_before_or_in_a_dry_run(monkeypatch, stage):
+    async def deployed():
+        return OLD
+
+    monkeypatch.setattr(redeploy, "deployed", deployed)
+    tasks = Tasks(monkeypatch, [stage, RedeployError("refused")])
+    with pytest.raises(RedeployError, match="refused"):
+        redeploy.redeploy.fn("new")
+    assert "register" not in tasks.names
+    tasks = Tasks(monkeypatch)
+    assert redeploy.redeploy.fn("new", dry_run=True) is None
+    assert tasks.names == ["fetch", "check_imports", "examine", "smoke_run"]
+
+
+def test_an_image_that_cannot_be_registered_is_rolled_back(monkeypatch):
+    old = Release(reference="i:1", image="i:1", infrastructure=InfrastructureName.docker)
+
+    async def deployed():
+        return old
+
+    monkeypatch.setattr(redeploy, "deployed", deployed)
+    tasks = Tasks(monkeypatch)
+    assert redeploy.redeploy.fn("2", dry_run=True) is None
+    assert tasks.names == ["run_in_image"]
+
+    def ask(image, parameters):
+        if "release" in parameters:
+            raise TimeoutError("took too long")
+
+    monkeypatch.setattr(redeploy, "run_in_image", SimpleNamespace(with_options=lambda **_: ask))
+    with pytest.raises(TimeoutError):
+        redeploy.redeploy.fn("2")
+    assert tasks.called[-1] == ("register_again", (old,))
+
+
+def test_a_run_in_an_image_that_does_not_start_is_cancelled_so_that_it_registers_nothing_later(monkeypatch):
+    run = SimpleNamespace(id="r", name="check all", state=Pending(message="no node"))
+    states = []
+    client = SimpleNamespace(set_flow_run_state=lambda run, state: states.append((run, state.type.value)))
+    monkeypatch.setattr(redeploy, "run_deployment", lambda *_, **__: run)
+    monkeypatch.setattr(redeploy, "get_client", lambda **_: contextlib.nullcontext(client))
+    with pytest.raises(RedeployError, match="not over after 3600 s .Pending: no node., so it is cancelled"):
+        redeploy.run_in_image.fn("i:2", {})
+    assert states == [("r", "CANCELLING")]
 
 
 def test_a_product_is_made_again_where_its_source_configuration_or_checkpoint_changed(library, monkeypatch, tmp_path):
