@@ -18,6 +18,7 @@ from flows.jobs import options_of
 from flows.log import event
 from flows.parameters import ALL, Destination, ProductName, Retention, Withdrawal
 from flows.stages import patient
+from stsr_core.catalog.documents import DamagedError
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.catalog.retention import expiring, retire
@@ -160,9 +161,12 @@ def remove_leftovers(product: str, destination: str, grace_hours: float, *, dry_
 def verify(product: str, version: str, destination: str) -> list[str]:
     """Read every byte of a version; returns what is wrong."""
     options = options_of(destination, Settings())
-    found = find(product, version, destination, storage_options=options)
-    item = found.url.rpartition("/")[2]  # a crash may have left others beside it
-    verdict = verify_version(found.folder, options, item_name=item)
+    try:
+        found = find(product, version, destination, storage_options=options)
+        item = found.url.rpartition("/")[2]  # a crash may have left others beside it
+        verdict = verify_version(found.folder, options, item_name=item)
+    except (StoreError, DamagedError) as e:  # it cannot be checked, nor could it be at another try
+        return [f"{product} {version}: {str(e).rstrip('.')}"]
     event("verified", product=product, version=version, objects=verdict.objects, flaws=len(verdict.flaws))
     return [f"{product} {version}: {flaw}" for flaw in verdict.flaws]
 

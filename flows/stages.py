@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from prefect.events import emit_event
 
 from flows import artifacts
+from stsr_core.catalog.documents import DamagedError
 from stsr_core.ensemble.generate import ShardError
 from stsr_core.ensemble.product import Cost
 from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
@@ -46,7 +47,7 @@ def may_pass(task: Any, run: Any, state: Any) -> bool:
     """Whether a failure may be gone at the next try: networks and disks, but no mistakes of people or code."""
     error = getattr(state.data, "exception", state.data)
     if isinstance(error, OperatorError | ProgrammingError | StsrError):
-        return isinstance(error, PASSING)
+        return isinstance(error, PASSING) and not isinstance(error, DamagedError)
     return True
 
 

@@ -44,6 +44,10 @@ class ConflictError(PublicationError):
     """Another publisher was faster."""
 
 
+class DamagedError(PublicationError):
+    """A document that says nothing; at another try it says no more."""
+
+
 def tries() -> Iterator[None]:
     """Yield for each try at what others may win, and wait between them.
 
@@ -152,7 +156,8 @@ class Documents:
         """Return a document and the tag of its state, None where there is none.
 
         Raises:
-            PublicationError: the document is no JSON object or cannot be read, or the store cannot be reached.
+            DamagedError: the document is no JSON object.
+            PublicationError: it cannot be read, or the store cannot be reached.
         """
         found = self.fetch(path)
         if found is None:
@@ -166,8 +171,8 @@ class Documents:
             raise self._damaged(path, f"a {type(document).__name__} instead of an object")
         return document, tag
 
-    def _damaged(self, path: str, reason: str) -> PublicationError:
-        return PublicationError(
+    def _damaged(self, path: str, reason: str) -> DamagedError:
+        return DamagedError(
             f"{self.destination}/{path} is damaged ({reason}). Restore it from a backup before you publish."
         )
 

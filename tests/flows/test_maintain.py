@@ -45,11 +45,19 @@ def test_a_damaged_product_keeps_no_other_from_being_kept_up(tmp_path, shown):
     (damaged / "manifest.json").unlink()
     (tmp_path / "two" / "collection.json").write_text("[]")
     leftover = left(tmp_path, "zero")
-    with pytest.raises(StoreError, match=r"found: 4. verify one v1 failed: .* has no manifest.json.*list two"):
+    with pytest.raises(StoreError, match=r"found: 4. one v1: .* has no manifest.json.*list two"):
         module.maintain.fn(destination=str(tmp_path), retention=module.Retention(keep=1, days=0))
     assert not leftover.exists()
     assert shown["zero"]["checked"] == "v1"
     assert shown["zero"]["flaws"] == "none"
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+@pytest.mark.parametrize("name", ["manifest.json", "v1.json"])
+def test_a_version_too_damaged_to_be_checked_is_a_flaw_at_the_first_try(tmp_path, shown, name, damage):
+    damage(publish_as(tmp_path, "rain") / name)
+    [flaw] = module.verify.fn("rain", "v1", str(tmp_path))
+    assert name in flaw
 
 
 def test_all_means_what_never_got_a_version_too_be_there_a_catalogue_or_not(tmp_path, shown):
