@@ -3,7 +3,7 @@ import json
 import multiprocessing
 import os
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ import pytest
 import stsr_core.catalog
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import instant
 from stsr_core.catalog.manifest import make_manifest
-from stsr_core.catalog.publish import RedundantError, publish
-from stsr_core.catalog.reconcile import reconcile, unlisted
+from stsr_core.catalog.publish import RedundantError, publish, versions
+from stsr_core.catalog.reconcile import _dead, _forget, reconcile, unlisted
 from stsr_core.errors import GateError, PublicationError, StoreError
+from stsr_core.grids import TimeAxis
 from stsr_core.store.verify import Gate, GateReport
-from tests.catalog.made import DESCRIPTION, PROVENANCE, prepared, publication, publish_one
+from tests.catalog.made import DESCRIPTION, LAYOUT, PROVENANCE, prepared, publication, publish_one
 
 NOW = timedelta(0)
 
@@ -131,6 +133,64 @@ def test_of_two_that_made_the_same_at_once_one_is_published(tmp_path):
     assert publish(later, replace(publication(later), after="v2")).version == "v3"  # asked for again, as by --force
 
 
+def test_a_publisher_whose_answer_is_lost_finds_its_version_and_publishes_it_once(tmp_path, monkeypatch):
+    publish_one(tmp_path)
+    replace_ = Documents.replace
+    lost = []
+
+    def replaced(documents, path, document, tag):
+        replace_(documents, path, document, tag)
+        if path.endswith("collection.json") and not lost:
+            lost.append(path)
+            raise ConflictError("as a server says that is asked again for what it has done")
+
+    monkeypatch.setattr(Documents, "replace", replaced)
+    attempt = prepared(tmp_path)
+    assert publish(attempt, publication(attempt)).version == "v2"
+    assert stsr_core.catalog.ls(str(tmp_path)) == {"rain": ["v1", "v2"]}
+    assert [p.name for p in Path(attempt.url).glob("v*.json")] == ["v2.json"]
+    assert float(stsr_core.catalog.open("rain", catalog=str(tmp_path))["precipitation"].max()) > 0
+
+
+def test_a_publisher_that_loses_leaves_neither_item_nor_index_of_the_lost_number(tmp_path, monkeypatch):
+    publish_one(tmp_path)
+    attempt = prepared(tmp_path)
+    ready = publication(attempt)
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        publish_one(tmp_path)
+        return with_row(*arguments)
+
+    monkeypatch.setattr("stsr_core.catalog.publish.with_row", slow)
+    assert publish(attempt, ready).version == "v3"
+    assert [p.name for p in Path(attempt.url).glob("v*.json")] == ["v3.json"]
+    assert len(list((tmp_path / "rain" / "index").glob("*.parquet"))) == 3  # one a version, of which one counts
+
+
+def test_versions_are_listed_by_number():
+    links = [{"rel": "item", "href": f"./data/0123456789ab/v{n}.json"} for n in (10, 9, 2, 11)]
+    assert versions({"links": links}) == ["v2", "v9", "v10", "v11"]
+
+
+def test_an_item_that_is_not_what_it_must_be_is_not_published(tmp_path):
+    attempt = prepared(tmp_path)
+    bad = PROVENANCE.model_copy(update={"checkpoint_digest": "none"})
+    with pytest.raises(PublicationError, match="checkpoint_digest"):
+        publish(attempt, replace(publication(attempt), provenance=bad))
+    assert not list(Path(attempt.url).glob("v*.json"))
+    assert stsr_core.catalog.latest("rain", str(tmp_path)) is None
+
+
+def test_a_collection_reaches_from_the_first_to_the_last_time_of_any_version(tmp_path):
+    for year in (2018, 2010, 2012):
+        attempt = prepared(tmp_path)
+        times = TimeAxis(datetime(year, 5, 1), timedelta(hours=1), 2)
+        publish(attempt, replace(publication(attempt), layout=replace(LAYOUT, times=times)))
+    found = json.loads((tmp_path / "rain" / "collection.json").read_text())
+    assert found["extent"]["temporal"]["interval"] == [["2010-05-01T00:00:00Z", "2018-05-01T02:00:00Z"]]
+
+
 def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):
     publish_one(tmp_path)
     begun = prepared(tmp_path)
@@ -147,6 +207,7 @@ def test_a_claim_lives_as_long_as_its_attempt_writes(tmp_path):
 def test_what_a_product_without_a_version_left_is_removed_and_its_first_publisher_goes_on(tmp_path):
     lost = prepared(tmp_path)
     (tmp_path / "mine" / "data" / "2020").mkdir(parents=True)
+    (tmp_path / "mine" / "data" / "2020" / "rain.nc").touch()
     assert reconcile(str(tmp_path), "rain") == []  # it may be alive
     assert not (tmp_path / "rain" / "collection.json").exists()
     assert unlisted(str(tmp_path)) == ["rain"]
@@ -154,6 +215,7 @@ def test_what_a_product_without_a_version_left_is_removed_and_its_first_publishe
     assert reconcile(str(tmp_path), "rain", grace=NOW) == [lost.prefix]
     assert not Path(lost.url).exists()
     assert reconcile(str(tmp_path), "mine", grace=NOW) == []
+    assert (tmp_path / "mine" / "data" / "2020" / "rain.nc").exists()
     assert unlisted(str(tmp_path)) == []
     assert publish_one(tmp_path) == "v1"
     found = json.loads((tmp_path / "rain" / "collection.json").read_text())
@@ -171,6 +233,39 @@ def test_a_publisher_of_a_first_version_that_was_taken_for_dead_publishes_nothin
     with pytest.raises(PublicationError, match="is not whole"):
         publish(slow, ready)
     assert stsr_core.catalog.latest("rain", str(tmp_path)) is None
+
+
+def test_what_is_published_between_look_and_announcement_is_neither_announced_nor_removed(tmp_path, monkeypatch):
+    publish_one(tmp_path)
+    slow, lost = prepared(tmp_path), prepared(tmp_path)
+    ready = publication(slow)
+
+    def looked(*arguments):
+        dead = _dead(*arguments)
+        assert publish(slow, ready).version == "v2"
+        return dead
+
+    monkeypatch.setattr("stsr_core.catalog.reconcile._dead", looked)
+    assert reconcile(str(tmp_path), "rain", grace=NOW) == [lost.prefix]
+    assert float(stsr_core.catalog.open("rain", "v2", catalog=str(tmp_path))["precipitation"].max()) > 0
+    assert "stsr:removing" not in json.loads((tmp_path / "rain" / "collection.json").read_text())
+
+
+def test_a_collection_never_becomes_what_it_was_however_often_it_is_reconciled(tmp_path):
+    publish_one(tmp_path)
+    states = []
+    for _ in range(3):
+        prepared(tmp_path)
+        assert len(reconcile(str(tmp_path), "rain", grace=NOW)) == 1
+        states.append((tmp_path / "rain" / "collection.json").read_bytes())
+    assert len(set(states)) == 3
+
+
+def test_what_another_reconcile_announced_stays_announced(tmp_path):
+    documents = Documents(str(tmp_path))
+    documents.create("rain/collection.json", {"stsr:removing": ["a", "b"]})
+    _forget(documents, "rain/collection.json", {"a"})
+    assert documents.read("rain/collection.json")[0] == {"stsr:removing": ["b"]}
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b"])

@@ -97,6 +97,7 @@ def test_the_newest_come_first_and_pages_follow_each_other(many):
         # boxes begin at -170 + 0.03 n degrees east and are 1 degree wide
         ({"bbox": (-171.0, 0, -169.95, 90)}, range(1, 2)),
         ({"bbox": (-171.0, 41.5, -169.0, 90)}, range(0)),
+        ({"bbox": (-168.5, 0, -167.0, 90)}, range(17, 101)),  # the box of version 100 begins where this one ends
         ({"bbox": (129.99, 0, -169.95, 90)}, [*range(9967, 10001), 1]),  # over the antimeridian
         ({"datetime": "2000-01-02"}, range(3, 8)),  # six-hourly, ends touch
         ({"datetime": "2000-01-01T07:00:00Z"}, [1]),

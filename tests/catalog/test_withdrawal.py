@@ -14,7 +14,7 @@ from stsr_core.catalog import Query
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.retention import expired, retire
-from stsr_core.catalog.withdrawal import WITHDRAWN, restore, withdraw
+from stsr_core.catalog.withdrawal import WITHDRAWN, restore, settle_item, withdraw
 from stsr_core.cli import app
 from stsr_core.errors import PublicationError, StoreError, WithdrawnWarning
 from tests.catalog.made import publish_one
@@ -97,6 +97,9 @@ def test_without_a_good_version_latest_is_refused_with_the_reasons(three):
     for version in ("v1", "v2"):
         withdraw("rain", version, REASON, three)
     assert withdraw("rain", "v3", "Too wet.", three) is None
+    collection, _ = Documents(three).read("rain/collection.json")
+    assert "version" not in collection
+    assert "latest-version" not in [x["rel"] for x in collection["links"]]
     assert stsr_core.catalog.latest("rain", three) is None
     with pytest.raises(StoreError, match=r"Every version of rain is withdrawn \(v1: The units.*v3: Too wet\.\)"):
         stsr_core.catalog.open("rain", catalog=three)
@@ -136,6 +139,15 @@ def test_an_item_whose_withdrawal_a_crash_owed_is_made_good(three, monkeypatch):
     assert stsr_core.catalog.find("rain", "v3", three).withdrawn == REASON  # readers are told already
     reconcile(three, "rain")
     assert stored_item(three, "v3")["properties"][WITHDRAWN] == REASON
+
+
+def test_who_settles_an_item_late_undoes_no_withdrawal_that_came_meanwhile(three):
+    documents = Documents(three)
+    before, _ = documents.read("rain/collection.json")
+    withdraw("rain", "v3", REASON, three)
+    item = stored_item(three, "v3")
+    settle_item(documents, "rain", before, "v3")
+    assert stored_item(three, "v3") == item
 
 
 def test_neither_the_newest_nor_the_latest_good_version_is_retired(three):

@@ -1,15 +1,22 @@
 """Where a run writes; no server runs here, and no plan is made: an attempt's name is all that counts."""
 
+import contextlib
 import json
+import uuid
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed, Running
 
-from flows import attempts
-from flows.attempts import begin
+from flows import attempts, tasks
+from flows.attempts import _is_over, begin
 from stsr_core.catalog.claims import claim
-from stsr_core.catalog.publish import Attempt, publish
+from stsr_core.catalog.publish import Attempt, RedundantError, publish
 from stsr_core.catalog.reconcile import reconcile
+from stsr_core.errors import PublicationError
 from tests.catalog.made import publication, publish_one, write_stores
 
 NAME = "0123456789ab"
@@ -75,3 +82,58 @@ def test_an_attempt_that_an_interrupted_reconcile_announced_is_not_gone_on_with(
     assert reconcile(job.destination, "rain") == [f"rain/data/{NAME}"]
     assert publish(fresh, publication(fresh)).version == "v2"
     assert begun(job).name == NAME
+
+
+@pytest.mark.parametrize(
+    ("answer", "over"),
+    [
+        (Crashed(), True),
+        (Running(), False),
+        (None, False),
+        (ObjectNotFound(ValueError()), False),  # it may be at work by another server
+        (httpx.ConnectError("away"), False),
+    ],
+)
+def test_a_run_is_over_only_where_its_server_says_so(monkeypatch, answer, over):
+    class Client:
+        def read_flow_run(self, _):
+            if isinstance(answer, Exception):
+                raise answer
+            return SimpleNamespace(state=answer)
+
+    monkeypatch.setattr(attempts, "get_client", lambda **_: contextlib.nullcontext(Client()))
+    assert _is_over(str(uuid.uuid4())) is over
+    assert not _is_over("by hand")
+
+
+@pytest.fixture
+def publish_version(monkeypatch):
+    """The task without what it gathers; called with an attempt and what stands in for `publish`."""
+    for name in ("_description", "layout_of", "_provenance", "_side_files", "publish_checkpoint", "_shard_digests"):
+        monkeypatch.setattr(tasks, name, lambda *_: None)
+    monkeypatch.setattr(tasks, "owner", lambda: "me")
+    monkeypatch.setattr(tasks, "event", lambda *_, **__: None)
+    some = SimpleNamespace(fingerprint="", after="", factor=None, serving=lambda _: None)
+
+    def call(attempt, publish):
+        monkeypatch.setattr(tasks, "publish", publish)
+        return tasks.publish_version.fn(None, None, some, some, some, attempt, None)
+
+    return call
+
+
+def test_a_run_whose_attempt_was_taken_over_publishes_nothing(job, publish_version):
+    assert claim(named(job), "another", lambda _: True)
+    with pytest.raises(PublicationError, match="Run another has taken over"):
+        publish_version(named(job), None)
+
+
+def test_what_was_published_meanwhile_is_removed(job, tmp_path, publish_version):
+    write_stores(begun(job), 7)
+
+    def redundant(*_):
+        raise RedundantError("the same")
+
+    assert publish_version(named(job), redundant) is None
+    assert not (tmp_path / "rain" / "data" / NAME).exists()
+    assert claims(tmp_path) == []

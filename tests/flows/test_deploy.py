@@ -68,3 +68,14 @@ def test_alerts_say_that_they_are_json_and_a_block_that_does_not_is_set_again(mo
     assert block_after(
         monkeypatch, Webhook(url=SecretStr(URL + "y"), headers=SecretDict(made.headers.get_secret_value()))
     )
+
+
+def test_what_was_paused_in_the_ui_stays_paused():
+    nightly = next(d for d in Declared.load(shipped_declaration()).deployments if d.name == "nightly")
+    [schedule] = nightly.schedules
+    for paused, active in ((True, False), (False, False), (True, True)):
+        found = SimpleNamespace(paused=paused, schedules=[SimpleNamespace(slug=schedule.slug, active=active)])
+        switched = deploy._switched(nightly, found)
+        assert (switched["paused"], switched["schedules"][0]["active"]) == (paused, active)
+    new = deploy._switched(nightly, None)
+    assert (new["paused"], new["schedules"][0]["active"]) == (False, True)

@@ -24,6 +24,7 @@ from prefect.states import Pending
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
+from flows import nightly as night
 from flows import redeploy, tasks
 from flows.artifacts import key_of
 from flows.backfill import backfill, cut_pieces
@@ -35,10 +36,11 @@ from flows.nightly import nightly
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
+from stsr_core.catalog.documents import DamagedError
 from stsr_core.catalog.search import Version
 from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.errors import ConfigurationError, GateError, SourceError
+from stsr_core.errors import ConfigurationError, GateError, OperatorError, PublicationError, SourceError
 from stsr_core.factors import Factor, Match
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.settings import Settings
@@ -111,6 +113,8 @@ def test_only_what_may_pass_is_tried_again():
 
     assert may_pass(None, None, State(SourceError("server away")))
     assert may_pass(None, None, State(OSError("disk away")))
+    assert may_pass(None, None, State(PublicationError("server away")))
+    assert not may_pass(None, None, State(DamagedError("no JSON")))
     assert not may_pass(None, None, State(GateError("spread")))
     assert not may_pass(None, None, State(ConfigurationError("typo")))
 
@@ -122,6 +126,33 @@ def test_a_source_that_is_rewritten_while_it_is_read_is_not_taken_for_either(mon
     monkeypatch.setattr(tasks, "fingerprint", lambda *_, **__: next(found))
     with pytest.raises(SourceError, match="changed while it was read"):
         tasks.to_lattice.fn(job, Match(10.0, 1.0, Factor(space=10, time=1), 0.0))
+
+
+def test_a_plan_above_the_limit_of_device_hours_is_refused(plan, library, monkeypatch):
+    [job] = jobs("arpege-provence-1km", Settings())
+    monkeypatch.setattr(tasks.product, "plan_product", lambda *_: plan)
+    monkeypatch.setattr(tasks, "event", lambda *_, **__: None)
+    found = Match(4.0, 1.0, Factor(space=4, time=1), 0.0)
+    assert tasks.make_plan.fn(plan.cubes, found, library, job, Settings()) is plan
+    with pytest.raises(ConfigurationError, match="more than the limit of 1e-12"):
+        tasks.make_plan.fn(plan.cubes, found, library, job, Settings(max_device_hours=1e-12))
+
+
+def test_a_product_that_fails_costs_no_other_its_night(monkeypatch):
+    def publish_next(job, *_, **__):
+        if job.name == "one":
+            raise SourceError("no data")
+        return job.name
+
+    shown = []
+    named = [SimpleNamespace(name=name) for name in ("one", "two")]
+    monkeypatch.setattr(night, "jobs", lambda *_, **__: named)
+    monkeypatch.setattr(night, "_publish_next", publish_next)
+    monkeypatch.setattr(night, "event", lambda *_, **__: None)
+    monkeypatch.setattr(night, "summarise", lambda _, names, published, failed: shown.extend([published, [*failed]]))
+    with pytest.raises(OperatorError, match="1 of 2 products failed. one: no data"):
+        nightly.fn()
+    assert shown == [["two"], ["one"]]
 
 
 def test_keys_of_artifacts_are_what_prefect_accepts():
@@ -386,7 +417,10 @@ def test_a_product_is_made_again_where_its_source_configuration_or_checkpoint_ch
     assert new(replace(job, product=job.product.model_copy(update={"title": "Other"}))) is None
     assert new(replace(job, product=job.product.model_copy(update={"members": 3}))) == first
     assert new(replace(job, source=job.source.model_copy(update={"units": "mm/h"}))) == first
-    last["stsr:checkpoint_digest"] = "c" * 64
-    assert new() == first
+    for name, value in (("stsr:source_fingerprint", "0" * 64), ("stsr:checkpoint_digest", "c" * 64)):
+        before = last[name]
+        last[name] = value
+        assert new() == first
+        last[name] = before
     private = job.source.model_copy(update={"url": "https://user:word@host/a.nc?sig=abc"})
     assert replace(job, source=private).entries(()).source.url == "https://host/a.nc"

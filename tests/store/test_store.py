@@ -1,5 +1,6 @@
 """Layout, receipts, overview and gates on one small store, written once."""
 
+import io
 import itertools
 import json
 import shutil
@@ -13,6 +14,7 @@ import torch
 import xarray as xr
 import zarr
 from fsspec.implementations.local import LocalFileSystem
+from matplotlib.image import imread
 from pyproj import CRS
 from zarr.storage import LocalStore
 
@@ -39,6 +41,7 @@ from stsr_core.store.layout import (
     write_shard,
 )
 from stsr_core.store.overview import halved_grid, write_overview
+from stsr_core.store.pictures import summary, thumbnail
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.series import write_series
 from stsr_core.store.statistics import STATISTICS, statistics
@@ -271,12 +274,19 @@ def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
     wet = failed(report_of(store, coarse, Gates(min_wet_fraction=0.2)))["wet fraction"]
     assert wet.found == f"{80 / (int((coarse > 0.1).sum()) * 12):.2f} of the cells where it rains"
     expected = [Expected(key_of(r), r, "p" + key_of(r)) for r in REGIONS]
-    scores = {"spread_skill": 0.4, "wet_fraction_ratio": 1.74}
-    stored = Stored(store, "precipitation", FACTOR, [coarse], 3, conserved=True, scores=scores)
-    report = verify(stored, expected, read_receipts(store, "precipitation"), Gates())
-    assert {name: (g.found, g.needed) for name, g in failed(report).items()} == {
-        "card: spread over skill": ("0.40", "0.5 to 1.5")
-    }
+    for skill in (0.4, 1.6):
+        scores = {"spread_skill": skill, "wet_fraction_ratio": 1.74}
+        stored = Stored(store, "precipitation", FACTOR, [coarse], 3, conserved=True, scores=scores)
+        report = verify(stored, expected, read_receipts(store, "precipitation"), Gates())
+        assert {name: (g.found, g.needed) for name, g in failed(report).items()} == {
+            "card: spread over skill": (f"{skill:.2f}", "0.5 to 1.5")
+        }
+
+
+@pytest.mark.parametrize(("amount", "found"), [(0.15, "no rain"), (0.25, "0.00 of the cells where it rains")])
+def test_cells_are_wet_above_a_tenth_of_a_millimetre_in_each_fine_step(amount, found):
+    stored = Stored("", "", Factor(space=1, time=2), [np.full((1, 1, 1), amount, np.float32)], 1, conserved=True)
+    assert verify_module._wet_fraction(stored, [], {}, Gates()).found == found
 
 
 def like_card(store, coarse, card, gates=None):
@@ -291,9 +301,10 @@ def test_statistics_must_be_like_those_of_the_card(store, coarse, quanta, monkey
     whole = statistics(sums_of(quanta))
     monkeypatch.setattr(verify_module, "JUDGED", 40)  # there are 47 wet coarse cells and steps
     assert all(gate.passed for gate in like_card(store, coarse, whole).values())
-    other = {**whole, "members": whole["members"] / 1.4}
-    results = like_card(store, coarse, other)
-    assert [name for name, gate in results.items() if not gate.passed] == ["members"]
+    for times in (0.7, 1.4):
+        other = {**whole, "members": whole["members"] / times}
+        results = like_card(store, coarse, other)
+        assert [name for name, gate in results.items() if not gate.passed] == ["members"]
     assert results["members"].found.endswith(f", on the card {other['members']:.3f}")
     assert results["members"].needed == "0.75 to 1.35 times the card's"
     wider = Gates(like_card=LikeCard(members=(0.5, 1.5)))
@@ -321,8 +332,26 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
     np.testing.assert_allclose(data["mean"], amount.mean("member", skipna=False), rtol=1e-5)
     expected = amount.quantile([0.1, 0.5, 0.9], "member", skipna=False)
     np.testing.assert_allclose(data["quantile_amount"], expected, rtol=1e-5)
-    over = (amount > 1.0).mean("member").where(amount[0].notnull())
-    np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=1.0), over, rtol=1e-6)
+    for threshold in (1.0, 5.0, 10.0):
+        over = (amount > threshold).mean("member").where(amount[0].notnull())
+        np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=threshold), over, rtol=1e-6)
+
+
+def test_the_map_holds_the_total_and_the_largest_step_of_the_mean(tmp_path):
+    nan = np.nan
+    mean = np.array([[[1, 3, nan]], [[4, nan, nan]], [[2, 1, nan]]], np.float32)
+    zarr.create_array(str(tmp_path / "mean"), data=mean, chunks=(2, 1, 3))
+    np.testing.assert_array_equal(summary(str(tmp_path)), [[[7, 4, nan]], [[4, 3, nan]]])
+
+
+@pytest.mark.parametrize("step", [1000.0, -1000.0])
+def test_north_is_at_the_top_of_a_thumbnail(step):
+    total = np.zeros((4, 4), np.float32)
+    total[-1 if step > 0 else 0] = 500.0
+    axis = Axis(0.0, step, 4)
+    pixels = imread(io.BytesIO(thumbnail(total, Grid(axis, axis))))[..., :3]
+    assert (pixels[1:] == 1).all()
+    assert (pixels[0] != 1).any()
 
 
 def test_the_overview_has_levels_for_maps(store, tmp_path, monkeypatch):
