@@ -67,9 +67,9 @@ class Job:
     target: TargetGrid
     base: Path
     destination: str
-    options: Mapping[str, object]
-    source_options: Mapping[str, object] = field(default_factory=dict)
-    statics: Mapping[str, StaticSource] = field(default_factory=dict)
+    options: Mapping[str, object] = field(repr=False)
+    source_options: Mapping[str, object] = field(default_factory=dict, repr=False)
+    statics: Mapping[str, StaticSource] = field(default_factory=dict, repr=False)
     static_entries: Mapping[str, Static] = field(default_factory=dict)
 
     def entries(self, statics: Iterable[str]) -> Entries:
@@ -174,7 +174,7 @@ def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[tuple[Cube, .
     with _found(job, days) as reading:
         cubes = product.to_lattice(reading, job.target, found.factor)
     if fingerprint(url, base=job.base, storage_options=options) != before:
-        raise SourceError(f"{url} changed while it was read. Run again when its producer has finished.")
+        raise SourceError(f"{shown(url)} changed while it was read. Run again when its producer has finished.")
     lattice = cubes[0]
     rows, columns = lattice.grid.shape
     event(

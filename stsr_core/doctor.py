@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stsr_core.errors import ConfigurationError, StsrError
-from stsr_core.settings import Settings
+from stsr_core.settings import Settings, unknown_names
 from stsr_core.translation import missing
 from stsr_core.version import code_version
 
@@ -69,8 +69,7 @@ def examine(products: list[str] | None = None) -> Iterator[Finding]:
     except ConfigurationError as e:
         yield Finding("settings", Health.fault, str(e))
         return
-    named = ", ".join(sorted(settings.model_fields_set)) or "nothing set, all defaults"
-    yield Finding("settings", Health.good, named)
+    yield _settings(settings)
     checks: list[tuple[str, Callable[[Settings], Finding]]] = [
         ("versions", _versions),
         ("catalog.yaml", _catalog),
@@ -92,6 +91,14 @@ def examine(products: list[str] | None = None) -> Iterator[Finding]:
         return
     for product in chosen:
         yield _checked(f"product {product}", lambda s, p=product: _product(s, p), settings)  # type: ignore[misc]
+
+
+def _settings(settings: Settings) -> Finding:
+    named = ", ".join(sorted(settings.model_fields_set)) or "nothing set, all defaults"
+    if unknown := unknown_names():
+        mend = "Correct or remove them; infra/settings.md lists those there are."
+        return Finding("settings", Health.warning, f"{named}; unknown: {', '.join(unknown)}", mend)
+    return Finding("settings", Health.good, named)
 
 
 def _checked(name: str, check: Callable[[Settings], Finding], settings: Settings) -> Finding:
@@ -308,6 +315,7 @@ def _product(settings: Settings, name: str) -> Finding:
     from stsr_core.sources.harmonise import find
     from stsr_core.sources.location import located
     from stsr_core.sources.open import open_dataset
+    from stsr_core.sources.remote import shown
 
     path = choose_catalog(settings.catalog_file)
     configuration = Configuration.load(path)
@@ -319,4 +327,5 @@ def _product(settings: Settings, name: str) -> Finding:
         next(reading.blocks())
     space, time = native_factor(reading, grid)
     found = Library.open(settings.checkpoints).family.nearest(space, time, limit=settings.match_limit)
-    return Finding(f"product {name}", Health.good, f"{reading.times.size} steps of {source.url}, factor {found.factor}")
+    said = f"{reading.times.size} steps of {shown(source.url)}, factor {found.factor}"
+    return Finding(f"product {name}", Health.good, said)

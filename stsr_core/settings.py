@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.home import at_home
+
+OTHERS = {"DEBUG"}  # variables with the prefix of settings that the command line reads itself
 
 
 class Settings(BaseSettings):
@@ -126,6 +129,14 @@ class Settings(BaseSettings):
     def source_options(self, url: str) -> dict[str, object]:
         """Storage options for a source; filesystems other than S3 find their credentials in the environment."""
         return self.source_s3_options if url.startswith("s3://") else {}
+
+
+def unknown_names() -> list[str]:
+    """Variables in the environment and in .env that look like settings and are none: slips of the pen."""
+    prefix, known = Settings.model_config["env_prefix"], {name.upper() for name in Settings.model_fields}
+    written = DotEnvSettingsSource(Settings, env_file=Settings.model_config["env_file"]).env_vars
+    names = {name.upper() for name in (*os.environ, *written)}
+    return sorted(n for n in names if n.startswith(prefix) and n.removeprefix(prefix) not in known | OTHERS)
 
 
 def settings_table() -> str:

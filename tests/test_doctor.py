@@ -1,9 +1,13 @@
 import re
 
 import pytest
+import yaml
 
 from stsr_core import doctor, translation
+from stsr_core.configuration import shipped_catalog
 from stsr_core.doctor import Health, examine
+from stsr_core.sources.location import located
+from stsr_core.sources.open import open_dataset as opened
 
 
 @pytest.fixture
@@ -108,3 +112,24 @@ def test_kernels_need_triton_and_a_compiler(monkeypatch):
     assert not translation.missing()
     monkeypatch.setattr(translation, "find_spec", lambda _: None)
     assert "Triton" in translation.missing()
+
+
+def test_a_setting_that_is_misspelt_is_a_warning_wherever_it_is_written(here, monkeypatch):
+    monkeypatch.setenv("STSR_S3_ENDPIONT", "http://localhost:1")
+    monkeypatch.setenv("STSR_DEBUG", "1")
+    (here / ".env").write_text("stsr_worker=2\nSTSR_WORKERS=2\nOTHER=1\n")
+    settings = found()["settings"]
+    assert settings.health is Health.warning
+    assert settings.found.endswith("; unknown: STSR_S3_ENDPIONT, STSR_WORKER")
+
+
+def test_what_a_url_holds_of_credentials_is_not_told(here, monkeypatch):
+    catalog = yaml.safe_load(shipped_catalog().read_text())
+    [source] = catalog["sources"].values()
+    file = str(located(source["url"], shipped_catalog().parent))
+    source["url"] = "http://me:word@host/a.grib2?sig=abc"
+    (here / "catalog.yaml").write_text(yaml.safe_dump(catalog))
+    monkeypatch.setattr("stsr_core.sources.open.open_dataset", lambda *_, **__: opened(file))
+    product = found(["all"])["product arpege-provence-1km"]
+    assert product.health is Health.good
+    assert "steps of http://host/a.grib2, factor" in product.found
