@@ -219,8 +219,13 @@ def _keys(folder: Path) -> tuple[str, str]:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    path.touch(mode=0o600)
-    path.write_text(text)
+    """Write a file that others may not read, whole or not at all: an operator's lines are in it too."""
+    target = path.resolve()
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch(mode=0o600)
+    part.write_text(text)
+    part.replace(target)
 
 
 def _weed_command(weed: str, folder: Path, keys: tuple[str, str], port: int) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stsr_core.errors import ConfigurationError
+from stsr_core.home import at_home
 
 
 class Place(StrEnum):
@@ -40,12 +41,17 @@ def doctor(
 
 
 def deploy(
-    file: Annotated[Path | None, typer.Option(help="prefect.yaml to use; without it the one of this code.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(callback=at_home, help="prefect.yaml to use; without it the one of this code.")
+    ] = None,
     infrastructure: Annotated[Place, typer.Option(help="Where runs take place.")] = Place.process,
     image: Annotated[str | None, typer.Option(help="Image that runs use, for docker and kubernetes.")] = None,
-    code: Annotated[Path | None, typer.Option(help="Folder of code that runs use; without it this code's.")] = None,
+    code: Annotated[
+        Path | None, typer.Option(callback=at_home, help="Folder of code that runs use; without it this code's.")
+    ] = None,
     home: Annotated[
-        Path | None, typer.Option(help="Folder that runs take place in, with .env; without it this one.")
+        Path | None,
+        typer.Option(callback=at_home, help="Folder that runs take place in, with .env; without it this one."),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Name of the code, as the UI shows it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
@@ -65,6 +71,8 @@ def deploy(
         release = deployer.this_release(code, home, reference)
     if code is not None and not (code / "flows").is_dir():
         raise ConfigurationError(f"{code} holds no folder `flows`. Name the folder of a checkout.")
+    if home is not None and not home.is_dir():
+        raise ConfigurationError(f"{home} is no folder, so no run could take place there. Make it, or name another.")
     lines = asyncio.run(deployer.deploy(Declared.load(file or shipped_declaration()), release, dry_run=dry_run))
     for line in lines:
         typer.echo(f"would have {line}" if dry_run else line)
@@ -72,9 +80,9 @@ def deploy(
 
 
 def up(
-    folder: Annotated[Path, typer.Option(help="Folder for state, catalogue and logs; the same again goes on.")] = Path(
-        "stsr-up"
-    ),
+    folder: Annotated[
+        Path, typer.Option(callback=at_home, help="Folder for state, catalogue and logs; the same again goes on.")
+    ] = Path("stsr-up"),
     port: Annotated[int, typer.Option(help="Port of the Prefect server and its UI.", min=1, max=65535)] = 4200,
     s3_port: Annotated[int, typer.Option(help="Port of the S3 server.", min=1, max=65535)] = 8333,
     stac_port: Annotated[int, typer.Option(help="Port of the STAC API.", min=1, max=65535)] = 8080,

@@ -9,9 +9,11 @@ from prefect.blocks.webhook import Webhook
 from prefect.server.utilities.user_templates import render_user_template, validate_user_template
 from prefect.types import SecretDict
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
-from flows import deploy
+from flows import deploy, up
 from flows.declared import Declared, shipped_declaration
+from stsr_core.cli import app
 from stsr_core.settings import Settings
 
 URL = "https://hooks.example/x"
@@ -79,3 +81,27 @@ def test_what_was_paused_in_the_ui_stays_paused():
         assert (switched["paused"], switched["schedules"][0]["active"]) == (paused, active)
     new = deploy._switched(nightly, None)
     assert (new["paused"], new["schedules"][0]["active"]) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--home", "{}/nowhere is no folder, so no run could take place there"),
+        ("--code", "{}/nowhere holds no folder `flows`"),
+        ("--file", "{}/nowhere cannot be read"),
+    ],
+)
+def test_a_leading_tilde_is_the_home_folder_and_folders_that_are_not_there_are_refused(
+    monkeypatch, tmp_path, option, message
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(app, ["deploy", option, "~/nowhere"])
+    assert str(done.exception).startswith(message.format(tmp_path))
+
+
+def test_up_takes_a_folder_with_a_leading_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(up, "running", lambda folder, **_: asked.append(folder))
+    CliRunner().invoke(app, ["up", "--folder", "~/ops"])
+    assert asked == [tmp_path / "ops"]

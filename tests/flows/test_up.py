@@ -1,5 +1,6 @@
 """`stsr up` ends what it started; the processes here stand in for servers that do not want to end."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -67,3 +68,20 @@ def test_what_an_operator_added_to_the_settings_stays(tmp_path):
     (tmp_path / ".env").write_text(f"export STSR_DESTINATION=elsewhere\n{added}\n")  # `up` decides where it publishes
     assert start(8333) == f"{written}{added}\n"
     assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+
+
+def test_settings_that_others_could_read_are_closed_and_outlast_a_full_disk(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("STSR_WORKERS=2\n")
+    (tmp_path / ".env").chmod(0o644)
+    _environment(tmp_path, 4200, "s3://stsr/catalogue", ("K", "S"), 8333)
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    written = (tmp_path / ".env").read_text()
+    assert "STSR_WORKERS=2" in written
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", full)
+        _environment(tmp_path, 4201, "s3://stsr/catalogue", ("K", "S"), 8334)
+    assert (tmp_path / ".env").read_text() == written
