@@ -35,6 +35,7 @@ Document = dict[str, Any]
 PATIENCE_SECONDS = 120.0  # how long a writer goes on racing others
 FAIR_TRIES = 100  # and how often it tries at least: one of eight that race without end loses 100 times in 600,000
 PAUSE_SECONDS = 0.2  # longest wait between two tries; a longer one favours those that came last
+SILENCE_S = 60.0  # a server that says nothing for so long is given up; one that is slow has an hour for an object
 RACERS = 4  # writers that race in the probe for conditional writes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _probed: set[str] = set()  # destinations whose conditional writes this process has seen to work
@@ -118,7 +119,7 @@ class Documents:
     def _bucket(self) -> Any:
         from obstore.store import HTTPStore, S3Store
 
-        client: Any = {"allow_http": True, "timeout": timedelta(seconds=60)}
+        client: Any = {"allow_http": True, "read_timeout": timedelta(seconds=SILENCE_S), "timeout": timedelta(hours=1)}
         if self.destination.startswith(("http://", "https://")):
             return HTTPStore.from_url(self.destination, client_options=client)
         o: dict[str, Any] = dict(self.options)
@@ -355,7 +356,7 @@ class Documents:
         except obstore.exceptions.BaseError as e:
             raise self._unreachable(e) from e
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
+        return sorted(name for p in paths if (name := p.rstrip("/").rsplit("/", 1)[-1])[0] != ".")
 
     def files(self, prefix: str) -> dict[str, tuple[int, datetime]]:
         """Size and time of writing of every file below a prefix (or of that file), by path below the destination."""
@@ -444,7 +445,10 @@ def _remove_local(target: Path) -> None:
 def _write_atomically(target: Path, data: bytes) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else some filesystems keep the name of it and lose the content if power fails
         part.replace(target)
     except OSError:
         part.unlink(missing_ok=True)

@@ -4,11 +4,13 @@ import errno
 import os
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from stsr_core.catalog import documents as module
 from stsr_core.catalog.documents import Documents
 from stsr_core.errors import PublicationError
 from stsr_core.settings import Settings
@@ -90,11 +92,10 @@ def test_a_full_disk_is_said_to_be_full_and_gets_no_empty_file_at_each_try(tmp_p
     documents.create("a.json", {})
     _, tag = documents.read("a.json")
 
-    def fill(path, data):
-        path.touch()
-        raise OSError(number, os.strerror(number), str(path))
+    def fill(_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr(os, "fsync", fill)
     for write in (lambda: documents.replace("a.json", {"n": 1}, tag), lambda: documents.write("b.json", b"b")):
         with pytest.raises(PublicationError, match=rf"{os.strerror(number)}\). Free some MB"):
             write()
@@ -131,3 +132,37 @@ def test_a_folder_in_place_of_a_document_is_an_error_and_nothing_there_is_none(t
     assert documents.read("b.json") is None
     assert documents.read("file/b.json") is None
     assert documents.names("b") == []
+
+
+@pytest.fixture
+def slow_server():
+    """Address of a server that sends /slow for 2 s, a byte at a time, and nothing of /silent."""
+
+    class Slow(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "20")
+            self.end_headers()
+            for _ in range(20):
+                time.sleep(0.1 if self.path == "/slow" else 30)
+                self.wfile.write(b"x")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_server_that_is_slow_is_waited_for_and_one_that_is_silent_is_given_up(slow_server, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE_S", 1.0)
+    assert Documents(slow_server).fetch("slow")[0] == 20 * b"x"
+    began = time.monotonic()
+    with pytest.raises(PublicationError, match="cannot be used"):
+        Documents(slow_server).fetch("silent")
+    assert time.monotonic() - began < 25
