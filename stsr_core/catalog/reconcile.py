@@ -109,19 +109,16 @@ def _named(current: dict[str, Any]) -> set[str]:
 
 def _announce(documents: Documents, path: str, dead: list[str]) -> list[str]:
     """Say in the collection what is about to be removed; returns what of it nobody published meanwhile."""
-    while dead:
-        found = documents.read(path)
-        if found is None:
-            return []
-        current, tag = found
-        dead = [d for d in dead if _name(d) not in _named(current)]
-        announced = sorted({*current.get(REMOVING, []), *map(_name, dead)})
-        try:
-            documents.replace(path, {**current, REMOVING: announced, ROUND: current.get(ROUND, 0) + 1}, tag)
-        except ConflictError:
-            continue
-        break
-    return dead
+    left: list[str] = []
+
+    def change(current: Document) -> Document:
+        left[:] = [d for d in dead if _name(d) not in _named(current)]
+        announced = sorted({*current.get(REMOVING, []), *map(_name, left)})
+        return {**current, REMOVING: announced, ROUND: current.get(ROUND, 0) + 1} if left else current
+
+    if dead:
+        documents.amend(path, change)
+    return left
 
 
 def _dead(documents: Documents, product: str, current: dict[str, Any], before: datetime) -> list[str]:
