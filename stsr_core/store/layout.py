@@ -327,6 +327,9 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
     Another run of the same plan may have done so already.
     """
     store = open_store(url, options)
+    if isinstance(store, LocalStore):
+        for begun in store.root.rglob("*.partial"):  # by zarr, whose writer was killed
+            begun.unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})

@@ -337,6 +337,13 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
         np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=threshold), over, rtol=1e-6)
 
 
+def test_what_a_killed_writer_began_is_no_part_of_a_finished_store(store):
+    began = Path(shard_file(store, REGIONS[5])).with_suffix(".0a.partial")
+    began.write_bytes(b"half")
+    finish(store, {})
+    assert not began.exists()
+
+
 def test_the_map_holds_the_total_and_the_largest_step_of_the_mean(tmp_path):
     nan = np.nan
     mean = np.array([[[1, 3, nan]], [[4, nan, nan]], [[2, 1, nan]]], np.float32)
