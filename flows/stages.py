@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect.events import emit_event
 
 from flows import artifacts
+from flows.log import event
 from stsr_core.catalog.documents import DamagedError
 from stsr_core.ensemble.generate import ShardError
 from stsr_core.ensemble.product import Cost
 from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
-from stsr_core.store.layout import filesystem
+from stsr_core.store.layout import read_object
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -97,13 +99,17 @@ def show_published(job: Job, published: Published, picture_url: str) -> None:
     artifacts.link(
         artifacts.key_of("item", published.product), browsable(published.item_url, job), name, f"Published {name}"
     )
-    fs, path = filesystem(picture_url, job.options)
-    artifacts.picture(artifacts.key_of("quicklook", published.product), fs.cat_file(path), f"Quick look of {name}")
     emit_event(
         event="stsr.version.published",
         resource={"prefect.resource.id": f"stsr.product.{published.product}", "stsr.version": published.version},
         payload={"item": published.item_url},
     )
+    try:
+        png = read_object(picture_url, job.options)
+    except StoreError as e:  # what is published is no failure
+        event("not_shown", level=logging.WARNING, product=published.product, why=e)
+        return
+    artifacts.picture(artifacts.key_of("quicklook", published.product), png, f"Quick look of {name}")
 
 
 def browsable(url: str, job: Job) -> str:

@@ -25,7 +25,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows import nightly as night
-from flows import redeploy, tasks
+from flows import redeploy, stages, tasks
 from flows.artifacts import key_of
 from flows.backfill import backfill, cut_pieces
 from flows.declared import Declared, InfrastructureName, shipped_declaration
@@ -37,6 +37,7 @@ from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
 from stsr_core.catalog.documents import DamagedError
+from stsr_core.catalog.publish import Published
 from stsr_core.catalog.search import Version
 from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.ensemble.plan import Plan, Recipe
@@ -122,10 +123,23 @@ def test_only_what_may_pass_is_tried_again():
 def test_a_source_that_is_rewritten_while_it_is_read_is_not_taken_for_either(monkeypatch):
     monkeypatch.chdir(ROOT)
     job = jobs("arpege-provence-1km", Settings())[0]
+    private = job.source.model_copy(update={"url": "https://me:word@host/a.nc?sig=abc"})
     found = iter(["before", "after"])
     monkeypatch.setattr(tasks, "fingerprint", lambda *_, **__: next(found))
-    with pytest.raises(SourceError, match="changed while it was read"):
-        tasks.to_lattice.fn(job, Match(10.0, 1.0, Factor(space=10, time=1), 0.0))
+    monkeypatch.setattr(tasks, "_found", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(tasks.product, "to_lattice", lambda *_: ())
+    with pytest.raises(SourceError, match=r"^https://host/a.nc changed while it was read"):
+        tasks.to_lattice.fn(replace(job, source=private), Match(10.0, 1.0, Factor(space=10, time=1), 0.0))
+
+
+def test_a_version_whose_picture_cannot_be_read_is_published_all_the_same(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages, "emit_event", lambda **what: told.append(what["event"]))
+    monkeypatch.setattr(stages, "event", lambda name, **_: told.append(name))
+    monkeypatch.setattr(stages.artifacts, "link", lambda *_: told.append("link"))
+    published = Published("rain", "v1", f"{tmp_path}/v1.json")
+    stages.show_published(SimpleNamespace(options={}), published, f"{tmp_path}/quicklook.png")
+    assert told == ["link", "stsr.version.published", "not_shown"]
 
 
 def test_a_plan_above_the_limit_of_device_hours_is_refused(plan, library, monkeypatch):
