@@ -41,6 +41,17 @@ def test_of_many_that_claim_the_attempt_of_a_dead_run_one_wins(attempt):
     assert sum(won) == 1
 
 
+def test_of_two_that_find_a_dead_claim_at_once_the_slower_does_not_have_it(attempt):
+    assert claim(attempt, "dead", dead())
+
+    def overtaken(run):
+        assert claim(attempt, "b", dead("dead"))
+        return run == "dead"
+
+    assert not claim(attempt, "a", overtaken)
+    require_claim(attempt, "b")
+
+
 def test_a_released_claim_is_gone_and_none_is_needed_for_a_fresh_attempt(attempt, tmp_path):
     assert claim(attempt, "a", dead())
     release(attempt)
