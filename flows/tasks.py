@@ -254,14 +254,14 @@ def complete(plan: Plan, attempt: Attempt) -> None:
     ensemble, series, overview, coarse = (attempt.group_url(group) for group in GROUPS)
     if not is_whole(ensemble, options):
         finish(ensemble, layout.attributes, options)
-    missing = {url for url in (series, overview, coarse) if not is_whole(url, options)}
-    for url in missing:
+    lacking = {url for url in (series, overview, coarse) if not is_whole(url, options)}
+    for url in lacking:
         remove_store(url, options)
-    if series in missing:
+    if series in lacking:
         write_series(ensemble, ARRAY, series, layout, options)
-    if overview in missing:
+    if overview in lacking:
         write_overview(ensemble, ARRAY, overview, layout, options)
-    if coarse in missing:
+    if coarse in lacking:
         amounts, labels = [c.amount for c in plan.cubes], _labels(plan)
         write_coarse(coarse, amounts, plan.cube.times, plan.cube.grid, layout.attributes, options, labels)
 

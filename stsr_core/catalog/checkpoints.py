@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.items import EXTENSIONS, MLM
+from stsr_core.catalog.items import EXTENSIONS, MLM, stamp
 from stsr_core.catalog.publish import add_to_root
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def publish_checkpoint(documents: Documents, checkpoint: Checkpoint) -> str:
 def checkpoint_item(checkpoint: Checkpoint, card: bytes, weights: bytes) -> dict[str, Any]:
     """Make the STAC item of a checkpoint; it holds everywhere, so its footprint is the world."""
     name = checkpoint.card.name
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
@@ -59,7 +58,7 @@ def checkpoint_item(checkpoint: Checkpoint, card: bytes, weights: bytes) -> dict
         },
         "properties": {
             "title": f"Checkpoint {name}",
-            "datetime": now,
+            "datetime": stamp(datetime.now(UTC)),
             **_model(checkpoint),
             "stsr:digest": checkpoint.digest,
             "stsr:served": [_scores(s) for s in checkpoint.card.served],

@@ -217,7 +217,7 @@ def catalog_export(
     from stsr_core.catalog.documents import Documents
     from stsr_core.catalog.snapshot import Loaded, place_of
 
-    snapshot = Loaded(Documents(catalog.rstrip("/"), _options(catalog))).current()
+    snapshot = Loaded(Documents.at(catalog, _options(catalog))).current()
     count = snapshot.export(to, place_of(public or catalog))
     typer.echo(f"{len(snapshot.products)} collections and {count} items of {catalog} are in {to}.")
 
@@ -241,7 +241,7 @@ def catalog_serve(
     from stsr_core.catalog.documents import Documents
     from stsr_core.catalog.snapshot import Loaded
 
-    loaded = Loaded(Documents(catalog.rstrip("/"), _options(catalog)), every)
+    loaded = Loaded(Documents.at(catalog, _options(catalog)), every)
     try:
         products = loaded.current().products
     except StoreError as e:  # the first version may still be on its way

@@ -115,6 +115,11 @@ class Documents:
     options: Options = field(default_factory=dict, repr=False)
     sole_publisher: bool = False
 
+    @classmethod
+    def at(cls, destination: str, options: Options | None = None, *, sole_publisher: bool = False) -> Documents:
+        """Files below a destination as people write it."""
+        return cls(str(destination).rstrip("/") or "/", dict(options or {}), sole_publisher)
+
     @cached_property
     def _bucket(self) -> Any:
         from obstore.store import HTTPStore, S3Store

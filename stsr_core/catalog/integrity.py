@@ -63,7 +63,7 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
     Raises:
         StoreError: there is no version at `url`, or its manifest is damaged.
     """
-    documents = Documents(url.rstrip("/"), dict(options or {}))
+    documents = Documents.at(url, options)
     item = _item(documents, item_name)
     found = documents.fetch(NAME)
     if found is None:
@@ -101,7 +101,7 @@ def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) ->
     stores = f"{url}/data.zarr"
     driving = totals_of_members(f"{stores}/ensemble", f"{stores}/coarse", array.shape[0], options)
     worst, flaws = 0, []
-    for quanta, totals, where in _parts(array, coarse, factor, driving):
+    for quanta, totals, where in _of_driving_members(array, coarse, factor, driving):
         closure, wrong = closure_of(quanta, totals, factor)
         worst = max(worst, closure)
         if wrong:
@@ -111,7 +111,7 @@ def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) ->
     return worst, flaws
 
 
-def _parts(
+def _of_driving_members(
     array: zarr.Array[Any], coarse: NDArray[np.float32], factor: Factor, driving: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.float32], str]]:
     """Members of the shards of an ensemble with the coarse totals that belong to them."""

@@ -116,9 +116,13 @@ def instant(value: Any) -> str:
     """Format a date as STAC wants it; dates of other calendars that the standard one lacks move to its nearest."""
     if isinstance(value, cftime.datetime):
         day = min(value.day, cftime.datetime(value.year, value.month, 1, calendar="standard").daysinmonth)
-        date = datetime(value.year, value.month, day, value.hour, value.minute, value.second, tzinfo=UTC)
-        return date.isoformat().replace("+00:00", "Z")
+        return stamp(datetime(value.year, value.month, day, value.hour, value.minute, value.second, tzinfo=UTC))
     return f"{np.datetime_as_string(np.datetime64(value, 's'))}Z"
+
+
+def stamp(when: datetime) -> str:
+    """Format a moment of UTC as STAC wants it."""
+    return when.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _cube(layout: StoreLayout) -> dict[str, Any]:
@@ -255,7 +259,7 @@ def _properties(
     published: datetime,
 ) -> dict[str, Any]:
     bounds = layout.times.bounds
-    now = published.isoformat(timespec="seconds").replace("+00:00", "Z")
+    now = stamp(published)
     return {
         "title": f"{description.title}, {version}",
         "description": description.description,

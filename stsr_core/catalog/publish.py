@@ -68,7 +68,7 @@ class Attempt:
         Raises:
             PublicationError: the store has none, and others may publish there too.
         """
-        documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+        documents = Documents.at(destination, options, sole_publisher=sole_publisher)
         documents.require_conditional_writes()
         return cls(documents, product, uuid.uuid4().hex[:12])
 
@@ -211,9 +211,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         ConflictError: another publisher was faster; nothing is visible.
     """
     documents, product = attempt.documents, attempt.product
-    bbox, _ = footprint(publication.layout.grid)
-    bounds = publication.layout.times.bounds
-    interval = [instant(bounds[0, 0]), instant(bounds[-1, 1])]
+    bbox, interval = _extent(publication.layout)
     path = f"{product}/collection.json"
     current, tag = _collection(documents, path, collection(publication.description, bbox, interval))
     there = listed(current)
@@ -221,15 +219,39 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     if mine:  # the swap succeeded, though its answer was lost on the way
         return Published(product, mine[0], f"{attempt.url}/{mine[0]}.json")
     _require_not_removed(attempt, current)
-    number = 1 + max((int(v[1:]) for v in there), default=0)
+    version = f"v{1 + max((int(v[1:]) for v in there), default=0)}"
     predecessor = next(reversed(there), None)
     if predecessor is not None and publication.after not in (None, predecessor):
-        _require_different(documents, f"{product}/{there[predecessor].removeprefix('./')}", publication.provenance)
-    lineage = Lineage(
-        f"v{number}",
-        f"../../{there[predecessor]}" if predecessor else None,
-        f"../../../{publication.checkpoint}",
-    )
+        _require_different(documents, f"{product}/{there[predecessor]}", publication.provenance)
+    document = _item(publication, version, there[predecessor] if predecessor else None, side_files)
+    href = f"./data/{attempt.name}/{version}.json"
+    documents.write(f"{attempt.prefix}/{version}.json", (json.dumps(document, indent=1) + "\n").encode())
+    assets = with_row(documents, product, current, document, href)
+    changed = _with_version(current, version, href, bbox, interval)
+    try:
+        documents.replace(path, {**changed, **told(publication.description), "assets": assets}, tag)
+    except ConflictError:
+        _discard(attempt, version, current, assets)
+        raise
+    link_successor(documents, product, there.get(predecessor or ""), href)
+    return Published(product, version, f"{attempt.url}/{version}.json")
+
+
+def _extent(layout: StoreLayout) -> tuple[list[float], list[str]]:
+    """Box and period of a version."""
+    bounds = layout.times.bounds
+    return footprint(layout.grid)[0], [instant(bounds[0, 0]), instant(bounds[-1, 1])]
+
+
+def _item(
+    publication: Publication, version: str, predecessor: str | None, side_files: Mapping[str, SideFile]
+) -> Document:
+    """Item of a version; its predecessor by its address relative to the collection.
+
+    Raises:
+        PublicationError: it is not valid.
+    """
+    lineage = Lineage(version, f"../../{predecessor}" if predecessor else None, f"../../../{publication.checkpoint}")
     document = item(
         publication.description,
         lineage,
@@ -240,17 +262,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         datetime.now(UTC),
     )
     validate(document)
-    href = f"./data/{attempt.name}/{lineage.version}.json"
-    documents.write(f"{attempt.prefix}/{lineage.version}.json", (json.dumps(document, indent=1) + "\n").encode())
-    assets = with_row(documents, product, current, document, href)
-    changed = _with_version(current, lineage.version, href, bbox, interval)
-    try:
-        documents.replace(path, {**changed, **told(publication.description), "assets": assets}, tag)
-    except ConflictError:
-        _discard(attempt, lineage.version, current, assets)
-        raise
-    link_successor(documents, product, there.get(predecessor or ""), href)
-    return Published(product, lineage.version, f"{attempt.url}/{lineage.version}.json")
+    return document
 
 
 def _require_different(documents: Documents, path: str, provenance: Provenance) -> None:

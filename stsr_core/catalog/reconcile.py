@@ -12,7 +12,7 @@ from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.footprint import WORLD
 from stsr_core.catalog.index import named
-from stsr_core.catalog.items import Description, collection, instant
+from stsr_core.catalog.items import Description, collection, stamp
 from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed, listed_attempts
 from stsr_core.catalog.withdrawal import settle_item, withdrawals
 from stsr_core.errors import PublicationError
@@ -58,7 +58,7 @@ def reconcile(
     """
     if not product or product != product.strip("./\\") or "/" in product:
         raise PublicationError(f"{product!r} is no name of a product. Give the one of its folder in {destination}.")
-    documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+    documents = Documents.at(destination, options, sole_publisher=sole_publisher)
     path = f"{product}/collection.json"
     found = documents.read(path)
     current = found[0] if found is not None else {}
@@ -84,7 +84,7 @@ def unlisted(destination: str, options: Options | None = None) -> list[str]:
     Raises:
         PublicationError: the store cannot be used.
     """
-    documents = Documents(destination.rstrip("/"), dict(options or {}))
+    documents = Documents.at(destination, options)
     found = documents.read("catalog.json")
     there = {link.get("href") for link in found[0].get("links", [])} if found is not None else set()
     names = [name for name in documents.names("") if f"./{name}/collection.json" not in there]
@@ -93,7 +93,7 @@ def unlisted(destination: str, options: Options | None = None) -> list[str]:
 
 def _nothing_yet(product: str) -> Document:
     """Collection of a product without versions; its first publisher says everything else."""
-    now = instant(datetime.now(UTC).replace(tzinfo=None))
+    now = stamp(datetime.now(UTC))
     description = Description(product, product, f"Nothing of {product} is published yet.", "other", "unknown", ())
     return collection(description, list(WORLD), [now, now])
 

@@ -43,7 +43,7 @@ def expiring(product: str, destination: str, options: Options | None = None, *, 
     Raises:
         StoreError: the index is damaged.
     """
-    documents = Documents(destination.rstrip("/"), dict(options or {}))
+    documents = Documents.at(destination, options)
     found = documents.read(f"{product}/collection.json")
     collection = found[0] if found else {}
     made = created(documents, product, collection)
@@ -65,7 +65,7 @@ def retire(
     Raises:
         PublicationError: the newest or the latest good version is among them, or others were faster for too long.
     """
-    documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+    documents = Documents.at(destination, options, sole_publisher=sole_publisher)
 
     def change(collection: Document) -> Document:
         kept = {latest_good(collection), next(reversed(listed(collection)), None)}

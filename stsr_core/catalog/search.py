@@ -58,7 +58,7 @@ class Version:
 def _documents(catalog: str, options: Mapping[str, object] | None) -> Documents:
     from stsr_core.catalog.documents import Documents
 
-    return Documents(str(catalog).rstrip("/"), dict(options or {}))
+    return Documents.at(catalog, options)
 
 
 def _products(documents: Documents) -> list[str]:

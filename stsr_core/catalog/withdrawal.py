@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.index import with_values
+from stsr_core.catalog.items import stamp
 from stsr_core.catalog.publish import listed
 from stsr_core.errors import PublicationError
 
@@ -91,9 +92,8 @@ def withdraw(
             f"A reason of {len(reason)} characters is given; one line of 1 to {LONGEST} is needed. Say in a sentence "
             "what is wrong with the version."
         )
-    documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    return _settle(documents, product, version, Withdrawal(reason, now), dry_run=dry_run)
+    documents = Documents.at(destination, options, sole_publisher=sole_publisher)
+    return _settle(documents, product, version, Withdrawal(reason, stamp(datetime.now(UTC))), dry_run=dry_run)
 
 
 def restore(
@@ -106,7 +106,7 @@ def restore(
     sole_publisher: bool = False,
 ) -> str | None:
     """Take back the withdrawal of a version; arguments, result and errors are those of `withdraw`."""
-    documents = Documents(destination.rstrip("/"), dict(options or {}), sole_publisher)
+    documents = Documents.at(destination, options, sole_publisher=sole_publisher)
     return _settle(documents, product, version, None, dry_run=dry_run)
 
 

@@ -41,7 +41,7 @@ LEVEL_CELLS = 256  # cells along an edge of the coarsest level, at most
 Statistics = dict[str, "NDArray[np.float32]"]
 
 
-def statistics(quanta: NDArray[np.uint16]) -> Statistics:
+def over_members(quanta: NDArray[np.uint16]) -> Statistics:
     """Mean, quantiles and exceedance probabilities over members.
 
     Args:
@@ -82,7 +82,7 @@ def _statistics_of(source: zarr.Array[Any], part: tuple[slice, slice, slice]) ->
     t, y, x = part
     rows, columns = ([slice(a, min(p.stop, a + n)) for a in range(p.start, p.stop, n)]
                      for p, n in ((y, source.chunks[2]), (x, source.chunks[3])))  # fmt: skip
-    bands = [[statistics(np.asarray(source[:, t, row, column])) for column in columns] for row in rows]
+    bands = [[over_members(np.asarray(source[:, t, row, column])) for column in columns] for row in rows]
     return {
         name: np.concatenate([np.concatenate([one[name] for one in band], axis=-1) for band in bands], axis=-2)
         for name in bands[0][0]
@@ -90,7 +90,7 @@ def _statistics_of(source: zarr.Array[Any], part: tuple[slice, slice, slice]) ->
 
 
 def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dict[str, zarr.Array[Any]]:
-    """Write the coordinates of a level and the metadata of its arrays; returns them by the names of `statistics`."""
+    """Write the coordinates of a level and the metadata of its arrays; returns them by the names of `over_members`."""
     write_coordinates(url, layout.times, layout.grid, options)
     axes = {"quantile": (QUANTILES, "quantile over members", "1"), "threshold": (THRESHOLDS_MM, "threshold", "mm")}
     for name, (points, long_name, units) in axes.items():

@@ -201,7 +201,7 @@ def test_without_a_server_artifacts_are_warnings(tmp_path):
 def test_the_declaration_is_valid_and_complete():
     declared = Declared.load(shipped_declaration())
     flows = {p.stem for p in (ROOT / "flows").glob("*.py") if "\n@flow(" in p.read_text()}
-    assert {d.module.split(".")[1] for d in declared.deployments} == flows
+    assert {d.module.split(".")[1] for d in declared.deployments} == flows == set(redeploy.MODULES)
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
 
 
