@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -240,7 +241,7 @@ def _store(settings: Settings) -> Finding:
     from stsr_core.catalog.documents import Documents
 
     options = settings.s3_options if settings.destination.startswith("s3://") else {}
-    documents = Documents(settings.destination.rstrip("/"), options, settings.sole_publisher)
+    documents = Documents.at(settings.destination, options, sole_publisher=settings.sole_publisher)
     probe = f".doctor-{uuid.uuid4().hex[:8]}"
     documents.require_conditional_writes()
     try:
@@ -275,8 +276,12 @@ def _prefect(_: Settings) -> Finding:
     if not url:
         return Finding("Prefect server", Health.warning, "PREFECT_API_URL is not set", "`stsr up` starts a server.")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/admin/version", timeout=ANSWER_S) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}/admin/version", headers=_authorization())
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             found = str(json.loads(answer.read()))
+    except urllib.error.HTTPError as e:
+        mend = "Correct the URL, or PREFECT_API_AUTH_STRING or PREFECT_API_KEY."
+        return Finding("Prefect server", Health.fault, f"{url} answers {e.code} {e.reason}", mend)
     except (urllib.error.URLError, OSError, ValueError) as e:
         return Finding("Prefect server", Health.fault, f"{url} does not answer ({e})", "Start it, or correct the URL.")
     mine = version("prefect")
@@ -284,6 +289,15 @@ def _prefect(_: Settings) -> Finding:
         mend = "Bring both to one minor version."
         return Finding("Prefect server", Health.warning, f"{url} is {found}, this client {mine}", mend)
     return Finding("Prefect server", Health.good, f"{url} answers, version {found}")
+
+
+def _authorization() -> dict[str, str]:
+    """What Prefect's clients send to a server that asks who they are."""
+    if key := os.environ.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    if word := os.environ.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}"}
+    return {}
 
 
 def _alerts(settings: Settings) -> Finding:

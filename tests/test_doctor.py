@@ -1,4 +1,7 @@
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -6,6 +9,7 @@ import yaml
 from stsr_core import doctor, translation
 from stsr_core.configuration import shipped_catalog
 from stsr_core.doctor import Health, examine
+from stsr_core.settings import Settings
 from stsr_core.sources.location import located
 from stsr_core.sources.open import open_dataset as opened
 
@@ -133,3 +137,28 @@ def test_what_a_url_holds_of_credentials_is_not_told(here, monkeypatch):
     product = found(["all"])["product arpege-provence-1km"]
     assert product.health is Health.good
     assert "steps of http://host/a.grib2, factor" in product.found
+
+
+def test_a_prefect_server_that_asks_for_a_password_gets_it(here, monkeypatch):
+    class Guarded(BaseHTTPRequestHandler):
+        def do_GET(self):
+            allowed = self.headers["Authorization"] in ("Basic YWRtaW46d29yZA==", "Bearer pnu_word")
+            self.send_response(200 if allowed else 401)
+            self.end_headers()
+            self.wfile.write(f'"{version("prefect")}"'.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        assert f"{url} answers 401 Unauthorized -> Correct the URL, or PREFECT_API_AUTH_STRING" in str(
+            doctor._prefect(Settings())
+        )
+        for name, word in (("PREFECT_API_AUTH_STRING", "admin:word"), ("PREFECT_API_KEY", "pnu_word")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, word)
+                assert doctor._prefect(Settings()).health is Health.good
+        server.shutdown()
