@@ -79,7 +79,7 @@ def reconcile(
 
 
 def unlisted(destination: str, options: Options | None = None) -> list[str]:
-    """Products that hold data and that the catalogue's root does not list: they never got a version.
+    """Products with data or claims that the catalogue's root does not list: they never got a version.
 
     Raises:
         PublicationError: the store cannot be used.
@@ -88,7 +88,8 @@ def unlisted(destination: str, options: Options | None = None) -> list[str]:
     found = documents.read("catalog.json")
     there = {link.get("href") for link in found[0].get("links", [])} if found is not None else set()
     names = [name for name in documents.names("") if f"./{name}/collection.json" not in there]
-    return [name for name in names if any(map(OURS.match, documents.names(f"{name}/data")))]
+    left = {name: [*documents.names(f"{name}/data"), *documents.names(f"{name}/{FOLDER}")] for name in names}
+    return [name for name in names if any(map(OURS.match, left[name]))]
 
 
 def _nothing_yet(product: str) -> Document:

@@ -63,6 +63,12 @@ def test_a_version_too_damaged_to_be_checked_is_a_flaw_at_the_first_try(tmp_path
 def test_all_means_what_never_got_a_version_too_be_there_a_catalogue_or_not(tmp_path, shown):
     with pytest.raises(StoreError, match="No catalogue is at"):
         module.maintain.fn(destination=str(tmp_path))
+    claimed = tmp_path / "hail" / "claims" / "aaaaaaaaaaaa.json"  # by a run that was killed before it wrote anything
+    claimed.parent.mkdir(parents=True)
+    claimed.write_text("{}")
+    os.utime(claimed, (1, 1))
+    [upkeep] = module.maintain.fn(destination=str(tmp_path))
+    assert (upkeep.product, upkeep.removed, claimed.exists()) == ("hail", ["hail/claims/aaaaaaaaaaaa.json"], False)
     for published in ([], ["rain"]):
         leftover = left(tmp_path, "snow")
         [publish_as(tmp_path, name) for name in published]
