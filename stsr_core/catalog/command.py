@@ -217,7 +217,10 @@ def catalog_export(
     from stsr_core.catalog.documents import Documents
     from stsr_core.catalog.snapshot import Loaded, place_of
 
-    snapshot = Loaded(Documents.at(catalog, _options(catalog))).current()
+    loaded = Loaded(Documents.at(catalog, _options(catalog)))
+    snapshot = loaded.current()
+    if loaded.failure is not None:
+        raise StoreError(f"Nothing is exported. {loaded.failure}")
     count = snapshot.export(to, place_of(public or catalog))
     typer.echo(f"{len(snapshot.products)} collections and {count} items of {catalog} are in {to}.")
 

@@ -46,7 +46,7 @@ class ConflictError(PublicationError):
 
 
 class DamagedError(PublicationError):
-    """A document that says nothing; at another try it says no more."""
+    """A document that cannot be understood; at another try it is no better."""
 
 
 def tries() -> Iterator[None]:

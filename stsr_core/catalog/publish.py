@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, Documents, tries
+from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, DamagedError, Documents, tries
 from stsr_core.catalog.footprint import footprint, union
 from stsr_core.catalog.index import with_row
 from stsr_core.catalog.items import (
@@ -144,14 +144,14 @@ def listed(document: Mapping[str, Any]) -> dict[str, str]:
     """Versions that a collection lists, oldest first, with the addresses of their items relative to it.
 
     Raises:
-        PublicationError: a link that no publisher of this catalogue writes.
+        DamagedError: a link that no publisher of this catalogue writes.
     """
     found = {}
     for link in document.get("links", []):
         if link.get("rel") == "item":
             match = ITEM.match(str(link.get("href")))
             if match is None:
-                raise PublicationError(
+                raise DamagedError(
                     f"Collection {document.get('id')} lists {link.get('href')!r}, which is no item of it. It is "
                     "damaged or foreign; restore it from a backup."
                 )

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.documents import Documents, encode
+from stsr_core.catalog.documents import DamagedError, Documents, encode
 from stsr_core.catalog.index import TEXTS, TIMES, Query, bare, joined, read_index, select
 from stsr_core.catalog.publish import listed
 from stsr_core.catalog.withdrawal import Withdrawal, as_withdrawn, withdrawals
@@ -212,20 +212,23 @@ class Loaded:
         return self._failure
 
     def _follow(self) -> None:
+        flaws: list[str] = []
+        read = None
         try:
-            read = self._read(self._recent[-1].products if self._recent else {})
-            self._failure = None
+            read = self._read(self._recent[-1].products if self._recent else {}, flaws)
         except StsrError as e:
-            if str(e) != self._failure:
-                _log.error("The catalogue cannot be read again; what was good is served on. %s", e)
-            self._failure = str(e)
-            return
+            flaws = [str(e)]
         finally:
             self._checked = time.monotonic()
-        if not self._recent or read.name != self._recent[-1].name:
+        failure = " ".join(flaws) or None
+        if failure not in (None, self._failure):
+            _log.error("The catalogue cannot be read again; what was good is served on. %s", failure)
+        self._failure = failure
+        if read is not None and (not self._recent or read.name != self._recent[-1].name):
             self._recent = [*self._recent, read][-KEPT:]
 
-    def _read(self, before: Mapping[str, Product]) -> Snapshot:
+    def _read(self, before: Mapping[str, Product], flaws: list[str]) -> Snapshot:
+        """Read what changed; of a damaged product, noted among the flaws, what was good of it stays."""
         root = self.documents.read("catalog.json")
         if root is None:
             raise StoreError(f"No catalogue is at {self.documents.destination}. Name the folder of its catalog.json.")
@@ -233,8 +236,16 @@ class Loaded:
         names = [href.removeprefix("./").removesuffix("/collection.json") for href in hrefs]
         if bad := [n for n in names if not n or "/" in n or n.startswith(".")]:
             raise StoreError(f"The catalogue names a product at {bad[0]!r}, outside it. Do not trust it.")
-        products = {name: self._product(name, before.get(name)) for name in names}
-        return Snapshot({name: product for name, product in products.items() if product is not None})
+        products = {}
+        for name in names:
+            try:
+                product = self._product(name, before.get(name))
+            except (StoreError, DamagedError) as e:
+                flaws.append(str(e))
+                product = before.get(name)
+            if product is not None:
+                products[name] = product
+        return Snapshot(products)
 
     def _product(self, name: str, before: Product | None) -> Product | None:
         """A product; again where a publisher replaced the index meanwhile and a reconcile removed the old one."""

@@ -16,6 +16,7 @@ import pystac
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pystac_client import Client
+from typer.testing import CliRunner
 
 import stsr_core.catalog
 from stsr_core.catalog import Query
@@ -24,6 +25,7 @@ from stsr_core.catalog.publish import Attempt, publish
 from stsr_core.catalog.server import MAX_BODY, pick
 from stsr_core.catalog.snapshot import Loaded
 from stsr_core.catalog.withdrawal import withdraw
+from stsr_core.cli import app
 from stsr_core.errors import StoreError
 from tests.catalog.made import DESCRIPTION, publication, publish_one, write_stores
 from tests.catalog.test_integrity import SCHEMAS, errors_by_published_schemas
@@ -318,6 +320,26 @@ def test_a_damaged_or_forged_change_is_logged_and_what_was_good_is_served_on(loa
     (folder / "collection.json").write_bytes(sound)
     assert loaded.current() is before
     assert loaded.failure is None
+
+
+def test_a_damaged_product_keeps_no_other_from_being_followed_and_is_said(loaded, tmp_path):
+    destination = loaded.documents.destination
+    snow = Attempt.begin(destination, "snow")
+    write_stores(snow, 1)
+    publish(snow, replace(publication(snow), description=replace(DESCRIPTION, product="snow")))
+    assert set(loaded.current().products) == {"rain", "snow"}
+    Path(destination, "snow", "collection.json").write_text("{")
+    publish_one(destination, 4)
+    assert ids(loaded.current(), limit=2, sortby=("id",)) == ["rain-v1", "rain-v2"]
+    assert "rain-v4" in ids(loaded.current())
+    assert "snow-v1" in ids(loaded.current())
+    assert "snow/collection.json is damaged" in loaded.failure
+    anew = Loaded(Documents(destination))
+    assert set(anew.current().products) == {"rain"}
+    assert "snow/collection.json is damaged" in anew.failure
+    done = CliRunner().invoke(app, ["catalog", "export", "--catalog", destination, "--to", str(tmp_path / "to")])
+    assert "Nothing is exported. " in str(done.exception)
+    assert not (tmp_path / "to").exists()
 
 
 def test_a_forged_address_in_the_index_is_refused(loaded, monkeypatch):
