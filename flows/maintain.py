@@ -24,7 +24,7 @@ from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.catalog.retention import expiring, retire
 from stsr_core.catalog.search import find, products, published
 from stsr_core.catalog.withdrawal import withdraw
-from stsr_core.errors import StoreError, StsrError
+from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.settings import Settings
 
 GRACE_H = 7 * 24.0  # a backfill that was interrupted may be resumed for a week
@@ -65,8 +65,12 @@ def maintain(
         What was done, by product.
 
     Raises:
+        ConfigurationError: a version of no product in particular is to be withdrawn.
+        PublicationError: it cannot be withdrawn; nothing else was done.
         StoreError: a published version is damaged, or something could not be done; everything else was done.
     """
+    if withdrawal is not None and product == ALL:
+        raise ConfigurationError(f"{withdrawal.version} of all products is to be withdrawn. Name the product it is of.")
     settings = Settings()
     where = destination or settings.destination
     names = _everything(where, settings) if product == ALL else [product]

@@ -9,7 +9,7 @@ import pytest
 from flows import maintain as module
 from stsr_core.catalog import latest
 from stsr_core.catalog.publish import Attempt, publish
-from stsr_core.errors import StoreError
+from stsr_core.errors import ConfigurationError, PublicationError, StoreError
 from tests.catalog.made import DESCRIPTION, publication, write_stores
 
 
@@ -58,6 +58,20 @@ def test_a_version_too_damaged_to_be_checked_is_a_flaw_at_the_first_try(tmp_path
     damage(publish_as(tmp_path, "rain") / name)
     [flaw] = module.verify.fn("rain", "v1", str(tmp_path))
     assert name in flaw
+
+
+def test_a_withdrawal_is_of_one_product_and_comes_before_all_else(tmp_path, shown):
+    publish_as(tmp_path, "rain")
+    said = module.Withdrawal(version="v1", reason="Too wet.")
+    with pytest.raises(ConfigurationError, match="v1 of all products.*Name the product"):
+        module.maintain.fn(destination=str(tmp_path), withdrawal=said)
+    leftover = left(tmp_path, "rain")
+    with pytest.raises(PublicationError, match="has no version 'v2'"):
+        module.maintain.fn("rain", destination=str(tmp_path), withdrawal=said.model_copy(update={"version": "v2"}))
+    assert leftover.exists()
+    module.maintain.fn("rain", destination=str(tmp_path), withdrawal=said)
+    assert latest("rain", str(tmp_path)) is None
+    assert not leftover.exists()
 
 
 def test_all_means_what_never_got_a_version_too_be_there_a_catalogue_or_not(tmp_path, shown):
