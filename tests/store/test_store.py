@@ -337,6 +337,11 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
         np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=threshold), over, rtol=1e-6)
 
 
+def test_an_amount_at_a_threshold_does_not_exceed_it():
+    quanta = np.array([100, 101], np.uint16).reshape(2, 1, 1, 1)  # of 0.01 mm
+    assert overview_module.over_members(quanta)["exceedance"].ravel().tolist() == [0.5, 0.0, 0.0]
+
+
 def test_what_a_killed_writer_began_is_no_part_of_a_finished_store(store):
     began = Path(shard_file(store, REGIONS[5])).with_suffix(".0a.partial")
     began.write_bytes(b"half")
