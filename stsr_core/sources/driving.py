@@ -105,13 +105,19 @@ def _values(dataset: xr.Dataset, dim: str) -> list[object]:
     return list(range(dataset.sizes[dim]))
 
 
-def labels_of(dataset: xr.Dataset, dim: str) -> list[str]:
-    """Entries along a dimension, as `select` and messages name them."""
+def entries_of(dataset: xr.Dataset, dim: str) -> str:
+    """Return a dimension and the first of its entries, as messages name them."""
+    labels = _labels(dataset, dim)
+    return f"{dim} ({len(labels)}: {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})"
+
+
+def _labels(dataset: xr.Dataset, dim: str) -> list[str]:
+    """Entries along a dimension, as `select` names them."""
     return [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in _values(dataset, dim)]
 
 
 def _distinct(dataset: xr.Dataset, dim: str) -> list[str]:
-    labels = labels_of(dataset, dim)
+    labels = _labels(dataset, dim)
     if len(set(labels)) < len(labels):
         raise SourceError(
             f"Entries along {dim} have the same label: {', '.join(labels[:20])}. Every one needs its own."

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import ALL, Declared
-from stsr_core.sources.driving import Driving, labels_of, selected
+from stsr_core.sources.driving import Driving, entries_of, selected
 from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
-from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of
+from stsr_core.sources.runs import one_run
+from stsr_core.sources.times import ABSOLUTE, Steps, is_time, stamps_of, steps_of
 from stsr_core.sources.units import check_agreement
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared) -> Layout:
         SourceError: no units, dimensions or time axis that can be read safely.
         GridError: coordinates or a CRS that make no cells.
     """
-    _check_runs(dataset, name, declared)
-    dataset, driving = selected(dataset, name, declared)
+    dataset, driving = selected(one_run(dataset, name, declared), name, declared)
     array = dataset[name]
     time = _time_name(dataset, array)
     array, dataset = _with_time(array, dataset, time)
@@ -73,28 +71,9 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared) -> Layout:
     return Layout(array.transpose(*order), driving, time_dim, place, steps, _units(array, declared), seam)
 
 
-def _check_runs(dataset: xr.Dataset, name: str, declared: Declared) -> None:
-    """Refuse forecasts of several runs, whose dates lie along two dimensions, until one run is selected.
-
-    One lead time of every run makes a series too, if it is declared how long its steps are.
-    """
-    for key, coordinate in dataset[name].coords.items():
-        runs = [str(d) for d in coordinate.dims if d in dataset.coords and _is_time(str(d), dataset[d])]
-        if coordinate.ndim != 2 or len(runs) != 1 or not _is_time(str(key), coordinate):
-            continue
-        (lead,) = (str(d) for d in coordinate.dims if d != runs[0])
-        if runs[0] not in declared.select and (lead not in declared.select or declared.step_h is None):
-            raise SourceError(
-                f"Times lie along {runs[0]} and {lead}: there are forecasts of several runs. Choose one entry of "
-                f"{runs[0]} with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: "
-                f"{_entries(dataset, runs[0])}. Or choose one of {lead}, and declare with time_label and step_h what "
-                "it stands for."
-            )
-
-
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
     """Name of the coordinate that holds the times of the steps: a 1-D one before a scalar one."""
-    found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and _is_time(str(n), c)]
+    found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and is_time(c)]
     found.sort(key=lambda n: (array[n].ndim == 0, n != "valid_time", n not in array.dims, n != "time"))
     if found:
         return found[0]
@@ -102,15 +81,6 @@ def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
         f"Dimensions {tuple(map(str, array.dims))} were found, none with dates. (time, y, x) are needed; time needs CF "
         "units such as 'hours since 2000-01-01'."
     )
-
-
-def _is_time(name: str, coordinate: xr.DataArray) -> bool:
-    dates = np.issubdtype(coordinate.dtype, np.datetime64) or (
-        coordinate.dtype == object and coordinate.size > 0 and hasattr(coordinate.values.flat[0], "calendar")
-    )
-    if str(coordinate.attrs.get("standard_name", "")) == "forecast_reference_time":
-        return False
-    return dates or name == "time" or (coordinate.ndim == 1 and coordinate.attrs.get("standard_name") == "time")
 
 
 def _with_time(array: xr.DataArray, dataset: xr.Dataset, time: str) -> tuple[xr.DataArray, xr.Dataset]:
@@ -131,17 +101,12 @@ def _without_singles(
 
 def _too_many(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]) -> str:
     others = [d for d in dims if not is_horizontal(dataset, d)]
-    entries = "; ".join(_entries(dataset, d) for d in (others if len(others) == len(dims) - 2 else dims))
+    entries = "; ".join(entries_of(dataset, d) for d in (others if len(others) == len(dims) - 2 else dims))
     return (
         f"Dimensions {tuple(map(str, array.dims))} were found; (time, y, x) are needed. Choose one entry of the others "
         f"with `select: {{NAME: VALUE}}` of the source in catalog.yaml, or by --declare: {entries}. "
         f"`select: {{NAME: {ALL}}}` takes the entries of one for driving members."
     )
-
-
-def _entries(dataset: xr.Dataset, dim: str) -> str:
-    labels = labels_of(dataset, dim)
-    return f"{dim} ({len(labels)}: {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})"
 
 
 def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:

@@ -61,6 +61,24 @@ class Steps:
         return Steps(self.axis.isel(first, stop), self.record[first:stop], self.base[first:stop], self.record_seconds)
 
 
+def has_dates(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate holds dates."""
+    return bool(np.issubdtype(coordinate.dtype, np.datetime64)) or (
+        coordinate.dtype == object and coordinate.size > 0 and hasattr(coordinate.values.flat[0], "calendar")
+    )
+
+
+def is_start(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate is known to hold when forecasts started, which is no time of their values."""
+    return str(coordinate.attrs.get("standard_name", "")) == "forecast_reference_time"
+
+
+def is_time(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate holds times of values, or claims to."""
+    named = coordinate.name == "time" or (coordinate.ndim == 1 and coordinate.attrs.get("standard_name") == "time")
+    return not is_start(coordinate) and (named or has_dates(coordinate))
+
+
 def stamps_of(coordinate: xr.DataArray) -> list[Time]:
     """Dates of a time coordinate, as `datetime` (standard calendars) or cftime objects, to the millisecond.
 

@@ -107,13 +107,23 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
 
 def length_in(units: str, metres: float) -> float | None:
     """Return how many times `metres` one unit of length is; None where `units` are no length."""
+    found = _converted(units, "m")
+    return None if found is None else found / metres
+
+
+def seconds_in(units: str) -> float | None:
+    """Return how many seconds one unit of time is; None where `units` are none, or uneven as months are."""
+    return None if UNEVEN_TIME.search(units) else _converted(units, "s")
+
+
+def _converted(units: str, reference: str) -> float | None:
     from cf_units import Unit
 
     try:
         unit = Unit(units)
     except ValueError:
         return None
-    return float(unit.convert(1.0, "m")) / metres if units and unit.is_convertible("m") else None
+    return float(unit.convert(1.0, reference)) if units and unit.is_convertible(reference) else None
 
 
 def _declare() -> str:
