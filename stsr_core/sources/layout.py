@@ -11,7 +11,7 @@ from stsr_core.sources.driving import Driving, entries_of, selected
 from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
 from stsr_core.sources.runs import one_run
 from stsr_core.sources.times import ABSOLUTE, Steps, is_time, stamps_of, steps_of
-from stsr_core.sources.units import check_agreement
+from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -66,9 +66,15 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared) -> Layout:
         seam = array.isel({around: [0, -1]})
         array, dataset = array.isel({around: slice(0, -1)}), dataset.isel({around: slice(0, -1)})
     place = place_of(dataset, array, horizontal, declared.crs)
+    units = _units(array, declared)
+    if declared.accumulated in ("run", "day") and measured(units)[0] == "rate":
+        raise SourceError(
+            f"Sums since the start of the {declared.accumulated} are declared, but {units!r} is a rate. One is wrong: "
+            "declare what is meant of the source in catalog.yaml, or by --declare."
+        )
     order = (*leading, *place.dims)
     seam = None if seam is None else seam.transpose(*order)
-    return Layout(array.transpose(*order), driving, time_dim, place, steps, _units(array, declared), seam)
+    return Layout(array.transpose(*order), driving, time_dim, place, steps, units, seam)
 
 
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
@@ -111,6 +117,8 @@ def _too_many(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...]) -
 
 def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, Time]] | None:
     coordinate = dataset[time]
+    if "climatology" in {**coordinate.attrs, **coordinate.encoding}:
+        raise SourceError(f"{time} is the time of a climatology, no period of its own. Name a file of single periods.")
     name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
     if name not in dataset.variables:
         return None

@@ -55,11 +55,22 @@ def measured(units: str) -> tuple[Kind, float]:
     try:
         unit = Unit(WATER.sub("", units))
     except ValueError as e:
-        raise SourceError(f"Units {units!r} are not understood; known are such as {KNOWN}. {_declare()}") from e
+        raise SourceError(
+            f"Units {units!r} are not understood; known are such as {KNOWN}. {_declare()}{_meant(units)}"
+        ) from e
     for reference, kind, scale in REFERENCES:
         if unit.is_convertible(reference):
             return kind, float(unit.convert(1.0, reference)) * scale
     raise SourceError(f"Units {units!r} measure no precipitation; {KNOWN} do. {_declare()}")
+
+
+def _meant(units: str) -> str:
+    """Propose units in small letters, such as those of Kg/m^2/s, where they are known; else nothing."""
+    try:
+        known = units != units.lower() and measured(units.lower())
+    except SourceError:
+        return ""
+    return f" If small letters are meant, declare `units: {units.lower()}`." if known else ""
 
 
 def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
@@ -97,7 +108,6 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
             f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. "
             f"{_declare()}"
         )
-
     if kind == "rate" and "time: point" in cell_methods:
         raise SourceError(
             f"A rate in {units!r} with the cell method 'time: point' is none over a step. Use means or sums; or, if it "

@@ -86,6 +86,27 @@ def test_units_that_may_mean_something_else_are_refused_until_declared(units, at
     assert cube_of(data, Declared(time_label="end", units="mm")).amount[0, 0, 0] == 1.0
 
 
+def test_units_in_other_letters_are_proposed_as_udunits_has_them():
+    with pytest.raises(SourceError, match="'Kg/m.2/s' are not understood.*declare `units: kg/m.2/s`"):
+        cube_of(array("Kg/m^2/s"), END)
+    with pytest.raises(SourceError) as raised:
+        cube_of(array("MB"), END)
+    assert "small letters" not in str(raised.value)
+
+
+@pytest.mark.parametrize("since", ["run", "day"])
+def test_a_rate_is_no_running_sum(since):
+    with pytest.raises(SourceError, match=f"start of the {since} are declared, but 'mm/h' is a rate"):
+        cube_of(array("mm/h"), Declared(accumulated=since))
+
+
+def test_a_climatology_is_refused():
+    data = array().to_dataset(name="pr")
+    data["time"].attrs["climatology"] = "climatology_bnds"
+    with pytest.raises(SourceError, match="time is the time of a climatology"):
+        read_cube(data, "pr", END)
+
+
 def test_bounds_decide_what_a_stamp_names():
     data = array(time=pd.date_range("2001-01-01 03:00", periods=4, freq="6h"))
     starts = data["time"].values - np.timedelta64(3, "h")
