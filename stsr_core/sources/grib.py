@@ -34,6 +34,7 @@ class Message:
     offset: int
     length: int
     name: str
+    title: str
     units: str
     standard_name: str
     run: datetime
@@ -109,6 +110,7 @@ def _message(offset: int, handle: int) -> Message:
         offset=offset,
         length=int(_key(handle, "totalLength")),
         name=str(_key(handle, "shortName", "unknown")),
+        title=str(_key(handle, "name", "unknown")),
         units=str(_key(handle, "units", "unknown")),
         standard_name=str(_key(handle, "cfName", "unknown")),
         run=reference,
@@ -156,6 +158,8 @@ def _variable(file: MessageFile, name: str, messages: list[Message]) -> xr.Datas
     coordinates, dims = _coordinates(file, first)
     packing = max(m.packing_error for m in messages)
     attributes: dict[str, object] = {"units": first.units, "packing_error": 2 * packing}
+    if first.title != "unknown":
+        attributes["long_name"] = first.title
     if first.standard_name != "unknown":
         attributes["standard_name"] = first.standard_name
     if first.kind in CELL_METHODS:
@@ -208,14 +212,21 @@ def _coordinates(file: MessageFile, message: Message) -> tuple[dict[str, Any], t
     """
     import eccodes
 
+    kind = message.grid[0]
+    without_outlines = SourceError(
+        f"{file.name} has a grid of type {kind}, whose cells have no outlines in GRIB. Regrid the file first."
+    )
     with file.message(message.offset, message.length) as handle:
-        latitude, longitude = (eccodes.codes_get_double_array(handle, k) for k in ("latitudes", "longitudes"))
+        try:
+            latitude, longitude = (eccodes.codes_get_double_array(handle, k) for k in ("latitudes", "longitudes"))
+        except eccodes.CodesInternalError as e:  # of ICON's own grids, whose places are in another file
+            raise without_outlines from e
         is_global = bool(_key(handle, "global", 0))
     north, east = (
         {"units": "degrees_north", "standard_name": "latitude"},
         {"units": "degrees_east", "standard_name": "longitude"},
     )
-    if message.grid[0] in REDUCED and latitude.size == np.prod(message.shape):
+    if kind in REDUCED and latitude.size == np.prod(message.shape):
         south_north, west_east = _outlines(latitude, longitude, to_poles=is_global)
         return {
             "latitude": ("cell", latitude, {**north, "bounds": "latitude_bnds"}),
@@ -223,17 +234,13 @@ def _coordinates(file: MessageFile, message: Message) -> tuple[dict[str, Any], t
             "latitude_bnds": (("cell", "corner"), south_north),
             "longitude_bnds": (("cell", "corner"), west_east),
         }, ("cell",)
-    kind = message.grid[0]
     if (message.columns_first and kind not in EITHER_WAY) or (message.southwest and kind in NORTHEAST):
         raise SourceError(
             f"{file.name} has a grid of type {kind} whose points run southward, westward or column by column, and "
             "eccodes would misplace them. Regrid the file first."
         )
     if len(message.shape) == 1 or latitude.size != np.prod(message.shape) or message.shape[0] == 1:
-        raise SourceError(
-            f"{file.name} has a grid of type {message.grid[0]}, whose cells have no outlines in GRIB. Regrid the file "
-            "first."
-        )
+        raise without_outlines
     latitude, longitude = (_shaped(v, message) for v in (latitude, longitude))
     if (latitude == latitude[:, :1]).all() and (longitude == longitude[:1]).all():
         return {

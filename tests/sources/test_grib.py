@@ -223,6 +223,14 @@ def test_projected_grids_that_eccodes_would_misplace_are_refused(tmp_path, scan)
         open_dataset(path)
 
 
+def test_a_mesh_whose_places_are_in_another_file_is_refused_and_long_names_are_kept(tmp_path):
+    mesh = {"gridType": "unstructured_grid", "numberOfDataPoints": 12, **RAIN}
+    with pytest.raises(SourceError, match="type unstructured_grid, whose cells have no outlines in GRIB"):
+        open_dataset(write_grib(tmp_path / "icon.grib2", ("GRIB2", mesh, FIELD)))
+    with open_dataset(write_grib(tmp_path / "a.grib2", (REGULAR, {**BOX, **RAIN}, FIELD))) as dataset:
+        assert dataset["tp"].attrs["long_name"].lower() == "total precipitation"
+
+
 def test_other_variables_of_a_file_do_not_keep_precipitation_from_being_read(tmp_path):
     """Temperatures on two levels make no array, those near the ground have one time more than the rain."""
     sample = "regular_ll_sfc_grib2"
