@@ -36,6 +36,7 @@ def joined(found: list[xr.Dataset], paths: list[str], url: str) -> xr.Dataset:
     dim = MEMBER if same else "time"
     if not same:
         _check_one_realization(found, paths)
+        found = [_without_lead(d) for d in found]
         found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
     try:
         whole = xr.concat(
@@ -82,6 +83,12 @@ def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
                 f"The files do not fit together: the calendar is {calendars[0]} in {paths[0]}, {calendar} in {path}. "
                 "Name files of one calendar."
             )
+
+
+def _without_lead(dataset: xr.Dataset) -> xr.Dataset:
+    """Drop the lead time of a file that holds one step of a forecast: another in each, and not needed."""
+    leads = [n for n, c in dataset.coords.items() if c.ndim == 0 and c.attrs.get("standard_name") == "forecast_period"]
+    return dataset.drop_vars(leads)
 
 
 def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:

@@ -28,6 +28,9 @@ CHUNK_BYTES = 1 << 20
 START_BYTES = 8  # of a file, which tell its kind
 BLOCK_BYTES = 1 << 20  # read at a time from a server
 GLOB = "*?["
+PACKED = {  # by their first bytes: what packed a file, and what unpacks it
+    b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ": ("xz", "unxz"), b"PK": ("zip", "unzip"),
+}  # fmt: skip
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
@@ -145,8 +148,9 @@ def _open_file(place: Location, chunks: dict[str, int] | None = None) -> xr.Data
         return _open_netcdf3(place, chunks)
     if start[:4] == b"\x89HDF":
         return _open_hdf5(place, chunks)
-    if start[:2] == b"\x1f\x8b":
-        raise SourceError(f"{shown(place.url)} is compressed by gzip as a whole. Unpack it with `gunzip`.")
+    for magic, (kind, command) in PACKED.items():
+        if start.startswith(magic):
+            raise SourceError(f"{shown(place.url)} is compressed by {kind} as a whole. Unpack it with `{command}`.")
     raise SourceError(
         f"{shown(place.url)} cannot be read: it starts with {start!r}, which is neither NetCDF, GRIB, GeoTIFF nor "
         "kerchunk JSON. Fetch it again, or convert it."

@@ -1,6 +1,10 @@
 """Files put together here as producers write theirs: each reads to amounts known beforehand, or is refused."""
 
+import bz2
 import gzip
+import io
+import lzma
+import zipfile
 from datetime import datetime, timedelta
 
 import cftime
@@ -15,7 +19,7 @@ from stsr_core.errors import SourceError
 from stsr_core.factors import Factor, Family
 from stsr_core.inspection import inspect
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.harmonise import find, read_coarse
 from stsr_core.sources.open import open_dataset
 
 MM = np.random.default_rng(5).gamma(0.5, 2.0, (4, 5, 6)).astype(np.float32)
@@ -227,8 +231,53 @@ def test_times_that_nobody_can_read_are_refused_with_what_they_are(tmp_path, uni
         read_coarse(data, "pr")
 
 
-def test_a_file_that_is_compressed_as_a_whole_is_to_be_unpacked(tmp_path):
+def zipped(content):
+    """A file in a zip, as the CDS sends several."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("data_stream-oper_stepType-accum.nc", content)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, "gzip as a whole.*`gunzip`"),
+        (bz2.compress, "bzip2 as a whole.*`bunzip2`"),
+        (lzma.compress, "xz as a whole.*`unxz`"),
+        (zipped, "zip as a whole.*`unzip`"),
+    ],
+)
+def test_a_file_that_is_compressed_as_a_whole_is_to_be_unpacked(tmp_path, pack, message):
     path = write_days(tmp_path / "a.nc", np.arange(4.0))
-    (tmp_path / "a.nc.gz").write_bytes(gzip.compress((tmp_path / "a.nc").read_bytes()))
-    with pytest.raises(SourceError, match="compressed by gzip.*`gunzip`"):
-        open_dataset(path + ".gz")
+    (tmp_path / "packed").write_bytes(pack((tmp_path / "a.nc").read_bytes()))
+    with open_dataset(path), pytest.raises(SourceError, match=f"compressed by {message}"):
+        open_dataset(str(tmp_path / "packed"))
+
+
+def write_step(path, hour):
+    """One hour of a forecast of two members as the Met Office writes it: times, bounds and lead time are scalars."""
+    with netCDF4.Dataset(path, "w") as file:
+        for name, size in {"realization": 2, "latitude": 5, "longitude": 6, "bnds": 2}.items():
+            file.createDimension(name, size)
+        for name, values in (("realization", (0, 1)), ("latitude", LAT), ("longitude", LON)):
+            file.createVariable(name, "f8", (name,))[:] = values
+        for name, value in (("time", hour), ("forecast_reference_time", 0)):
+            file.createVariable(name, "f8", ())[...] = value
+            file[name].setncatts({"standard_name": name, "units": "hours since 2001-01-01"})
+        file.createVariable("forecast_period", "f8", ())[...] = hour
+        file["forecast_period"].setncatts({"standard_name": "forecast_period", "units": "hours"})
+        file["time"].bounds = "time_bnds"
+        file.createVariable("time_bnds", "f8", ("bnds",))[:] = hour - 1, hour
+        file.createVariable("rain", "f4", ("realization", "latitude", "longitude"))[:] = MM[hour - 1], 2 * MM[hour - 1]
+        file["rain"].setncatts({"units": "mm", "coordinates": "time forecast_reference_time forecast_period"})
+
+
+def test_files_of_one_step_of_a_forecast_join_along_time(tmp_path):
+    for hour in (1, 2, 3):
+        write_step(tmp_path / f"{hour}.nc", hour)
+    with open_dataset(str(tmp_path / "?.nc")) as dataset:
+        one, other = find(dataset, "rain").read_all()
+    np.testing.assert_array_equal(one.amount, MM[:3])
+    np.testing.assert_array_equal(other.amount, 2 * MM[:3])
+    assert (one.times.start, one.times.label) == (datetime(2001, 1, 1), "end")
