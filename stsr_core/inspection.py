@@ -148,10 +148,10 @@ def _precipitation(dataset: xr.Dataset) -> str:
         if len(likely) == 1:
             return likely[0]
         if likely:
-            raise SourceError(
-                f"{', '.join(likely)} look like precipitation. Name one with --variable; those that add up as "
-                f"'{' + '.join(likely[:2])}'."
-            )
+            units = [dataset[n].attrs.get("units") for n in likely]
+            alike = [n for n, unit in zip(likely, units, strict=True) if unit == max(units, key=units.count)]
+            parts = f"; those that add up as '{' + '.join(alike[:2])}'" if len(alike) > 1 else ""
+            raise SourceError(f"{', '.join(likely)} look like precipitation. Name one with --variable{parts}.")
     have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
     raise SourceError(
         f"None of the variables looks like precipitation; there are {have}. Name one with --variable; several that "
@@ -164,7 +164,7 @@ def _is_named(array: xr.DataArray) -> bool:
 
 
 def _is_described(array: xr.DataArray) -> bool:
-    said = " ".join(str(array.attrs.get(key, "")) for key in ("long_name", "description")).lower()
+    said = " ".join([str(array.name), *(str(array.attrs.get(k, "")) for k in ("long_name", "description"))]).lower()
     return any(word in said for word in ("precip", "rain"))
 
 

@@ -126,6 +126,11 @@ def test_precipitation_is_known_by_its_description_where_names_say_nothing(bare)
     both = described.assign(RAINC=described["RAINNC"])
     with pytest.raises(SourceError, match=r"RAINC, RAINNC look like precipitation.*add up as 'RAINC \+ RAINNC'"):
         look(both)
+    bucket = both.assign(I_RAINC=both["RAINC"].assign_attrs(units="1"))
+    with pytest.raises(SourceError, match=r"I_RAINC, RAINC, RAINNC look like.*add up as 'RAINC \+ RAINNC'"):
+        look(bucket)
+    named = bare.rename(rain="precipitation_acc")
+    assert dict(look(named, declared=declared).facts)["variable"].startswith("precipitation_acc (")
 
 
 def test_the_map_of_cells_has_no_gaps(bare):
