@@ -76,6 +76,7 @@ def test_units_become_mm_per_step(units, value, amount):
         ("mm", {"cell_methods": "area: mean time: maximum"}, "those of the maximum over time.*declare `units: mm`"),
         ("mm/h", {"cell_methods": "time: mean within hours time: maximum over hours"}, "of the maximum over time"),
         ("mm", {"cell_methods": "time: sum within years time: mean over years"}, "those of a climatology"),
+        ("mm", {"cell_methods": "time: sum within days time: mean over days"}, "those of a climatology"),
         ("mm day-1", {"cell_methods": "area: mean time: sum"}, "may be a sum of rates, or an amount"),
     ],
 )
@@ -162,6 +163,82 @@ def test_negative_amounts_within_half_a_packing_step_are_counted_and_set_to_zero
         cube_of(data, END)
     data.encoding["scale_factor"] = 0.1
     assert cube_of(data, END).attributes["negatives_set_to_zero"] == "9"
+
+
+@pytest.mark.parametrize(
+    ("units", "scale", "quantum", "declared", "quanta"),
+    [
+        ("mm", 0.1, 0.1, END, 0.5),
+        ("m", 1e-4, 0.1, END, 0.5),
+        ("mm s-1", 1e-4, 0.36, END, 0.5),
+        ("mm", 0.1, 0.1, Declared(accumulated="run"), 1.0),
+        ("m", 1e-4, 0.1, Declared(accumulated="run"), 1.0),
+    ],
+)
+def test_negatives_are_packing_error_down_to_half_a_quantum_and_of_differences_to_a_whole_one(
+    units, scale, quantum, declared, quanta
+):
+    for excess, refused in ((0.9, False), (1.1, True)):
+        amounts = values_with(-excess * quanta * quantum)
+        stored = (amounts.cumsum(axis=0) if declared.accumulated else amounts) * scale / quantum
+        data = array(units, values=stored)
+        data.encoding["scale_factor"] = scale
+        if refused:
+            with pytest.raises(SourceError, match="Negative precipitation"):
+                cube_of(data, declared)
+        else:
+            assert cube_of(data, declared).attributes["negatives_set_to_zero"] == "1"
+
+
+def test_differences_of_large_float32_sums_dip_below_0_by_their_rounding():
+    sums = np.full((4, 3, 5), 2e5, np.float32)
+    sums[2, 1, 3] = np.nextafter(sums[0, 0, 0], np.float32(0))  # 0.0156 mm less
+    assert cube_of(array(values=sums), Declared(accumulated="run")).attributes["negatives_set_to_zero"] == "1"
+    sums[2, 1, 3] -= 0.05
+    with pytest.raises(SourceError, match="Negative precipitation"):
+        cube_of(array(values=sums), Declared(accumulated="run"))
+
+
+def test_differences_of_float32_sums_lose_no_digits():
+    sums = (5 + np.random.default_rng(0).gamma(0.5, 2e-3, (4, 3, 5)).cumsum(axis=0)).astype(np.float32)
+    cube = cube_of(array("m", values=sums), Declared(accumulated="run"))
+    np.testing.assert_allclose(cube.amount, 1000 * np.diff(sums.astype(np.float64), axis=0), rtol=1e-6)
+
+
+def test_means_since_the_start_become_the_amounts_of_each_step_in_any_block(monkeypatch):
+    monkeypatch.setattr("stsr_core.sources.harmonise.BLOCK_VALUES", 15)  # one step a block
+    rain = np.random.default_rng(0).gamma(0.5, 2.0, (4, 3, 5))
+    data = array("mm/h", values=rain.cumsum(axis=0) / np.arange(1, 5)[:, None, None])
+    ends = data["time"].values
+    start = np.full(4, ends[0] - np.timedelta64(1, "h"))
+    cube = cube_of(data, bounds=xr.DataArray(np.stack([start, ends], axis=1), dims=("time", "nv")))
+    np.testing.assert_allclose(cube.amount, rain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("hours", "largest"), [(1, 844.0), (24, 844.0 * 24**0.475)])
+def test_more_than_twice_the_record_of_its_time_is_no_amount_of_a_step(hours, largest):
+    times = pd.date_range("2001-01-01", periods=4, freq=f"{hours}h")
+    assert cube_of(array(time=times, values=values_with(0.99 * largest)), END).amount.max() > 0.9 * largest
+    with pytest.raises(SourceError, match=f"more than {largest:.0f} mm, twice the record"):
+        cube_of(array(time=times, values=values_with(1.01 * largest)), END)
+
+
+def test_less_than_packing_error_cannot_be_asked_for():
+    small = Declared(time_label="end", max_negative_mm=0.001)
+    assert cube_of(array(values=values_with(-0.005)), small).attributes["negatives_set_to_zero"] == "1"
+
+
+def test_rain_that_falls_off_in_two_steps_on_end_only_is_no_running_sum():
+    rain = np.array([1, 2, 3, 4, 5, 6, 7, 8, 5, 2, 3, 4, 5, 6], float)[:, None, None] * np.ones((3, 5))
+    np.testing.assert_array_equal(cube_of(array(nt=14, values=rain), END).amount, rain)
+
+
+def test_a_valid_range_is_packed_with_the_offset_that_values_have(tmp_path):
+    data = array(values=values_with(150.0)).assign_attrs(valid_max=np.int16(2000)).to_dataset(name="pr")
+    data["pr"].encoding.update(scale_factor=0.01, add_offset=100.0, dtype="int16", _FillValue=-32768)  # to 120 mm
+    data.to_netcdf(tmp_path / "packed.nc")
+    with open_dataset(str(tmp_path / "packed.nc")) as opened:
+        assert np.isnan(read_cube(opened, "pr", END).amount).sum() == 1
 
 
 def test_both_parts_of_a_sum_count_their_negatives_and_must_lie_on_the_same_cells():
@@ -277,6 +354,14 @@ def test_blocks_are_read_ahead_yet_come_in_order_until_one_cannot_be_read(tmp_pa
             seen.extend(float(block.amount.sum()) for (block,) in blocks)
     np.testing.assert_allclose(seen, values[:20].sum(axis=(1, 2)), rtol=1e-6)
     assert not [t for t in set(threading.enumerate()) - others if t.name.startswith("ThreadPoolExecutor")]
+
+
+def test_what_is_missing_at_the_end_only_is_no_missing_source(monkeypatch):
+    monkeypatch.setattr("stsr_core.sources.harmonise.BLOCK_VALUES", 15)  # one step a block
+    values = np.ones((4, 3, 5))
+    values[2:] = np.nan
+    assert np.isnan(cube_of(array(values=values), END).amount).sum() == 30
+    assert find(array(values=values).to_dataset(name="pr"), "pr", END, first_steps=3).times.size == 3
 
 
 def curvilinear():

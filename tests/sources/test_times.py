@@ -5,11 +5,14 @@ from datetime import datetime, timedelta
 import cftime
 import numpy as np
 import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.period import period_of
-from stsr_core.sources.times import steps_of
+from stsr_core.sources.times import steps_of, with_written_times
 
 DAY = datetime(2001, 1, 1)
 
@@ -46,6 +49,8 @@ def summary(steps):
         ((1, 2), None, {"time_label": "end"}, (0, 1, 2, [0, 1], [-1, -1])),
         ((1, 2), None, {"time_label": "start"}, (1, 1, 2, [0, 1], [-1, -1])),
         ((3,), None, {"time_label": "middle", "step_h": 6.0}, (0, 6, 1, [0], [-1])),
+        # Bounds say more than a length that is declared alone.
+        ((3, 9), ((0, 6), (6, 12)), {"step_h": 1.0}, (0, 6, 2, [0, 1], [-1, -1])),
         # Label and length together replace broken bounds.
         ((1, 2), ((0, 0), (0, 0)), {"time_label": "end", "step_h": 1.0}, (0, 1, 2, [0, 1], [-1, -1])),
     ],
@@ -66,6 +71,8 @@ def test_records_become_even_steps(stamps, pairs, declared, expected):
         ((1, 2), ((0, 1), (0, 0)), {}, "have no length"),
         ((1, 5), ((0, 1), (1, 2)), {}, "lies outside its bounds"),
         ((1, 2, 4), ((0, 1), (1, 2), (3, 4)), {}, "ends at .* the next one starts at"),
+        ((2, 3), ((0, 2), (1, 3)), {}, "ends at .* the next one starts at"),  # sums of the last two hours
+        ((0, 6, 9, 12), None, {"accumulated": "run"}, "lasts 3:00:00, the first 6:00:00"),
         ((1, 3), ((0, 1), (1, 3)), {}, "lasts 2:00:00, the first 1:00:00"),
         ((1, 2, 5), ((0, 1), (0, 2), (0, 5)), {}, "lasts 3:00:00, the first 1:00:00"),
     ],
@@ -74,6 +81,25 @@ def test_what_nobody_states_is_refused(stamps, pairs, declared, message):
     given = None if pairs is None else bounds(*pairs)
     with pytest.raises(SourceError, match=message):
         steps_of(hours(*stamps), given, Declared(**declared))
+
+
+def test_stamps_of_running_sums_name_their_ends_wherever_they_lie_in_their_bounds():
+    steps = steps_of(hours(0.5, 1, 1.5), bounds((0, 1), (0, 2), (0, 3)), Declared())
+    assert list(steps.axis.labels) == [np.datetime64(h) for h in hours(1, 2, 3)]
+
+
+@given(st.floats(0, 1), st.integers(1, 24))
+def test_a_stamp_names_the_point_of_its_interval_that_it_is_nearest_to(share, length):
+    start = DAY + timedelta(hours=5)
+    stamp = start + timedelta(hours=length) * share
+    axis = steps_of([stamp], [(start, start + timedelta(hours=length))], Declared()).axis
+    distances = {"start": share, "middle": abs(share - 0.5), "end": 1 - share}
+    assert distances[axis.label] == pytest.approx(min(distances.values()), abs=1e-6)
+
+
+def test_files_with_times_of_their_own_keep_them_beside_a_variable_of_written_ones():
+    data = xr.Dataset({"Times": ("time", ["2001-01-01_06:00:00", "x"])}, {"time": hours(1, 2)})
+    assert with_written_times(data) is data
 
 
 def test_a_period_keeps_whole_steps_of_the_calendar_of_the_source():
