@@ -168,7 +168,8 @@ def _variable(file: MessageFile, name: str, messages: list[Message]) -> xr.Datas
     variable = xr.Variable(("member", "time", *dims), lazy, attributes)
     data = xr.Dataset({name: variable}, {"member": members, "time": np.array(ends, "datetime64[ns]"), **coordinates})
     spans = [(m.start, m.end) for m in messages[: len(ends)]]
-    if all(a < b for a, b in spans):
+    over_no_time = [m.kind == "accum" and m.start == m.end == m.run for m in messages[: len(ends)]]
+    if all(a < b or none for (a, b), none in zip(spans, over_no_time, strict=True)):
         data["time_bnds"] = (("time", "nv"), np.array(spans, "datetime64[ns]"))
         data["time"].attrs["bounds"] = "time_bnds"
     return data.isel(member=0, drop=True) if len(members) == 1 else data

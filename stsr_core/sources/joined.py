@@ -30,6 +30,7 @@ def joined(found: list[xr.Dataset], paths: list[str], url: str) -> xr.Dataset:
     import xarray as xr
 
     _check_alike(found, paths)
+    _check_bounds(found, paths)
     times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
     _check_one_calendar(times, paths)
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
@@ -74,6 +75,16 @@ def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
                 )
 
 
+def _check_bounds(found: list[xr.Dataset], paths: list[str]) -> None:
+    """Refuse files of which only some say over which time their values are: joined, none would."""
+    stated = [_bounds_of(d["time"]) in d.variables for d in found if "time" in d.variables]
+    if any(stated) and not all(stated):
+        raise SourceError(
+            f"The files do not fit together: there are time bounds in {paths[stated.index(True)]}, none in "
+            f"{paths[stated.index(False)]}. Name files of one kind."
+        )
+
+
 def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
     """Refuse files whose dates cannot be compared."""
     calendars = [getattr(t[0], "calendar", "standard") if t.dtype == object else "standard" for t in times]
@@ -105,8 +116,12 @@ def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:
 
 def _amounts(dataset: xr.Dataset) -> list[str]:
     """Variables that hold data, and may differ between members: those along time that are bounds of none."""
-    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in dataset.variables.values()}
+    bounds = {_bounds_of(v) for v in dataset.variables.values()}
     return [n for n in map(str, dataset.data_vars) if "time" in dataset[n].dims and n not in bounds]
+
+
+def _bounds_of(coordinate: xr.DataArray | xr.Variable) -> object:
+    return coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
 
 
 def _distinct(paths: list[str]) -> list[str]:

@@ -205,7 +205,7 @@ def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
         before = intervals[i - 1] if i else None
         if before is not None and now.start == before.start:
             pieces.append((before.end, now.end, i, i - 1))
-        elif now.start is not None:
+        elif now.start is not None and now.start < now.end:
             pieces.append((now.start, now.end, i, -1))
     sums = any(base >= 0 for *_, base in pieces)
     if len(pieces) > 1 and sums and pieces[0][3] < 0 and _length(pieces[0]) > _length(pieces[1]):
@@ -259,6 +259,8 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
 
 
 def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
+    if len(bounds) > 1 and bounds[0][0] == bounds[0][1] == bounds[1][0]:
+        stamps, bounds = stamps[1:], bounds[1:]  # running sums may begin with one over no time
     apart = "" if len(stamps) < 2 else f" {(stamps[1] - stamps[0]) / timedelta(hours=1):g}"
     for stamp, (start, end) in zip(stamps, bounds, strict=True):
         if end <= start:

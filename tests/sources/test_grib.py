@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import eccodes
 import numpy as np
@@ -154,6 +155,15 @@ def rain_of(path, variable="tp", **declared):
 def test_sums_since_the_start_may_begin_with_one_over_no_time(forecast):
     cube = rain_of(forecast((0, 0, 0 * HOURS[0]), *((0, k + 1, HOURS[: k + 1].sum(axis=0)) for k in range(6))))
     np.testing.assert_allclose(cube.amount, HOURS, atol=1e-3)
+    assert cube.times.start == datetime(2020, 1, 1)
+
+
+def test_files_of_one_sum_since_the_start_join_with_the_one_over_no_time(forecast, tmp_path):
+    for k in range(4):
+        path = forecast((0, k, HOURS[:k].sum(axis=0)))
+        Path(path).rename(tmp_path / f"f00{k}.grib2")
+    cube = rain_of(str(tmp_path / "f00?.grib2"))
+    np.testing.assert_allclose(cube.amount, HOURS[:3], atol=1e-3)
     assert cube.times.start == datetime(2020, 1, 1)
 
 

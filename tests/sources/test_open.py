@@ -169,6 +169,13 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
         days(first, 3).assign_attrs(variant_label=f"r{name}i1p1f1").to_netcdf(tmp_path / f"{name}.nc")
     with pytest.raises(SourceError, match="several realizations.*variant_label is rai1p1f1 in .*a.nc, rbi1p1f1 in"):
         open_dataset(str(tmp_path / "*.nc"))
+    bounded = days(0, 3)
+    bounded["time"].attrs["bounds"] = "time_bnds"
+    bounded["time_bnds"] = (("time", "nv"), np.stack([bounded["time"].values] * 2, axis=1))
+    bounded.to_netcdf(tmp_path / "a.nc")
+    days(3, 3).to_netcdf(tmp_path / "b.nc")
+    with pytest.raises(SourceError, match="there are time bounds in .*a.nc, none in .*b.nc"):
+        open_dataset(str(tmp_path / "*.nc"))
     with pytest.raises(SourceError, match="Nothing matches"):
         open_dataset(str(tmp_path / "*.grib"))
 

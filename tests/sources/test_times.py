@@ -39,6 +39,8 @@ def summary(steps):
         ((1, 2, 3), ((0, 1), (0, 2), (0, 3)), {}, (0, 1, 3, [0, 1, 2], [-1, 0, 1])),
         # A running sum that starts afresh.
         ((1, 2, 3, 4), ((0, 1), (0, 2), (2, 3), (2, 4)), {}, (0, 1, 4, [0, 1, 2, 3], [-1, 0, -1, 2])),
+        # A running sum that begins with one over no time.
+        ((0, 1, 2), ((0, 0), (0, 1), (0, 2)), {}, (0, 1, 2, [1, 2], [0, 1])),
         # Declared running sums: nobody says when the first began, so it is only subtracted.
         ((1, 2, 3), None, {"accumulated": "run"}, (1, 1, 2, [1, 2], [0, 1])),
         # Declared running sums of the day: 23-24 is a difference, 24-25 starts afresh.
@@ -69,6 +71,8 @@ def test_records_become_even_steps(stamps, pairs, declared, expected):
         ((2, 1), None, {"time_label": "end"}, "not sorted"),
         ((1, 2, 4), None, {"time_label": "end"}, "uneven"),
         ((1, 2), ((0, 1), (0, 0)), {}, "have no length"),
+        ((0, 1), ((0, 0), (1, 1)), {}, "have no length"),
+        ((0,), ((0, 0),), {}, "have no length"),
         ((1, 5), ((0, 1), (1, 2)), {}, "lies outside its bounds"),
         ((1, 2, 4), ((0, 1), (1, 2), (3, 4)), {}, "ends at .* the next one starts at"),
         ((2, 3), ((0, 2), (1, 3)), {}, "ends at .* the next one starts at"),  # sums of the last two hours
