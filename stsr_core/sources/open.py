@@ -57,7 +57,7 @@ def _open(place: Location) -> xr.Dataset:
     if not _exists(place):
         raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
     if _is_zarr(place):
-        return _open_zarr(place)
+        return _with_variables(_open_zarr(place), place)
     if place.filesystem.isdir(place.path):
         raise SourceError(f"{shown(place.url)} is a folder without a Zarr store. Name a file, a glob or a Zarr store.")
     return _open_file(place)
@@ -74,6 +74,17 @@ def _exists(place: Location) -> bool:
 
 def _is_zarr(place: Location) -> bool:
     return any(place.filesystem.exists(f"{place.path.rstrip('/')}/{name}") for name in ZARR_ROOTS)
+
+
+def _with_variables(data: xr.Dataset, place: Location) -> xr.Dataset:
+    """Return a Zarr group that has variables, or say which groups it has instead."""
+    if data.variables:
+        return data
+    folders = [p.rpartition("/")[2] for p in place.filesystem.ls(place.path, detail=False)]
+    groups = ", ".join(sorted(n for n in folders if _is_zarr(place.at(f"{place.path.rstrip('/')}/{n}")))[:20])
+    raise SourceError(
+        f"{shown(place.url)} has no variables but in groups ({groups or 'none'}). Name that of the precipitation."
+    )
 
 
 def _open_zarr(place: Location) -> xr.Dataset:

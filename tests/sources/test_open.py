@@ -33,6 +33,17 @@ def test_netcdf_and_zarr_open_by_path(tmp_path, data):
             np.testing.assert_array_equal(opened["p"].values, data["p"].values)
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_zarr_group_of_groups_names_them(tmp_path, zarr_format):
+    data = days(0, 2)
+    for group in ("surface", "levels"):
+        data.to_zarr(tmp_path / "a.zarr", group=group, zarr_format=zarr_format, consolidated=False)
+    with pytest.raises(SourceError, match=r"no variables but in groups \(levels, surface\). Name that of the precip"):
+        open_dataset(str(tmp_path / "a.zarr"))
+    with open_dataset(str(tmp_path / "a.zarr" / "surface")) as opened:
+        np.testing.assert_array_equal(opened["pr"].values, data["pr"].values)
+
+
 def test_memory_urls_open_like_any_other_filesystem(tmp_path, data):
     import fsspec
 
