@@ -85,6 +85,17 @@ def edges(centres):
     return np.append(centres - step / 2, centres[-1] + step / 2)
 
 
+def test_numbers_of_a_grid_mapping_may_be_lists_of_one():
+    x, y = 4e4 * np.arange(-3.0, 4), 4e4 * np.arange(-3.0, 3)
+    lambert = {"grid_mapping_name": "lambert_conformal_conic", "longitude_of_central_meridian": 10.5,
+               "latitude_of_projection_origin": 49.5, "standard_parallel": 49.5}  # fmt: skip
+    for made in (float, lambda v: np.array([v]), lambda v: [v]):
+        attributes = {k: made(v) if isinstance(v, float) else v for k, v in lambert.items()}
+        variables = {"pr": (("time", "y", "x"), rain(2, 6, 7), {"grid_mapping": "crs"}), "crs": ((), 0, attributes)}
+        found = read_coarse(timed(variables, {"y": y, "x": x}), "pr").grid.crs_wkt
+        assert found == CRS.from_cf(lambert).to_wkt()
+
+
 def test_rotated_pole_in_netcdf3(tmp_path):
     lat = np.arange(-4.5, -1.0, 0.25)
     lon = np.arange(-5.5, -1.0, 0.25)
@@ -112,6 +123,15 @@ def test_a_grid_mapping_that_contradicts_latitudes_and_longitudes_is_refused():
         {"rlat": lat, "rlon": lon, "lat": (("rlat", "rlon"), latitude), "lon": (("rlat", "rlon"), longitude)},
     )
     check(data, rectangles(edges(lon), edges(lat), CRS.from_cf(ROTATED)))
+    stated = data["lat"].copy()
+    for cells, agrees in ((0.4, True), (0.6, False)):
+        data["lat"] = stated + 0.25 * cells
+        if agrees:
+            assert read_coarse(data, "pr").grid.shape == (14, 18)
+        else:
+            with pytest.raises(GridError, match="put a cell 16.[67] km from where its lat"):
+                read_coarse(data, "pr")
+    data["lat"] = stated
     data["pole"].attrs["grid_north_pole_longitude"] = 170.0  # a sign that was lost
     with pytest.raises(GridError, match=r"put a cell \d+\.\d km from where its lat and lon say.*`crs:`"):
         read_coarse(data, "pr")
@@ -281,6 +301,34 @@ def test_curvilinear_latitudes_and_longitudes_with_and_without_corners():
     swapped = without.assign_coords(lat=without["lat"].assign_attrs(units="degrees_north") + 60)
     with pytest.raises(GridError, match="Latitudes reach"):
         read_coarse(swapped, "pr")
+
+
+def test_cells_reach_across_the_line_of_dates_and_to_the_poles():
+    """A turned grid whose columns cross 180 degrees, by its centres and by its corners."""
+    grid = Grid(Axis(4e4, -2e4, 5), Axis(-4e4, 2e4, 5), CRS.from_proj4("+proj=laea +lat_0=-17 +lon_0=180").to_wkt())
+    column, row = np.meshgrid(np.arange(12.0), np.arange(10.0))
+
+    def degrees(a, b):
+        return (178.6 + 0.25 * a + 0.05 * b + 180) % 360 - 180, -18.2 + 0.25 * b - 0.05 * a
+
+    lon, lat = degrees(column, row)
+    coords = {"lat": (("y", "x"), lat, {"units": "degrees_north"}), "lon": (("y", "x"), lon, {"units": "degrees_east"})}
+    data = timed({"pr": (("time", "y", "x"), np.full((2, *lat.shape), 3.0))}, coords)
+    assert np.ptp(lon) > 350
+    corners = [degrees(column + a, row + b) for a, b in ((-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5))]
+    bounded = data.assign(
+        {f"{n}v": (("y", "x", "v"), np.stack([c[i] for c in corners], -1)) for i, n in enumerate("xy")}
+    )
+    bounded["lon"].attrs["bounds"], bounded["lat"].attrs["bounds"] = "xv", "yv"
+    for one in (data, bounded):
+        for near in (None, Box.around(grid)):
+            np.testing.assert_allclose(regrid(read_coarse(one, "pr", near=near), grid).amount, 3.0, rtol=1e-6)
+
+    uneven = np.array([-90.0, -89.2, -88.0, -86.5])  # of which the first row would reach beyond the pole
+    axes = {"lat": ("lat", uneven, {"units": "degrees_north"}), "lon": ("lon", 2.0 * np.arange(180))}
+    polar = timed({"pr": (("time", "lat", "lon"), np.full((2, 4, 180), 3.0))}, axes)
+    cells = read_coarse(polar, "pr").cells
+    assert cells.corners[..., 1].min() == -90.0
 
 
 def mesh(start_index=0):
