@@ -313,6 +313,8 @@ def _along(amount: NDArray[np.float32], axis: int, weights: sparse.csr_matrix) -
 def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
     """Change the cadence conservatively; new steps lie on absolute multiples of `step` inside the cube's period.
 
+    Steps that are so long already stay where they are.
+
     Raises:
         GridError: the period holds no whole new step.
     """

@@ -64,6 +64,12 @@ def test_time_axis_keeps_its_calendar_and_bounds_touch(calendar):
         assert axis.bounds[3, 0] == cftime.datetime(2001, 2, 30, calendar=calendar)
 
 
+@given(st.integers(1, 60), st.integers(0, 500), st.integers(0, 30))
+def test_a_step_has_the_same_lattice_index_in_every_period(parts, day, first):
+    axis = TimeAxis(datetime(2001, 1, 1) + timedelta(days=day), timedelta(hours=6) / parts, 31)
+    assert axis.isel(first, 31).lattice_index == axis.lattice_index + first
+
+
 def test_labels_name_start_middle_or_end():
     for label, hour in (("start", 0), ("middle", 3), ("end", 6)):
         axis = TimeAxis(datetime(2000, 1, 1), timedelta(hours=6), 2, label)

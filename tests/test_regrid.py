@@ -10,9 +10,9 @@ from pyproj import CRS, Transformer
 from stsr_core.configuration import TargetGrid
 from stsr_core.errors import GridError
 from stsr_core.factors import Factor
-from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.regrid import coarse_grid, native_factor, regrid, regrid_time, regrid_to_factor
-from stsr_core.sources.cube import Cube
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis
+from stsr_core.regrid import cells_of, coarse_grid, native_factor, reach, regrid, regrid_time, regrid_to_factor
+from stsr_core.sources.cube import CellCube, Cube
 
 LATLON = CRS.from_epsg(4326).to_wkt()
 TARGET = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=8.5e5, x_max=9.5e5, y_min=6.3e6, y_max=6.4e6)
@@ -110,6 +110,31 @@ def test_changing_the_cadence_keeps_the_sum(hours, seed):
     np.testing.assert_allclose(out.amount.sum(axis=0), cube.amount.sum(axis=0), rtol=1e-5)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 40), st.sampled_from([1, 3, 6]), st.sampled_from([0.5, 1, 2, 4, 6, 9, 24]), st.integers(8, 30))
+def test_new_steps_lie_on_absolute_multiples_and_hold_what_fell_in_them(begin, old, new, size):
+    """By a plain loop over old and new steps, in hours since the origin of the lattice."""
+    amount = np.random.default_rng(begin).gamma(0.5, 2, (size, 1, 2)).astype(np.float32)
+    times = TimeAxis(datetime(1850, 1, 1) + timedelta(hours=begin), timedelta(hours=old), size, "middle")
+    cube = Cube(amount, times, Grid(Axis(46.0, -0.1, 1), Axis(3.0, 0.1, 2), LATLON), {})
+    end = begin + old * size
+    wanted = [k for k in range(1000) if begin <= k * new and (k + 1) * new <= end]
+    if not wanted:
+        return
+    out = regrid_time(cube, timedelta(hours=new))
+    if new == old:
+        assert out is cube
+        return
+    assert (out.times.since_epoch, out.times.size) == (timedelta(hours=wanted[0] * new), len(wanted))
+    assert (out.times.step, out.times.label) == (timedelta(hours=new), "middle")
+    for found, k in zip(out.amount, wanted, strict=True):
+        shares = [
+            max(0.0, min(begin + old * (i + 1), (k + 1) * new) - max(begin + old * i, k * new)) / old
+            for i in range(size)
+        ]
+        np.testing.assert_allclose(found, np.tensordot(shares, amount, 1), rtol=1e-5, atol=1e-6)
+
+
 def test_a_period_shorter_than_a_step_is_refused():
     with pytest.raises(GridError, match="no whole step of 6:00:00"):
         regrid_time(cube_of(np.ones((3, 3, 3))), timedelta(hours=6))
@@ -127,3 +152,60 @@ def test_regridding_to_the_nearest_factor_keeps_depth_and_fine_spacing(space, se
         cube_of(np.full((1, 40, 40), 2.0)), Factor(space=space, time=1), Factor(space=10, time=1)
     )
     np.testing.assert_allclose(uniform.amount, 2.0, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(4, 25), st.integers(4, 25), st.integers(1, 6), st.integers(1, 6))
+def test_regridding_to_the_nearest_factor_begins_where_the_cube_does_and_keeps_its_totals(asked, served, hours, steps):
+    cube = cube_of(np.random.default_rng(asked).gamma(0.5, 2, (60, 20, 30)), step_h=hours)
+    ratio, longer = served / asked, steps / hours
+    if int(20 / ratio) < 1 or served == asked:
+        return
+    out = regrid_to_factor(cube, Factor(space=asked, time=hours), Factor(space=served, time=steps))
+    for axis, before in ((out.grid.y, cube.grid.y), (out.grid.x, cube.grid.x)):
+        assert axis.edges[0] == pytest.approx(before.edges[0])
+        assert axis.step == pytest.approx(before.step * ratio)
+        assert before.size - ratio < axis.size * ratio <= before.size + 1e-6
+    assert out.times.step == cube.times.step * longer
+    rows, columns = (np.clip(n * ratio - np.arange(m), 0, 1) for n, m in zip(out.grid.shape, (20, 30), strict=True))
+    kept = (cube.amount * rows[:, None] * columns).sum(axis=(1, 2)) / ratio**2  # as sums of the new cells
+    first, last = ((t - cube.times.start) / cube.times.step for t in (
+        out.times.start, out.times.start + out.times.step * out.times.size))  # fmt: skip
+    share = np.clip(last - np.arange(60), 0, 1) - np.clip(first - np.arange(60), 0, 1)
+    assert out.amount.sum(dtype=float) == pytest.approx((kept * share).sum(), rel=1e-4)
+
+
+def test_cells_that_lie_on_each_other_or_cross_themselves_are_refused():
+    lattice = coarse_grid(TARGET, Factor(space=10, time=1))
+    cube = cube_of(np.ones((1, 30, 40)))
+    corners = cells_of(cube.grid).corners
+
+    def of(rings):
+        return CellCube(np.ones((1, len(rings)), np.float32), cube.times, Cells(rings, LATLON), {})
+
+    np.testing.assert_allclose(regrid(of(corners), lattice).amount, 1.0, rtol=1e-6)
+    with pytest.raises(GridError, match=r"overlap each other: a target cell is covered 2.000 times"):
+        regrid(of(np.concatenate((corners, corners[600:700]))), lattice)
+    crossed = corners.copy()
+    crossed[620, [1, 2]] = crossed[620, [2, 1]]
+    with pytest.raises(GridError, match="1 source cells near the target have outlines that cross themselves"):
+        regrid(of(crossed), lattice)
+    with pytest.raises(GridError, match=r"target cells are not covered .* the worst is covered to [2-9]\d%"):
+        regrid(of(np.delete(corners, 620, axis=0)), coarse_grid(TARGET, Factor(space=25, time=1)))
+
+
+def test_the_reach_of_a_target_holds_the_lattices_of_all_factors():
+    box = reach(TARGET)
+    for space in range(1, 26):
+        grid = coarse_grid(TARGET, Factor(space=space, time=1))
+        assert box.x_min <= grid.x.edges.min() <= grid.x.edges.max() <= box.x_max
+        assert box.y_min <= grid.y.edges.min() <= grid.y.edges.max() <= box.y_max
+
+
+def test_the_native_factor_of_cells_in_feet_is_that_in_metres():
+    feet = "+proj=lcc +lat_1=44 +lat_2=49 +lat_0=46.5 +lon_0=3 +x_0=700000 +y_0=6600000 +ellps=GRS80 +units=us-ft"
+    crs, step = CRS.from_user_input(feet).to_wkt(), 8000 / 0.3048006096
+    grid = Grid(Axis(6.5e6 / 0.3048006096, -step, 40), Axis(7.5e5 / 0.3048006096, step, 40), crs)
+    times = TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 1)
+    space, _ = native_factor(Cube(np.ones((1, 40, 40), np.float32), times, grid, {}), TARGET)
+    assert space == pytest.approx(8.0, rel=1e-3)

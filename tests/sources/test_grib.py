@@ -132,13 +132,13 @@ HOURS = np.random.default_rng(4).gamma(0.5, 3.0, (6, 3, 4))  # mm
 def forecast(tmp_path):
     """Write messages (start, end, amounts [mm]) of a forecast of 2020-01-01, east of Japan; return the path."""
 
-    def write(*messages, name="tp"):
+    def write(*messages, name="tp", bits=24):
         def message(start, end, values):
             return REGULAR, {
                 "Ni": 4, "Nj": 3, "iDirectionIncrementInDegrees": 0.5, "jDirectionIncrementInDegrees": 0.5,
                 "latitudeOfFirstGridPointInDegrees": 36, "latitudeOfLastGridPointInDegrees": 35,
                 "longitudeOfFirstGridPointInDegrees": 141, "longitudeOfLastGridPointInDegrees": 142.5,
-                "dataDate": 20200101, "dataTime": 0, "shortName": name, "bitsPerValue": 24,
+                "dataDate": 20200101, "dataTime": 0, "shortName": name, "bitsPerValue": bits,
                 "stepRange": f"{start}-{end}" if name == "tp" else str(end),
             }, np.asarray(values) / 1000  # fmt: skip
 
@@ -174,6 +174,22 @@ def test_of_sums_since_the_start_and_since_a_reset_either_gives_the_amounts(fore
         np.testing.assert_allclose(rain_of(forecast(*messages)).amount, HOURS, atol=1e-3)
     with pytest.raises(SourceError, match="7 messages of 'tp' are no array"):
         rain_of(forecast(*run, (0, 6, HOURS[0])))
+
+
+def test_differences_of_packed_sums_dip_below_0_by_their_packing_at_most(forecast):
+    sums = [(0, k + 1, np.linspace(0, 500, 12).reshape(3, 4)) for k in range(3)]
+    for dip, refused in ((0.9, False), (2.2, True)):
+        path = forecast(*sums, bits=12)
+        with open_dataset(path) as dataset:
+            quantum = dataset["tp"].attrs["packing_error"] * 1000
+            values = dataset["tp"].values.copy()
+            values[1, 0, 2] -= dip * quantum / 1000
+            changed = dataset.assign(tp=dataset["tp"].copy(data=values))
+            if refused:
+                with pytest.raises(SourceError, match="Negative precipitation"):
+                    read_coarse(changed, "tp")
+            else:
+                assert read_coarse(changed, "tp").attributes["negatives_set_to_zero"] == "1"
 
 
 def test_a_rate_at_points_in_time_is_none_over_a_step(forecast):

@@ -362,6 +362,30 @@ def test_unstructured_ugrid_meshes(tmp_path, start_index):
         check(opened, rings, kind=Cells)
 
 
+def test_meshes_may_mark_absent_corners_by_negative_numbers():
+    data, rings = mesh()
+    data["nodes"] = (("face", "four"), np.where(data["nodes"] < 0, -1, data["nodes"]).astype(np.int32))
+    check(data, rings, kind=Cells)
+
+
+def test_corners_lie_half_way_between_centres_and_as_far_beyond_the_outer_ones():
+    lon, lat = np.meshgrid(4.0 + 0.1 * np.arange(6), 43.0 + 0.1 * np.arange(5))
+    places = {"lat": (("y", "x"), lat, {"units": "degrees_north"}), "lon": (("y", "x"), lon, {"units": "degrees_east"})}
+    corners = read_coarse(timed({"pr": (("time", "y", "x"), rain(2, 5, 6))}, places), "pr").cells.corners
+    expected = np.stack([lon, lat], -1).reshape(-1, 1, 2) + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.05
+    np.testing.assert_allclose(corners, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [-0.6, 0.6])
+def test_bounds_beside_their_centres_are_refused(shift):
+    lat = np.arange(42.0, 46.0)
+    coords = {"lat": ("lat", lat, {"units": "degrees_north", "bounds": "lat_bnds"}), "lon": np.arange(4.0, 9.0)}
+    data = timed({"pr": (("time", "lat", "lon"), rain(2, 4, 5))}, coords)
+    data["lat_bnds"] = (("lat", "nv"), lat[:, None] + shift + np.array([-0.5, 0.5]))
+    with pytest.raises(GridError, match="Bounds lat_bnds do not hold the centres of axis lat"):
+        read_coarse(data, "pr")
+
+
 def test_meshes_by_vertices_in_radians_as_icon_writes_them():
     _, (lon, lat) = slanted()
     corner = [np.stack([c[:-1, :-1], c[:-1, 1:], c[1:, 1:], c[1:, :-1]], axis=-1).reshape(-1, 4) for c in (lon, lat)]
