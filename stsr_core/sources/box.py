@@ -163,17 +163,17 @@ def _reach(axis: Axis, low: float, high: float) -> tuple[int, int]:
 
 
 def _around(axis: Axis, west: float, east: float) -> tuple[Axis, tuple[slice, ...]]:
-    """The part of a longitude axis between two meridians: shifted by whole turns, and joined across the seam of a
-    global axis; of several turns that a regional axis allows, the one that covers most.
+    """The part of a longitude axis between two meridians, joined across the seam of a global axis; of the turns by
+    which a regional axis may lie off them, the one that covers most.
     """
     turn = FULL_CIRCLE / abs(axis.step)
     cyclic = abs(axis.size - turn) < 1e-3
-    ways = [_reach(axis, west + FULL_CIRCLE * k, east + FULL_CIRCLE * k) for k in (-2, -1, 0, 1, 2)]
     if not cyclic:
+        ways = [_reach(axis, west + FULL_CIRCLE * k, east + FULL_CIRCLE * k) for k in (-2, -1, 0, 1, 2)]
         low, high = max(ways, key=lambda w: min(axis.size, w[1]) - max(0, w[0]))
         low, high = max(0, low), min(axis.size, high)
         return axis.isel(low, max(low, high)), (slice(low, high),)
-    low, high = min(ways, key=lambda w: abs(w[0]) + (10 * axis.size if w[0] < 0 else 0))
+    low, high = _reach(axis, west, east)
     if high - low >= axis.size:
         return axis, (slice(None),)
     start, stop = low % axis.size, low % axis.size + high - low
