@@ -234,7 +234,9 @@ def test_rain_that_falls_off_in_two_steps_on_end_only_is_no_running_sum():
 
 
 def test_a_valid_range_is_packed_with_the_offset_that_values_have(tmp_path):
-    data = array(values=values_with(150.0)).assign_attrs(valid_max=np.int16(2000)).to_dataset(name="pr")
+    values = values_with(150.0)
+    values[0, 0, 0] = 50.0
+    data = array(values=values).assign_attrs(valid_max=np.int16(2000)).to_dataset(name="pr")
     data["pr"].encoding.update(scale_factor=0.01, add_offset=100.0, dtype="int16", _FillValue=-32768)  # to 120 mm
     data.to_netcdf(tmp_path / "packed.nc")
     with open_dataset(str(tmp_path / "packed.nc")) as opened:
