@@ -17,7 +17,7 @@ from stsr_core.sources.box import Box
 from stsr_core.sources.cube import CellCube
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.grib import _outlines
-from stsr_core.sources.harmonise import read_coarse
+from stsr_core.sources.harmonise import find, read_coarse
 from stsr_core.sources.open import open_dataset
 from tests.grib_files import REGULAR, write_grib
 
@@ -247,6 +247,25 @@ def test_projected_grids_that_eccodes_would_misplace_are_refused(tmp_path, scan)
     path = write_grib(tmp_path / "a.grib2", ("GRIB2", {**LAMBERT, **scan, **RAIN}, FIELD / 1000))
     with pytest.raises(SourceError, match="grid of type lambert whose points run .* would misplace them"):
         open_dataset(path)
+
+
+def test_members_of_a_file_have_their_own_amounts_and_missing_cells_in_whatever_order_they_come(tmp_path):
+    ensemble = {**BOX, **RAIN, "productDefinitionTemplateNumber": 11, "bitmapPresent": 1, "missingValue": 9999}
+    amounts = {(m, k): HOURS[k] * m for m in (3, 1, 2) for k in (1, 0)}
+    amounts[2, 1] = np.where(FIELD == 5, np.nan, amounts[2, 1])
+    messages = [
+        (
+            REGULAR,
+            {**ensemble, "perturbationNumber": m, "startStep": k, "endStep": k + 1},
+            np.nan_to_num(v / 1000, nan=9999),
+        )
+        for (m, k), v in amounts.items()
+    ]
+    with open_dataset(write_grib(tmp_path / "a.grib2", *messages)) as dataset:
+        cubes = find(dataset, "tp").read_all()
+    assert [cube.driving for cube in cubes] == ["1", "2", "3"]
+    for m, cube in enumerate(cubes, start=1):
+        np.testing.assert_allclose(cube.amount, [amounts[m, 0], amounts[m, 1]], atol=2e-3)
 
 
 def test_a_mesh_whose_places_are_in_another_file_is_refused_and_long_names_are_kept(tmp_path):
