@@ -335,8 +335,8 @@ def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
     return replace(cube, amount=_along(cube.amount, 0, weights), times=changed)
 
 
-def regrid_to_factor(cube: Cube, asked: Factor, served: Factor) -> Cube:
-    """Regrid within the cube's own axes so that `served` reaches the fine grid that `asked` would have.
+def regrid_to_factor(cube: Cube, asked: tuple[int, int], served: Factor) -> Cube:
+    """Regrid within the cube's own axes so that `served` reaches the fine grid that (s, t) `asked` would have.
 
     The new coarse cell is asked fine cells times the served factor; what does not fill whole new cells at the far
     edges is left out.
@@ -344,11 +344,12 @@ def regrid_to_factor(cube: Cube, asked: Factor, served: Factor) -> Cube:
     Raises:
         GridError: the cube is smaller than one new cell.
     """
-    if asked == served:
+    space, time = asked
+    if asked == (served.space, served.time):
         return cube
     amount, axes = cube.amount, []
     for number, axis in ((1, cube.grid.y), (2, cube.grid.x)):
-        ratio = served.space / asked.space
+        ratio = served.space / space
         count = math.floor(axis.size / ratio + 1e-9)
         if count < 1:
             raise GridError(f"{axis.size} cells are less than one coarse cell of factor {served}. Use a larger domain.")
@@ -357,4 +358,4 @@ def regrid_to_factor(cube: Cube, asked: Factor, served: Factor) -> Cube:
         step = axis.step * ratio
         axes.append(Axis(float(axis.edges[0]) + step / 2, step, count))
     spatial = replace(cube, amount=amount, grid=Grid(axes[0], axes[1], cube.grid.crs_wkt))
-    return regrid_time(spatial, cube.times.step * (served.time / asked.time))
+    return regrid_time(spatial, cube.times.step * (served.time / time))

@@ -93,7 +93,7 @@ def matched(
     if not nearest:
         return cubes, library.family.exact(space, time)
     factor = library.family.nearest(space, time).factor
-    return tuple(regrid_to_factor(cube, Factor(space=space, time=time), factor) for cube in cubes), factor
+    return tuple(regrid_to_factor(cube, (space, time), factor) for cube in cubes), factor
 
 
 def prepared(

@@ -9,11 +9,11 @@ import pytest
 import xarray as xr
 
 import stsr_core
-from stsr_core.checkpoint import Served
+from stsr_core.checkpoint import Library, Served
 from stsr_core.conservation import CEILING_MM
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, prepared
+from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, matched, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import _Block, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, StoreError
@@ -23,6 +23,7 @@ from stsr_core.factors import recipe as configured
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.cube import Cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
+from tests.conftest import random_checkpoint
 
 CPU = choose_device("cpu")
 
@@ -223,6 +224,15 @@ def test_an_unsupported_factor_names_the_nearest_and_nearest_regrids_to_it(array
     assert float(out["x"][1] - out["x"][0]) == pytest.approx(4000.0 / 5)
 
 
+def test_a_factor_beyond_the_family_can_be_regridded_to_the_nearest(rain, tmp_path):
+    random_checkpoint(tmp_path, [(25, 1)])
+    cubes, factor = matched((cube_of(rain),), 30, 1, Library.open(tmp_path), nearest=True)
+    assert factor == Factor(space=25, time=1)
+    assert cubes[0].grid.x.refine(25).step == pytest.approx(4000.0 / 30)
+    total = cubes[0].amount.sum(axis=(1, 2), dtype=float) * (25 / 30) ** 2
+    assert (total <= rain.sum(axis=(1, 2)) * (1 + 1e-5)).all()
+
+
 def driving_cubes(rain, labels=("r1", "r2", "r5")):
     """Cubes of driving members: the same rain, moved in time."""
     return tuple(replace(cube_of(np.roll(rain, i, axis=0)), driving=label) for i, label in enumerate(labels))
@@ -376,8 +386,6 @@ def test_a_store_of_driving_members_grows_and_its_shards_are_those_of_each_alone
 
 
 def _serving(checkpoints):
-    from stsr_core.checkpoint import Library
-
     factor = Factor(space=4, time=1)
     return Library.open(checkpoints).serving(factor), factor, CPU
 
