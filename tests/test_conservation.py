@@ -4,7 +4,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stsr_core.conservation import CEILING_MM, LIFTED_SHARE, LIGHT_MM, conserve, quantise
+from stsr_core import conservation
+from stsr_core.conservation import CEILING_MM, LIFTED_SHARE, LIGHT_MM, conserve, quantise, threshold
 from stsr_core.errors import ClosureError, ShapeError
 from stsr_core.evaluation.scores import seam_ratio
 from stsr_core.factors import ConservationFunction, Factor
@@ -101,16 +102,67 @@ def test_what_a_cell_may_not_hold_goes_to_the_others_in_proportion():
     assert out.sum() == pytest.approx(16.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("beside", [(1, 0, 0), (1, 2, 1), (0, 1, 2), (2, 1, 1)])
+def test_the_most_that_a_cell_may_hold_is_that_of_the_wettest_neighbour_in_space_and_time(beside):
+    fine = torch.full((3, 30, 30), 0.1)
+    fine[1, 15, 15] = 1000.0
+    coarse = torch.ones(3, 3, 3)
+    function = ConservationFunction(threshold_mm=0.0, excess=3.0)
+    alone = conserve(fine, coarse, Factor(space=10, time=1), function)
+    coarse[beside] = 4.0
+    out = conserve(fine, coarse, Factor(space=10, time=1), function)
+    assert alone[1, 15, 15] == pytest.approx(1 + 3 * 1, rel=1e-3)
+    assert out[1, 15, 15] == pytest.approx(4 + 3 * 2, rel=1e-3)
+
+
+def test_what_is_unknown_of_the_gain_is_the_mean_of_what_is_known_around_it():
+    known = torch.zeros(1, 1, 3, 5, dtype=torch.bool)
+    known[0, 0, 1, 1] = known[0, 0, 1, 3] = True
+    found = conservation._filled(torch.where(known, torch.tensor([0.0, 2.0, 0.0, 6.0, 0.0]), 99.0), known)
+    torch.testing.assert_close(found[0, 0], torch.tensor([2.0, 2.0, 4.0, 6.0, 6.0]).expand(3, 5))
+
+
+def test_a_gain_is_bounded_where_fields_have_nothing_of_their_totals():
+    blocks, factor = torch.full((1, 1, 1, 2, 4, 2, 4), 1e-30), Factor(space=4, time=1)
+    gain = conservation._smooth_gain(blocks, torch.ones(1, 1, 2, 2), factor)
+    assert gain.max() == conservation.LARGEST_LOG_GAIN
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.sampled_from([EXACT, TAPERED]))
+def test_steps_are_conserved_alike_few_at_a_time_or_all_at_once(seed, time, function):
+    rng = np.random.default_rng(seed)
+    factor = Factor(space=4, time=time)
+    fine = torch.from_numpy(rng.gamma(0.3, 3.0, (2, 5 * time, 12, 8)).astype(np.float32))
+    coarse = torch.from_numpy(rng.gamma(0.3, 5.0, (5, 3, 2)).astype(np.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conservation, "SLAB_CELLS", 2 * time * 12 * 8)
+        assert len(conservation.slabs(coarse, factor)) == 3
+        few = conserve(fine, coarse, factor, function)
+    torch.testing.assert_close(few, conserve(fine, coarse, factor, function), rtol=1e-5, atol=1e-6)
+    whole = threshold(coarse[None], factor, function)
+    torch.testing.assert_close(threshold(coarse[None], factor, function, slice(1, 3)), whole[:, time : 3 * time])
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(-12, 3))
+@given(st.integers(0, 2**32 - 1), st.floats(-37, 38))
 def test_no_field_however_far_from_its_totals_breaks_conservation(seed, exponent):
     rng = np.random.default_rng(seed)
     fine = 10.0**exponent * rng.gamma(0.05, 1.0, (2, 32, 32)) * (rng.random((2, 32, 32)) < 0.2)
+    fine = fine.clip(max=np.finfo(np.float32).max)
     coarse = (rng.gamma(0.1, 30.0, (1, 4, 4)) * (rng.random((1, 4, 4)) < 0.5)).astype(np.float32)
     factor = Factor(space=8, time=2)
     for function in (EXACT, TAPERED):
         out = conserve(torch.from_numpy(fine.astype(np.float32)), torch.from_numpy(coarse), factor, function).numpy()
         np.testing.assert_allclose(coarsen(out, factor), coarse, rtol=1e-5, atol=1e-7)
+
+
+def test_a_tapered_f_knows_the_ceiling_too():
+    fine = torch.full((1, 20, 20), 0.2)
+    fine[0, 3, 4] = 4000.0
+    function = ConservationFunction(threshold_mm=0.0, excess=10.0)
+    out = conserve(fine, torch.full((1, 2, 2), 200.0), Factor(space=10, time=1), function)
+    assert out.max() == pytest.approx(CEILING_MM, rel=5e-3)
 
 
 @pytest.mark.parametrize("function", [EXACT, TAPERED])
@@ -176,6 +228,16 @@ def test_stored_quanta_sum_exactly_to_the_rounded_coarse_total(case):
     assert (quanta >= 0).all()
     assert np.abs(quanta * 0.01 - conserved).max() < 0.015 + 1e-5 * conserved.max()
     assert (quanta[conserved == 0] == 0).all()
+
+
+def test_a_drizzle_of_parts_of_a_quantum_keeps_its_amount():
+    rng = np.random.default_rng(0)
+    factor = Factor(space=25, time=6)
+    fine = torch.from_numpy(rng.gamma(1.0, 1e-4, (6, 25, 25)).astype(np.float32))
+    coarse = fine.double().mean(dim=(1, 2)).sum().float().reshape(1, 1, 1)
+    quanta = quantise(fine, coarse, factor, 0.01)
+    assert quanta.sum() == round(float(fine.double().sum()) / 0.01)
+    assert quanta.max() == 1
 
 
 def test_quantise_marks_missing_blocks():
