@@ -44,8 +44,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("statics")
     rng = np.random.default_rng(0)
     rain = np.where(rng.random((30, 200, 200)) > 0.7, rng.gamma(1.0, 3.0, (30, 200, 200)), 0.0).astype(np.float32)
-    (folder / "rain").mkdir()
-    projected(rain, 1000.0, units="mm").to_dataset(name="precipitation").to_netcdf(folder / "rain" / "a.nc")
+    for name in ("rain", "other"):
+        (folder / name).mkdir()
+        projected(rain, 1000.0, units="mm").to_dataset(name="precipitation").to_netcdf(folder / name / "a.nc")
     height = rng.random((100, 100)).repeat(4, 0).repeat(4, 1) * 900.0
     projected(height, 500.0, units="m").to_dataset(name="orography").to_netcdf(folder / "orography.nc")
     height[360:] += 1000.0
@@ -62,7 +63,7 @@ def checkpoints(folder) -> Path:
     """A checkpoint that was trained with orography."""
     data = command.Data(
         [str(folder / "rain")],
-        [str(folder / "rain")],
+        [str(folder / "other")],
         declared=Declared(crs=CRS),
         statics={"orography": source(folder)},
     )
@@ -198,7 +199,7 @@ def test_files_that_are_named_need_no_catalog(tmp_path):
 
 def test_a_start_with_other_fields_is_refused(folder, checkpoints):
     start = Library.open(checkpoints).checkpoints[0].weights_path.with_suffix(".json")
-    data = command.Data([str(folder / "rain")], [str(folder / "rain")], declared=Declared(crs=CRS))
+    data = command.Data([str(folder / "rain")], [str(folder / "other")], declared=Declared(crs=CRS))
     with pytest.raises(ConfigurationError, match=r"trained with the static fields \['orography'\]; \[\] are named"):
         command.train_checkpoint(
             data, [(4, 1)], folder=folder / "other", name="o", preset="small", mean_steps=1, denoiser_steps=1,

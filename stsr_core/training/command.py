@@ -15,7 +15,9 @@ from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor, authors_recipe, recipe
+from stsr_core.home import at_home
 from stsr_core.sources.declared import NOTHING, Declared
+from stsr_core.sources.fine import places_of
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training.fit import fit
 from stsr_core.training.patches import Region, load_archive
@@ -66,7 +68,7 @@ class Data:
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
         fields = named_sources(statics, catalog_file)
         if archive is None:
-            return cls([str(p) for p in train], [str(p) for p in validation], statics=fields)
+            return cls([str(at_home(p)) for p in train], [str(at_home(p)) for p in validation], statics=fields)
         found, base = Configuration.load(catalog_file).archive(archive), catalog_file.resolve().parent
         return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields)
 
@@ -74,6 +76,15 @@ class Data:
         """Read the regions of `train` or `validation`."""
         fields = tuple(self.statics.values())
         return load_archive(urls, self.variable, self.declared, base=self.base, cache=cache, statics=fields)
+
+    def require_apart(self) -> None:
+        """Refuse files that are in `train` and in `validation`; raises ConfigurationError."""
+        both = sorted(set(places_of(self.train, self.base)) & set(places_of(self.validation, self.base)))
+        if both:
+            raise ConfigurationError(
+                f"{both[0]} is in the data to fit on and in those to validate on, whose loss then says nothing of "
+                "other weather. Keep them apart."
+            )
 
 
 def train_checkpoint(
@@ -100,7 +111,8 @@ def train_checkpoint(
     """Train, or go on training, one checkpoint for all `factors`.
 
     Raises:
-        ConfigurationError: a share of weights to start from without any, or none of 0..1.
+        ConfigurationError: a share of weights to start from without any, or none of 0..1; a file to fit on that is also
+            one to validate on.
         FactorError: a factor that cannot be trained.
     """
     if not 0 <= start_share <= 1 or (start_share and start is None):
@@ -108,6 +120,7 @@ def train_checkpoint(
             f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "
             "together with --start."
         )
+    data.require_apart()
     configure = recipe if recipe_name == "stsr" else authors_recipe
     configurations = [configure(Factor.of(space, time)) for space, time in factors]
     joined = Run.join(choose_device(device))
@@ -126,7 +139,7 @@ def train_checkpoint(
         denoiser_steps=chosen.denoiser_steps if denoiser_steps is None else denoiser_steps,
         distil_steps=chosen.distil_steps if distil_steps is None else distil_steps,
         score_steps=chosen.score_steps if score_steps is None else score_steps,
-        learning_rate=learning_rate or chosen.learning_rate,
+        learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
         cells_per_step=cells_per_step or chosen.cells_per_step,
     )
     training = Training(

@@ -214,8 +214,9 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
             for name in "yx"}  # fmt: skip
     hours = np.datetime64("2018-01-01T01", "ns") + np.arange(24) * np.timedelta64(1, "h")
     fine = xr.Dataset({"precipitation": (("time", "y", "x"), rain, {"units": "mm"})}, {"time": hours, **axes})
-    path, folder = str(site.folder / "fine.nc"), site.folder / "training"
-    fine.to_netcdf(path)
+    path, other, folder = str(site.folder / "fine.nc"), str(site.folder / "other.nc"), site.folder / "training"
+    for place in (path, other):
+        fine.to_netcdf(place)
     factor = {"space": 4, "time": 1}
 
     def done(deployment: str, **parameters: Any) -> str:
@@ -227,7 +228,7 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
     steps = {
         "factors": [factor],
         "train_on": [path],
-        "validate_on": [path],
+        "validate_on": [other],
         "mean_steps": 1,
         "denoiser_steps": 1,
         "distil_steps": 1,

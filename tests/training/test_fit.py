@@ -425,6 +425,14 @@ def test_a_share_of_no_start_is_refused():
             )  # fmt: skip
 
 
+def test_what_is_fitted_on_is_not_validated_on(archive):
+    (folder,) = archive
+    for validation in (folder, f"{folder}/b*.nc"):
+        with pytest.raises(ConfigurationError, match=r"\.nc is in the data to fit on and in those to validate on"):
+            Data([folder], [validation]).require_apart()
+    Data([f"{folder}/a.nc"], [f"{folder}/b.nc"]).require_apart()
+
+
 def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
     first = fit(training(regions, tmp_path / "first"), "x", {})
     wider = replace(TINY, architecture=Architecture(mean_channels=(16, 32), denoiser_channels=(8, 32)))
