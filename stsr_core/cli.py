@@ -176,7 +176,8 @@ def downscale(
         ),
     ],
     output: Annotated[
-        str, typer.Argument(callback=at_home, help="Zarr store to write: a folder or s3://bucket/prefix.")
+        str,
+        typer.Argument(metavar="OUTPUT", callback=at_home, help="Zarr store to write: a folder or s3://bucket/prefix."),
     ],
     variable: Annotated[str, typer.Option(help="Variable that holds precipitation amounts per step.")],
     space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
@@ -306,9 +307,9 @@ def train(
         list[str] | None,
         typer.Option("--factor", help="Factor SPACExTIME, as 8x3; several train one checkpoint together."),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Folder of the training; the same again resumes it.")] = Path(
-        "runs/train"
-    ),
+    folder: Annotated[
+        Path, typer.Option(callback=at_home, help="Folder of the training; the same again resumes it.")
+    ] = Path("runs/train"),
     name: Annotated[str, typer.Option(help="Name of the checkpoint.")] = "stsr",
     preset: Annotated[PresetName, typer.Option(help="Size of the networks.")] = PresetName.small,
     recipe: Annotated[
@@ -334,7 +335,9 @@ def train(
             help="Steps in which that is trained on towards the least CRPS of whole members; 0 leaves it as it is.",
         ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate; default by preset.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Largest learning rate; default by preset.")
+    ] = None,
     cells_per_step: Annotated[
         int | None,
         typer.Option(
@@ -344,7 +347,10 @@ def train(
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option(help="Card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own."),
+        typer.Option(
+            callback=at_home,
+            help="Card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.",
+        ),
     ] = None,
     start_share: Annotated[
         float,
@@ -358,11 +364,13 @@ def train(
         ),
     ] = False,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
-    seed: Annotated[int, typer.Option(help="Seed of weights and patches.")] = 0,
-    catalog_file: Annotated[Path | None, typer.Option(help="catalog.yaml that names the archive.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and patches.")] = 0,
+    catalog_file: Annotated[
+        Path | None, typer.Option(callback=at_home, help="catalog.yaml that names the archive.")
+    ] = None,
     static: StaticOption = None,
 ) -> None:
-    """Train a checkpoint on fine precipitation; several processes or GPUs by `torchrun -m stsr_core.cli train ...`.
+    """Train a checkpoint on fine precipitation; several processes or GPUs by `torchrun -m stsr_core.cli train`.
 
     One factor by --space and --time, or several together by --factor. Kill it at any time: the same command goes on
     from the last save.
@@ -416,9 +424,9 @@ def evaluate(
     data: Annotated[list[Path], typer.Argument(help="Fine files, or folders of NetCDF files.")],
     space: Annotated[int, typer.Option(min=1, help="Factor in space.")],
     time: Annotated[int, typer.Option(min=1, help="Factor in time.")],
-    members: Annotated[int, typer.Option(help="Members.")] = 8,
-    hours: Annotated[int, typer.Option(help="Fine steps that are scored, the wettest of each file.")] = 24,
-    cells: Annotated[int, typer.Option(help="Fine cells along the square that is scored, in the middle.")] = 384,
+    members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
+    hours: Annotated[int, typer.Option(min=1, help="Fine steps that are scored, the wettest of each file.")] = 24,
+    cells: Annotated[int, typer.Option(min=1, help="Fine cells along the square that is scored, in the middle.")] = 384,
     coarser: Annotated[
         int,
         typer.Option(
@@ -435,13 +443,15 @@ def evaluate(
     warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Threads; 0 is one per core.")] = 0,
     device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
-    checkpoints: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default the shipped ones.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(callback=at_home, help="Folder of checkpoints; default the shipped ones.")
+    ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write what is measured to the card, under the spacing of the grid.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all scores here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", callback=at_home, help="Write all scores here.")] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with tables and pictures here.")
+        Path | None, typer.Option("--html", callback=at_home, help="Write a page with tables and pictures here.")
     ] = None,
     static: StaticOption = None,
 ) -> None:
@@ -483,15 +493,18 @@ def bench(
     output: Annotated[
         str | None, typer.Option(callback=at_home, help="Folder or s3://bucket/prefix to write to.")
     ] = None,
-    source: Annotated[str | None, typer.Option("--input", help="Coarse file or URL; else the shipped forecast")] = None,
+    source: Annotated[
+        str | None, typer.Option("--input", help="Coarse file or URL; else the shipped forecast.")
+    ] = None,
     variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
     declare: DeclareOption = None,
     training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
     regrid: Annotated[
-        float | None, typer.Option("--regrid", metavar="YEARS", help="Only read and regrid years of 6-hourly input.")
+        float | None,
+        typer.Option("--regrid", min=0, metavar="YEARS", help="Only read and regrid years of 6-hourly input."),
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Only say where the time of one shard goes.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", callback=at_home, help="Write all figures here.")] = None,
 ) -> None:
     """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks.
 
@@ -500,9 +513,11 @@ def bench(
     from stsr_core import bench as benchmark
     from stsr_core.bench_regrid import bench_regridding
     from stsr_core.configuration import Declarations
+    from stsr_core.evaluation.command import require_folder
     from stsr_core.factors import Factor
     from stsr_core.settings import Settings
 
+    require_folder(json_file)
     if regrid is not None:
         _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
         return

@@ -39,11 +39,8 @@ def evaluate_checkpoint(
         ConfigurationError: no folder for what is to be written, or a spacing that the card does not speak of.
         FactorError: a factor that is not served, or the authors' setting of one that they give none for.
     """
-    for path in (json_file, html_file):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigurationError(
-                f"There is no folder {path.absolute().parent} to write {path.name} to. Make it first."
-            )
+    require_folder(json_file)
+    require_folder(html_file)
     library = Library.open(checkpoints)
     factor = library.family.exact(space, time)
     if options.reference:
@@ -67,6 +64,12 @@ def evaluate_checkpoint(
             f"under that the card has scores on {told} km. All else is written. Leave --record out."
         )
     return evaluation
+
+
+def require_folder(path: Path | None) -> None:
+    """Refuse a file that could not be written in the end; raises ConfigurationError."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigurationError(f"There is no folder {path.absolute().parent} to write {path.name} to. Make it first.")
 
 
 def table_text(table: Table) -> str:
