@@ -180,6 +180,48 @@ def test_digests_follow_the_input_near_a_shard_and_not_the_number_of_members(lib
     assert reseeded.task(reseeded.shards[0]).digest != first
 
 
+def test_a_digest_covers_all_that_a_shard_is_made_from(library, rain, monkeypatch):
+    cube = cube_of(rain)
+    plan, _ = plan_of(library, cube, members=6)
+    recipe, served = plan.recipe, plan.recipe.served
+    fields = np.zeros((1, 36, 44), np.float32)
+
+    def digest(number=0, **changes):
+        changed = replace(plan, **changes)
+        return changed.task(changed.shards[number]).digest
+
+    def made(**changes):
+        return {"recipe": replace(recipe, **changes)}
+
+    def served_by(**changes):
+        return made(served=served.model_copy(update=changes))
+
+    several = [
+        digest(),
+        digest(1),
+        digest(**made(seed=2)),
+        digest(**made(conserve=False)),
+        digest(**made(checkpoint_digest="0")),
+        digest(**served_by(evaluations=3)),
+        digest(**made(served=served.told(4))),
+        digest(**served_by(configuration=served.configuration.model_copy(update={"context_length": 5}))),
+        digest(cubes=(cube_of(rain, x0=8000.0),)),
+        digest(cubes=(cube_of(rain, hour=1),)),
+        digest(cubes=(replace(cube, driving="r1"),)),
+        digest(statics=fields),
+        digest(statics=fields + 1),
+    ]
+    monkeypatch.setattr("stsr_core.ensemble.plan.code_version", lambda: "another")
+    several.append(digest())
+    assert len(set(several)) == len(several)
+
+
+def test_blocks_of_the_same_input_have_digests_of_their_own(library):
+    plan, _ = plan_of(library, cube_of(np.ones((400, 9, 11), np.float32)), members=2)
+    assert len(plan.shards) > 8
+    assert len({plan.task(shard).digest for shard in plan.shards}) == len(plan.shards)
+
+
 def test_shards_tile_the_ensemble_exactly_once(library):
     cube = cube_of(np.ones((30, 140, 150), np.float32))
     plan, _ = plan_of(library, cube, members=6)
