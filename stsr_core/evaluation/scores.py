@@ -53,7 +53,9 @@ def rmse(ensemble: Ensemble, truth: Field) -> float:
 
 
 def hourly_change(fields: Field) -> float:
-    """Mean absolute step-to-step change, over (..., T, Y, X)."""
+    """Mean absolute step-to-step change, over (..., T, Y, X); NaN of one step."""
+    if fields.shape[-3] < 2:
+        return float("nan")
     return float(np.nanmean(np.abs(np.diff(fields, axis=-3))))
 
 

@@ -58,7 +58,8 @@ def read_truth(
     many times before all else. `statics` gives the static fields on the grid of a file.
 
     Raises:
-        SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run.
+        SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run; files of which no
+            coarse cell is whole.
     """
     places = places_of(urls)
     runs = [_wettest(place, variable, hours, factor) for place in places]
@@ -72,6 +73,11 @@ def read_truth(
         _middle(f[: nt // t * t], min(ny, nx, cells), factor, place) for f, place in zip(fields, places, strict=True)
     ]
     coarse = np.stack([coarsen(c, factor) for c in cut])
+    if np.isnan(coarse).all():
+        raise SourceError(
+            f"A part of every coarse cell of factor {factor} is missing in the middle of {', '.join(places)}. Ask for "
+            "more cells or hours, or name other files."
+        )
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
     seen = tuple(

@@ -81,6 +81,13 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
         read_truth([path], FACTOR, hours=24, cells=40, variable="precipitation")
     with pytest.raises(SourceError, match="no variable 'rain'; it has .'precipitation'"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="rain")
+    data = xr.load_dataset(path)
+    data["precipitation"][:, ::4, ::4] = np.nan
+    data.to_netcdf(path, mode="w")
+    with pytest.raises(
+        SourceError, match="A part of every coarse cell of factor .* is missing in the middle of .*a.nc"
+    ):
+        read_truth([path], Factor(space=4, time=1), hours=2, cells=40, variable="precipitation")
     with pytest.raises(SourceError, match="no whole coarse cell"):
         read_truth([path], Factor(space=25, time=1), hours=2, cells=20, variable="precipitation")
 

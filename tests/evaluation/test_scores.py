@@ -76,6 +76,15 @@ def test_missing_truth_is_left_out():
     assert all(np.isfinite(v) for v in found.values()), found
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (2, 5, 9)])
+def test_small_samples_have_scores_that_are_undefined_not_warnings(shape):
+    truth = np.random.default_rng(0).gamma(0.3, 3, (1, *shape)).astype(np.float32)
+    for members in (1, 2):
+        found = scores(np.stack([truth] * members), truth, Factor(space=4, time=1))
+        assert np.isnan(found["hourly_change_ratio"]) == (shape[0] == 1)
+        assert found["wet_fraction_ratio"] == 1
+
+
 def test_spectrum_finds_missing_small_scales():
     truth = normal(1, 4, 64, 64)
     assert spectrum_db(0.1 * truth[None], truth, 8) == pytest.approx(20.0, abs=0.01)
