@@ -91,6 +91,20 @@ def test_ancestral_sampling_draws_the_covariance_of_an_analytic_gaussian():
     np.testing.assert_allclose(drawn.T.cov(), covariance, atol=0.03)
 
 
+def test_ancestral_sampling_keeps_to_the_noise_levels_of_its_schedule():
+    torch.manual_seed(0)
+    off = []
+
+    def denoise(noisy: torch.Tensor, angle: float) -> torch.Tensor:
+        off.append(float(noisy.std()) / math.sin(angle))
+        return torch.zeros_like(noisy)  # all there is to draw
+
+    drawn = ancestral_sample(denoise, lambda: torch.randn(50_000), 0.02, steps=12)
+    assert len(off) == 12
+    np.testing.assert_allclose(off, 1.0, atol=0.02)
+    assert drawn.std() < 0.02
+
+
 def test_smaller_noise_amplitude_gives_less_spread():
     # The end of a short schedule still holds signal that pure noise does not have: members agree more.
     denoise = gaussian_denoiser(torch.eye(2))

@@ -46,7 +46,7 @@ def cleared() -> float:
 def test_a_worker_of_any_cluster_keeps_the_memory_that_it_frees(library):
     factor = Factor(space=4, time=1)
     networks = Networks("0" * 64, Downscaler.load(library.serving(factor), factor, choose_device("cpu")), "cpu", "auto")
-    one = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    one = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": ":0"}
     with dask.config.set(OF_DASK), LocalCluster(**one) as cluster, Client(cluster) as client:
 
         def at_last() -> float:  # once the heap has grown to what tensors need

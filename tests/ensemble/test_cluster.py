@@ -4,7 +4,7 @@ from stsr_core.ensemble.cluster import Cluster
 
 
 def test_a_local_cluster_that_takes_long_to_end_does_not_undo_finished_work(monkeypatch):
-    slow = LocalCluster(n_workers=1, processes=False, dashboard_address=None)
+    slow = LocalCluster(n_workers=1, processes=False, dashboard_address=":0")
     close = slow.close
 
     def late(*arguments):

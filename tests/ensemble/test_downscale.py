@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 import stsr_core
@@ -15,10 +17,10 @@ from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, matched, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.ensemble.shard import _Block, make_shard
+from stsr_core.ensemble.shard import _Block, _store, fill_missing, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, StoreError
 from stsr_core.evaluation.evaluate import as_cube
-from stsr_core.factors import Factor
+from stsr_core.factors import Factor, NoiseCorrelation
 from stsr_core.factors import recipe as configured
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.cube import Cube
@@ -123,6 +125,18 @@ def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_
     np.testing.assert_array_equal(block_sums(parts, 4, 1), block_sums(whole, 4, 1))
 
 
+def test_noise_correlated_next_to_nothing_is_the_white_noise_of_its_place(library, rain):
+    made = []
+    for before in (0.0, 1e-6):
+        plan, downscaler = plan_of(library, cube_of(rain))
+        noise = NoiseCorrelation(beside=before, before=before)
+        configuration = plan.recipe.served.configuration.model_copy(update={"noise": noise})
+        recipe = replace(plan.recipe, served=plan.recipe.served.model_copy(update={"configuration": configuration}))
+        plan = replace(plan, recipe=recipe)
+        made.append(_Block(plan.task(plan.shards[0]), replace(downscaler, served=recipe.served))._noise(1))
+    np.testing.assert_allclose(made[1], made[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("factor", [(1, 6), (2, 1), (8, 3), (10, 1), (25, 6)])
 def test_what_a_shard_holds_in_memory_grows_neither_with_the_domain_nor_with_the_period(factor):
     space, time = factor
@@ -159,10 +173,43 @@ def test_holes_stay_missing_and_their_neighbours_keep_their_amount(library, rain
     )
 
 
-def test_without_conservation_the_totals_are_the_networks_own(library, rain):
-    plan, downscaler = plan_of(library, cube_of(rain), conserve=False)
-    sums = block_sums(ensemble_quanta(plan, downscaler), 4, 1)
-    assert (sums != np.rint(16 * rain.astype(np.float64) / QUANTUM_MM)).any()
+def test_a_dry_shard_counts_what_is_missing(library, rain):
+    dry = np.zeros_like(rain)
+    dry[2, 4, 3] = np.nan
+    plan, downscaler = plan_of(library, cube_of(dry), members=3)
+    made = make_shard(plan.task(plan.shards[0]), downscaler)
+    assert made.counts["missing"] == (made.quanta == MISSING).sum() == 3 * 16
+
+
+def test_networks_see_the_nearest_cell_where_one_is_missing():
+    nan = np.nan
+    coarse = np.array([[[1, nan, nan, 5], [2, nan, nan, 6]], [[nan] * 4] * 2], np.float32)
+    filled = fill_missing(coarse)
+    assert filled.tolist() == [[[1, 1, 5, 5], [2, 2, 6, 6]], [[0] * 4] * 2]
+    assert np.isnan(coarse[0, 0, 1])
+
+
+@pytest.mark.parametrize(("mm", "fits"), [(655.34, True), (655.35, False), (700.0, False)])
+def test_amounts_that_16_bits_do_not_hold_are_refused(library, rain, mm, fits):
+    plan, _ = plan_of(library, cube_of(rain), members=1, conserve=False)
+    fine = torch.zeros(1, 8, 36, 44)
+    fine[0, 3, 5, 7] = mm
+    stored = torch.empty(fine.shape, dtype=torch.int16)
+    with nullcontext() if fits else pytest.raises(StoreError, match=f"m0-t0-y0-x0 holds {mm:.0f} mm in one fine cell"):
+        _store(plan.task(plan.shards[0]), fine, stored)
+        assert int((stored.int() & MISSING).max()) == 65534
+
+
+def test_without_conservation_the_totals_are_the_networks_own(library, rain, monkeypatch):
+    monkeypatch.setattr("stsr_core.conservation.SLAB_CELLS", 1)  # a step at a time
+    heaviest_first = np.sort(rain, axis=0)[::-1].copy()
+    plan, downscaler = plan_of(library, cube_of(heaviest_first), conserve=False)
+    made = make_shard(plan.task(plan.shards[0]), downscaler)
+    off = block_sums(made.quanta, 4, 1) - np.rint(16 * heaviest_first.astype(np.float64) / QUANTUM_MM)
+    assert made.closure_quanta == np.abs(off).max() > np.abs(off[:, -1]).max()
+    dry = replace(plan, cubes=(cube_of(np.zeros_like(rain)),))
+    made = make_shard(dry.task(dry.shards[0]), downscaler)  # what networks make of no rain stays, too
+    assert made.evaluations == dry.evaluations(dry.shards[0]) > 0
     wild = replace(downscaler, served=downscaler.served.model_copy(update={"spread": 100.0}))
     assert ensemble_quanta(plan, wild).max() * QUANTUM_MM == pytest.approx(CEILING_MM)
 

@@ -52,7 +52,7 @@ def plan(library) -> Plan:
 @contextmanager
 def dask(workers: int, resources):
     """A cluster of threads, and its client."""
-    options = {"processes": False, "resources": resources, "dashboard_address": None}
+    options = {"processes": False, "resources": resources, "dashboard_address": ":0"}
     with LocalCluster(n_workers=workers, threads_per_worker=1, **options) as cluster, Client(cluster) as client:
         yield client
 
@@ -169,10 +169,11 @@ def test_a_cluster_whose_workers_offer_nothing_is_refused_and_does_not_hang(plan
 
 
 def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library, client, monkeypatch):
-    stopped, failing = threading.Event(), plan.shards[1].key
+    stopped, failing, tries = threading.Event(), plan.shards[1].key, []
 
     def compute(task, _, progress):
         if task.shard.key == failing:
+            tries.append(1)
             raise ValueError("out of luck")
         for _ in range(20):
             time.sleep(0.05)
@@ -189,3 +190,4 @@ def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library
     with pytest.raises(ShardError, match=rf"{failing} failed: ValueError: out of luck"):
         run(plan, library, client)
     assert stopped.wait(10)
+    assert len(tries) == 1 + engine.RETRIES == 3

@@ -21,6 +21,12 @@ def test_windows_cover_a_span_and_nothing_else(length, span, data):
     assert covered.all()
 
 
+def test_a_span_within_the_overlap_of_two_windows_has_the_first_alone():
+    lattice = AxisLattice(20, 5, 20)  # windows from -15, 0, 15
+    assert lattice.covering((16, 19)) == [(16, 19)]
+    assert [w.tolist() for w in lattice.weights((16, 19), 1)] == [[1.0, 1.0, 1.0]]
+
+
 @settings(max_examples=100, deadline=None)
 @given(SPANS, st.integers(0, 40), st.integers(1, 40))
 def test_windows_lie_on_one_lattice_whatever_span_asks_for_them(span, offset, width):
