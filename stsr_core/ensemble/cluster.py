@@ -38,7 +38,7 @@ class Cluster:
     """Which cluster to use.
 
     Attributes:
-        scheduler_address: an existing scheduler; everything else is ignored then but the device.
+        scheduler_address: an existing scheduler; `workers` is ignored then.
         device: auto, cpu or cuda; on an existing cluster each worker finds its own.
         workers: number of local workers; 0 means one per GPU or core.
         precision: auto, float32 or bfloat16, see `Downscaler.on`.

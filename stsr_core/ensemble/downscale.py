@@ -162,6 +162,8 @@ def downscale(
     Raises:
         SourceError: the array cannot be read without guessing.
         FactorError: (space, time) is not served.
+        ConfigurationError: a number of members, a seed or a device that cannot be.
+        StoreError: an amount beyond what 16 bits hold at 0.01 mm.
     """
     import xarray as xr
 

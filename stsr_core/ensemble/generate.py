@@ -260,6 +260,7 @@ def generate(
 
     Raises:
         ShardError: a shard failed on every try, or the scheduler went away; shards that were finished stay.
+        StoreError: a shard has amounts that the store does not hold, or could not be written, on every try.
         ConfigurationError: no worker of the cluster offers what shards ask for.
     """
     plugin = Networks(plan.recipe.checkpoint_digest, downscaler, device, precision)

@@ -15,7 +15,7 @@ BLOCK_CELLS = 128  # cells along a block
 RESAMPLES = 2000
 
 
-def block_sums(crps: NDArray[np.float32]) -> NDArray[np.float64]:
+def sums_by_block(crps: NDArray[np.float32]) -> NDArray[np.float64]:
     """Sums of a CRPS field (P, T, Y, X) over blocks, flat; those at the far edges are smaller, empty ones left out."""
     sums, counts = np.nan_to_num(crps).astype(np.float64), np.isfinite(crps).astype(np.float64)
     for axis, size in ((1, BLOCK_STEPS), (2, BLOCK_CELLS), (3, BLOCK_CELLS)):

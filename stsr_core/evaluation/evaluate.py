@@ -18,7 +18,7 @@ from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.sums import sums
 from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
-from stsr_core.evaluation.bootstrap import block_sums, ratio_interval
+from stsr_core.evaluation.bootstrap import ratio_interval, sums_by_block
 from stsr_core.evaluation.reference import reference_ensemble
 from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, ratio, scores
 from stsr_core.evaluation.truth import Truth, read_truth
@@ -291,7 +291,7 @@ def _scored(
             started = time.monotonic()
             crps = crps_field(ensemble, truth.fine)
             table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **scores(ensemble, truth.fine, factor)}
-            blocks[name] = block_sums(crps)
+            blocks[name] = sums_by_block(crps)
             advance(1, time.monotonic() - started)
     return table, blocks
 
@@ -371,9 +371,9 @@ def _warming(
     signal = {}
     for factor in WARMING:
         raised, _ = runner.ensemble(truth.coarse * np.float32(factor), name=f"input x {factor:g}")
-        before, after = _statistics(base), _statistics(raised)
-        expected = _statistics(truth.fine * np.float32(factor))
-        reference = _statistics(truth.fine)
+        before, after = _distribution(base), _distribution(raised)
+        expected = _distribution(truth.fine * np.float32(factor))
+        reference = _distribution(truth.fine)
         signal[f"{factor:g}"] = {k: ratio(after[k], before[k]) for k in before} | {
             f"{k} of the truth": ratio(expected[k], reference[k]) for k in before
         }
@@ -381,7 +381,7 @@ def _warming(
     return signal
 
 
-def _statistics(fields: NDArray[np.float32]) -> Mapping[str, float]:
+def _distribution(fields: NDArray[np.float32]) -> Mapping[str, float]:
     return {
         "mean": float(np.nanmean(fields, dtype=np.float64)),
         "wet fraction": float((fields > WET_MM).mean()),

@@ -18,7 +18,7 @@ LINEAR_CHANNEL = 1  # the linear interpolation among them
 
 
 @lru_cache
-def _scaled(space: int, time: int, device: torch.device) -> Tensor:
+def _seen(space: int, time: int, device: torch.device) -> Tensor:
     """log2 of a factor, scaled to about 0..1; copied once, as a GPU would stop for it at every call of a network."""
     with torch.inference_mode(mode=False):  # training uses it too
         return (torch.tensor([float(space), float(time)]).log2() / 4.0).to(device)
@@ -26,7 +26,7 @@ def _scaled(space: int, time: int, device: torch.device) -> Tensor:
 
 def factor_context(factor: Factor, batch: int, device: torch.device) -> Tensor:
     """Return the factor as the networks see it, (B, 2): log2 of space and time, scaled to about 0..1."""
-    return _scaled(factor.space, factor.time, device).expand(batch, 2)
+    return _seen(factor.space, factor.time, device).expand(batch, 2)
 
 
 class MeanNetwork(nn.Module):

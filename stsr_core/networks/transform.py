@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stsr_core.conservation import refined
+from stsr_core.conservation import LARGEST_PASS, refined
 from stsr_core.factors import Factor
 
 HALO = 1  # coarse cells and steps on every side that `condition` needs for its interpolation
 GAIN_PASSES = 6  # coarse amounts of radar fields are then returned to 1 % in the mean
-TRACE_MM = 1e-3  # amount per coarse step below which the gain does not tell wet from dry
-LARGEST_PASS = 3.0  # largest change of the logarithm of the gain in one pass
+SOFTENED_MM = 1e-3  # amount per coarse step below which the gain does not tell wet from dry
 
 
 def to_transformed(amount: Tensor, scale_mm: float) -> Tensor:
@@ -62,7 +61,7 @@ def pycnophylactic_gain(coarse: Tensor, space: int) -> Tensor:
     log_gain = torch.zeros_like(wanted)
     for _ in range(GAIN_PASSES):
         found = F.avg_pool2d(linear * refined(log_gain, factor).exp(), space)
-        log_gain += ((wanted + TRACE_MM) / (found + TRACE_MM)).log().clamp(-LARGEST_PASS, LARGEST_PASS)
+        log_gain += ((wanted + SOFTENED_MM) / (found + SOFTENED_MM)).log().clamp(-LARGEST_PASS, LARGEST_PASS)
     return log_gain
 
 

@@ -153,7 +153,7 @@ def train_checkpoint(
         start=begun,
         start_share=start_share,
         only_spacing=only_spacing,
-        statics=_scaled(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
+        statics=_fields_over(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
         report=report,
     )
     provenance = {
@@ -184,7 +184,7 @@ def _those_of(start: Checkpoint, sources: Mapping[str, StaticSource]) -> tuple[S
     return start.card.statics
 
 
-def _scaled(sources: Mapping[str, StaticSource], regions: Sequence[Region]) -> tuple[StaticField, ...]:
+def _fields_over(sources: Mapping[str, StaticSource], regions: Sequence[Region]) -> tuple[StaticField, ...]:
     """Static fields scaled to zero mean and unit variance over the regions, to three digits."""
     fields = []
     for number, (name, source) in enumerate(sources.items()):

@@ -39,7 +39,7 @@ LEAK = 0.1  # share of the gradient that passes where amounts are cut off, else 
 BELOW_WEIGHT = 0.1
 LEAST_TRANSFORMED = -2.0
 LARGEST_TRANSFORMED = 8.0  # of members, so that gradients stay finite; 600 mm
-TRACE_MM = 1e-4  # amount below which cells and blocks count as dry
+DRY_MM = 1e-4  # amount below which cells and blocks count as dry
 LARGEST_GAIN = 50.0  # that gradients are multiplied by
 LIGHT_SCALES = ((0.2, 0.4), (0.05, 0.3))  # of the logarithms of light rain [mm], and their weights
 # Of differences between neighbouring cells; with 1 members had a quarter of the radar's power at 3 km.
@@ -132,7 +132,7 @@ def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) 
     with torch.no_grad():
         wanted = conserve(fine, coarse, factor, function)
         of_block = _over_blocks(_ratio(coarse, above, factor), factor)  # for dry cells, which have no gain of their own
-        gain = torch.where(above > TRACE_MM, wanted / above.clamp(min=TRACE_MM), of_block).clamp(max=LARGEST_GAIN)
+        gain = torch.where(above > DRY_MM, wanted / above.clamp(min=DRY_MM), of_block).clamp(max=LARGEST_GAIN)
         rest = wanted - gain * above
     result = gain * above + rest
     return result * _over_blocks(_ratio(coarse, result, factor), factor)
@@ -141,7 +141,7 @@ def conserved(fine: Tensor, coarse: Tensor, configuration: FactorConfiguration) 
 def _ratio(coarse: Tensor, fine: Tensor, factor: Factor) -> Tensor:
     """Coarse amounts over those of blocks, 1 where these are dry, (B, T, Y, X)."""
     total = block_sums(fine, factor) / factor.space**2
-    return torch.where(total > TRACE_MM, coarse / total.clamp(min=TRACE_MM), 1.0)
+    return torch.where(total > DRY_MM, coarse / total.clamp(min=DRY_MM), 1.0)
 
 
 def _over_blocks(coarse: Tensor, factor: Factor) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stsr_core.evaluation.bootstrap import block_sums, ratio_interval
+from stsr_core.evaluation.bootstrap import ratio_interval, sums_by_block
 from stsr_core.evaluation.scores import (
     autocorrelation,
     crps_field,
@@ -153,14 +153,14 @@ def test_the_interval_of_a_ratio_holds_the_ratio(scale, seed):
 def test_blocks_leave_missing_cells_out():
     crps = np.ones((1, 7, 130, 10), np.float32)
     crps[:, :6, :128] = np.nan
-    assert block_sums(crps).tolist() == [6 * 2 * 10, 128 * 10, 2 * 10]
+    assert sums_by_block(crps).tolist() == [6 * 2 * 10, 128 * 10, 2 * 10]
 
 
 def test_the_interval_is_that_of_the_ratio_of_means_where_blocks_are_not_alike():
     rng = np.random.default_rng(0)
     first, second = rng.gamma(2.0, 1.0, (2, 1, 600, 200, 10)).astype(np.float32)
     first[..., 128:, :] *= 3  # the edge, which has smaller blocks
-    low, high = ratio_interval(block_sums(first), block_sums(second))
+    low, high = ratio_interval(sums_by_block(first), sums_by_block(second))
     assert low < first.mean() / second.mean() < high
     assert low + high == pytest.approx(2 * first.mean() / second.mean(), rel=0.03)
 
