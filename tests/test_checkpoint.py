@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from stsr_core.checkpoint import Checkpoint, Library, Measured, with_measured
+from stsr_core.checkpoint import Checkpoint, Library, Measured, Teacher, with_measured
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import CheckpointError
 from stsr_core.factors import Factor
@@ -83,6 +83,29 @@ def test_what_is_measured_goes_to_the_card_by_factor_and_spacing(folder):
     assert list(served.measured) == [1, 4]
     assert after.card.serving(Factor(space=10, time=1)).measured == {}
     assert after.weights().keys() == before.weights().keys()
+
+
+def test_the_digest_is_of_card_and_weights(folder):
+    path = folder / "tiny.json"
+    before = Checkpoint.read(path)
+    assert Checkpoint.read(path).digest == before.digest
+    card = json.loads(path.read_text())
+    card["served"][0]["residual_scale"] *= 2
+    path.write_text(json.dumps(card))
+    assert Checkpoint.read(path).digest != before.digest
+
+
+def test_networks_are_told_the_nearest_spacing_that_they_were_trained_at(folder):
+    card = Checkpoint.read(folder / "tiny.json").card.model_copy(update={"spacings_km": (1, 2, 4)})
+    for km, told in ((0.3, 1), (1.3, 1), (1.5, 2), (2.7, 2), (3.0, 4), (9.0, 4)):
+        assert card.serving(FACTOR, km).configuration.spacing_km == told
+
+
+def test_what_a_teacher_served_has_its_spread_and_evaluations_and_no_teacher(folder):
+    served = Checkpoint.read(folder / "tiny.json").card.serving(FACTOR)
+    student = served.model_copy(update={"spread": 0.9, "teacher": Teacher(spread=1.2, evaluations=8)})
+    assert student.taught == served.model_copy(update={"spread": 1.2, "evaluations": 8})
+    assert served.taught is served
 
 
 def test_the_shipped_checkpoints_are_whole_and_serve_the_promised_factors():
