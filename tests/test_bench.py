@@ -1,12 +1,16 @@
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
 from stsr_core import bench
+from stsr_core.checkpoint import Library
 from stsr_core.cli import app
+from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.factors import Factor
 
@@ -40,6 +44,28 @@ def test_a_run_counts_the_workers_that_there_are_as_on_two_gpus_not_those_asked_
     figures = bench.bench_engine(options, checkpoints=str(checkpoints), report=lines.append)
     assert [run["workers"] for run in figures["runs"]] == [2]
     assert lines[0].startswith("2 workers: ")
+
+
+def test_the_share_outside_the_networks_is_of_the_time_of_all_workers_with_reading(checkpoints, tmp_path, monkeypatch):
+    options = bench.Options(Factor(space=4, time=3), **SMALL, device="cpu")
+    checkpoint = Library.open(checkpoints).serving(options.factor)
+    plan = bench._plan(checkpoint, options, members=5)
+    downscaler = Downscaler.load(checkpoint, options.factor, choose_device("cpu"))
+    evaluations, cells = (sum(map(count, plan.shards)) for count in (plan.evaluations, plan.cell_evaluations))
+
+    def generate(*_, progress, **__):
+        (tmp_path / "out" / "precipitation" / "c").mkdir()
+        time.sleep(0.2)
+        progress(evaluations - 1, 1.5)
+        progress(1, 0.5)
+
+    monkeypatch.setattr(bench, "generate", generate)
+    run = bench._run(plan, downscaler, 2, str(tmp_path / "out"), options, reading=3.0)
+    assert (run["workers"], run["network_evaluations"]) == (2, evaluations)
+    assert 0.2 < run["seconds"] < 5
+    assert 1 - run["share_outside_networks"] == pytest.approx(2.0 / (2 * (3.0 + run["seconds"])))
+    assert run["cell_evaluations_per_s_in_networks"] == pytest.approx(cells / 2.0)
+    assert bench._rate(run) == pytest.approx(cells)  # two workers side by side
 
 
 def test_a_file_of_the_users_own_is_measured_and_dry_windows_are_counted(checkpoints, tmp_path, monkeypatch):
