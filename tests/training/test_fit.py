@@ -193,6 +193,33 @@ def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path
     assert resumed.card.weights_sha256 == whole.card.weights_sha256
 
 
+def test_networks_are_fitted_on_one_part_of_the_archive_and_judged_on_the_other(tmp_path):
+    fitted, watched = (region_of("even", np.full((24, 200, 220), mm, np.float32)) for mm in (0.0, 7.0))
+    run = replace(training([fitted], tmp_path), validation=[watched])
+    assert not run.draw(1, 0).fine.any()
+    assert run._watched
+    assert all((drawn.fine == 7).all() for drawn in run._watched)  # not augmented
+    assert (run._example(CONFIGURATION, np.random.default_rng(0)).truth == 7).all()
+
+
+def test_a_step_is_bounded_and_moves_the_average_by_its_decay():
+    stage = Stage("x", 1, torch.nn.Linear(2, 1), steps=1000, learning_rate=0.1)
+    expected = {name: weights.clone() for name, weights in stage.average.items()}
+    for step in range(1, 4):
+        rate = stage.rate()
+        stage.update(1e3 * stage.network(torch.ones(1, 2)).square().mean(), Run(0, 1, CPU))
+        assert stage.optimiser.param_groups[0]["lr"] == rate
+        assert torch.cat([p.grad.ravel() for p in stage.network.parameters()]).norm() < 1.001
+        decay = (1 + step) / (10 + step)
+        for name, now in stage.network.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * now
+            torch.testing.assert_close(stage.average[name], expected[name])
+    stage.step = 10**6
+    stage.update(stage.network(torch.ones(1, 2)).square().mean(), Run(0, 1, CPU))
+    for name, now in stage.network.state_dict().items():
+        torch.testing.assert_close(stage.average[name], 0.998 * expected[name] + 0.002 * now)
+
+
 def first_stage(steps):
     from stsr_core.networks.mean import MeanNetwork
 
