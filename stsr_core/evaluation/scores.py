@@ -60,12 +60,13 @@ def hourly_change(fields: Field) -> float:
 
 
 def autocorrelation(fields: Field) -> float:
-    """Correlation of a cell with itself one step later, over (..., T, Y, X), where either is wet."""
+    """Correlation of a cell with itself one step later, over (..., T, Y, X), where either is wet; NaN if even."""
     first, second = fields[..., :-1, :, :], fields[..., 1:, :, :]
     wet = ((first > WET_MM) | (second > WET_MM)) & np.isfinite(first) & np.isfinite(second)
-    if wet.sum() < 2:
+    one, next_one = first[wet].astype(np.float64), second[wet].astype(np.float64)
+    if not (wet.any() and one.std() and next_one.std()):
         return float("nan")
-    return float(np.corrcoef(first[wet].astype(np.float64), second[wet].astype(np.float64))[0, 1])
+    return float(np.corrcoef(one, next_one)[0, 1])
 
 
 def power_spectrum(fields: Field) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from stsr_core.evaluation.scores import (
     fractions_skill,
     hourly_change,
     mean_spell,
+    power_spectrum,
     rank_histogram,
     rmse,
     scores,
@@ -91,6 +92,25 @@ def test_spectrum_finds_missing_small_scales():
     assert np.isnan(spectrum_db(truth[None], truth, 1))
 
 
+def test_the_power_of_white_noise_is_the_same_at_every_wavenumber_for_any_number_of_frames():
+    for frames in (40, 160):
+        power = power_spectrum(normal(frames, 32, 40))
+        np.testing.assert_allclose(power[3:17] / 32**2, 1.0, atol=0.1)
+
+
+@pytest.mark.parametrize(("wavenumber", "counts"), [(3, False), (4, True), (20, True)])
+def test_the_spectrum_is_compared_at_wavelengths_up_to_two_coarse_cells(wavenumber, counts):
+    truth, x = normal(1, 4, 64, 64), np.arange(64) / 64
+    wave = 3.0 * np.cos(2 * np.pi * wavenumber * x).astype(np.float32)
+    assert (spectrum_db((truth + wave)[None], truth, 8) > 1.0) is counts  # 64 / (2 * 8) = 4
+
+
+def test_ties_of_the_rank_are_broken_by_lot():
+    ensemble, truth = np.zeros((3, 1, 1, 100, 100), np.float32), np.zeros((1, 1, 100, 100), np.float32)
+    ensemble[1] = 1.0
+    np.testing.assert_allclose(rank_histogram(ensemble, truth), [1 / 3, 1 / 3, 1 / 3, 0], atol=0.02)
+
+
 def test_seams_are_steps_at_the_borders_of_coarse_cells():
     smooth = np.broadcast_to(np.arange(24, dtype=np.float32), (1, 24, 24))
     assert seam_ratio(smooth + smooth.swapaxes(-1, -2), 8) == pytest.approx(1.0)
@@ -112,6 +132,8 @@ def test_autocorrelation_of_slow_and_fast_fields():
     slow = noise[:1].repeat(50, 0) + 0.01 * noise
     assert autocorrelation(slow) > 0.99
     assert abs(autocorrelation(noise)) < 0.1
+    assert np.isnan(autocorrelation(np.ones((3, 2, 2), np.float32)))
+    assert np.isnan(autocorrelation(np.zeros((3, 2, 2), np.float32)))
 
 
 def test_fractions_skill_forgives_small_displacements_only():
@@ -148,6 +170,24 @@ def test_the_interval_of_a_ratio_holds_the_ratio(scale, seed):
     other = np.random.default_rng(seed + 1).gamma(1.0, 1.0, 200)
     low, high = ratio_interval(other, blocks)
     assert low < other.mean() / blocks.mean() < high
+
+
+def test_the_interval_of_a_mean_over_many_blocks_is_that_of_a_normal_distribution():
+    blocks = np.random.default_rng(0).gamma(2.0, 1.0, 400)
+    low, high = ratio_interval(blocks, np.ones(400))
+    assert (high - low) / 2 == pytest.approx(1.96 * blocks.std() / np.sqrt(400), rel=0.08)
+
+
+def test_the_largest_amounts_are_those_of_each_member():
+    truth = np.zeros((1, 2, 8, 8), np.float32)
+    truth[0, 0, 0, 0] = 3.0
+    found = scores(np.stack([truth, truth / 3, truth * 2]), truth, Factor(space=4, time=1))
+    assert found["maximum_ratio"] == pytest.approx((3 + 1 + 6) / 3 / 3)
+
+
+def test_days_of_1_mm_are_wet():
+    days = np.array([0.9, 1.1, 3.1], np.float32).reshape(3, 1, 1)
+    assert daily_indices(days, steps_per_day=1)["sdii"] == pytest.approx(2.1)
 
 
 def test_blocks_leave_missing_cells_out():
