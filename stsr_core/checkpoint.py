@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+NEAR = 1.5  # ratio of spacings or steps up to which networks know what they were not trained at
 EVALUATIONS = 8  # network evaluations of a member; 16 change CRPS by 0.2 %, 4 cost a tenth of the spread
 
 
@@ -147,6 +149,20 @@ class Card(_Frozen):
                 return served.told(nearest_spacing(spacing_km, self.spacings_km))
         have = ", ".join(str(s.configuration.factor) for s in self.served)
         raise CheckpointError(f"Checkpoint {self.name} serves {have}, not {factor}. Choose one of these or train it.")
+
+    def strange(self, spacing_km: float, step: timedelta) -> str:
+        """What of a fine grid is unlike all that the networks were trained at, in a sentence; empty if nothing is."""
+        step_h, least, most = step / timedelta(hours=1), min(self.spacings_km), max(self.spacings_km)
+        found = []
+        if not 1 / NEAR < step_h / self.fine_step_h < NEAR:
+            found.append(f"steps of {step_h:g} h, not {self.fine_step_h:g} h")
+        if not least / NEAR < spacing_km < most * NEAR:
+            found.append(f"cells of {spacing_km:.2g} km, not {least} to {most} km")
+        if not found:
+            return ""
+        return (
+            f"Checkpoint {self.name} was not trained on such a fine grid: {'; '.join(found)}. Check what comes of it."
+        )
 
 
 def _sha256(data: bytes) -> str:

@@ -205,6 +205,7 @@ def downscale(
     OUTPUT gets `precipitation` (member, time, y, x) in mm per fine step. The amount of an input cell is the sum
     over its fine steps of the area mean of its fine cells. The same command again finishes what was interrupted.
     """
+    from stsr_core.checkpoint import Library
     from stsr_core.configuration import Declarations
     from stsr_core.ensemble.cluster import Cluster
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
@@ -228,6 +229,9 @@ def downscale(
         checkpoints=settings.checkpoints,
         statics=_statics(static, settings),
     )
+    card = Library.open(settings.checkpoints).serving(downscaler.factor).card
+    if doubt := card.strange(plan.fine_grid.spacing_km, plan.fine_times.step):
+        say(doubt)
     total = sum(plan.evaluations(shard) for shard in plan.shards)
     cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers, settings.precision)
     with progress_bar("network evaluations", total) as advance:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from datetime import timedelta
 
 import pytest
 import torch
@@ -99,6 +100,25 @@ def test_networks_are_told_the_nearest_spacing_that_they_were_trained_at(folder)
     card = Checkpoint.read(folder / "tiny.json").card.model_copy(update={"spacings_km": (1, 2, 4)})
     for km, told in ((0.3, 1), (1.3, 1), (1.5, 2), (2.7, 2), (3.0, 4), (9.0, 4)):
         assert card.serving(FACTOR, km).configuration.spacing_km == told
+
+
+@pytest.mark.parametrize(
+    ("km", "hours", "said"),
+    [
+        (1.0, 1, ""),
+        (0.7, 1, ""),
+        (5.9, 1, ""),
+        (1.0, 24, "steps of 24 h, not 1 h"),
+        (1.0, 0.5, "steps of 0.5 h, not 1 h"),
+        (12.0, 1, "cells of 12 km, not 1 to 4 km"),
+        (0.1, 3, "steps of 3 h, not 1 h; cells of 0.1 km, not 1 to 4 km"),
+    ],
+)
+def test_a_fine_grid_unlike_those_of_training_is_told(folder, km, hours, said):
+    card = Checkpoint.read(folder / "tiny.json").card.model_copy(update={"spacings_km": (1, 2, 4)})
+    found = card.strange(km, timedelta(hours=hours))
+    assert said in found
+    assert bool(found) is bool(said)
 
 
 def test_what_a_teacher_served_has_its_spread_and_evaluations_and_no_teacher(folder):

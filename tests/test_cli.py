@@ -179,6 +179,18 @@ def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, 
     assert "--overwrite" in again.stderr
 
 
+def test_downscale_tells_of_steps_that_the_networks_do_not_know(coarse, checkpoints, tmp_path):
+    daily = xr.open_dataset(coarse)
+    first = daily["time"].values[0]
+    daily = daily.assign_coords(time=first + np.arange(daily.sizes["time"]) * np.timedelta64(24, "h"))
+    daily = daily.drop_vars([v for v in daily.variables if v.endswith(("bnds", "bounds"))])
+    daily.to_netcdf(tmp_path / "daily.nc")
+    request = (*REQUEST, "--declare", "time_label: end")
+    done = stsr("downscale", tmp_path / "daily.nc", tmp_path / "out.zarr", *request, checkpoints=checkpoints)
+    assert done.returncode == 0, done.stderr
+    assert "not trained on such a fine grid: steps of 24 h, not 1 h" in done.stdout
+
+
 def test_no_conserve_is_accepted(coarse, checkpoints, tmp_path):
     done = stsr("downscale", coarse, tmp_path / "o.zarr", *REQUEST, "--no-conserve", checkpoints=checkpoints)
     assert done.returncode == 0, done.stderr
