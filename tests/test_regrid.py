@@ -159,7 +159,7 @@ def test_regridding_to_the_nearest_factor_begins_where_the_cube_does_and_keeps_i
     ratio, longer = served / asked, steps / hours
     if int(20 / ratio) < 1 or served == asked:
         return
-    out = regrid_to_factor(cube, Factor(space=asked, time=hours), Factor(space=served, time=steps))
+    out = regrid_to_factor(cube, (asked, hours), Factor(space=served, time=steps))
     for axis, before in ((out.grid.y, cube.grid.y), (out.grid.x, cube.grid.x)):
         assert axis.edges[0] == pytest.approx(before.edges[0])
         assert axis.step == pytest.approx(before.step * ratio)
