@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.bounds import bounds_of
 from stsr_core.sources.declared import ALL
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _said_once(dataset: xr.Dataset, dim: str) -> xr.Dataset:
     Raises:
         SourceError: they differ.
     """
-    bounds = {str(v.attrs.get("bounds") or v.encoding.get("bounds")) for v in dataset.variables.values()}
+    bounds = {bounds_of(v) for v in dataset.variables.values()}
     for name in [*map(str, dataset.coords), *bounds]:
         if name not in dataset.variables or dim not in dataset[name].dims or dataset[name].ndim == 1:
             continue

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.bounds import bounds_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -77,7 +78,7 @@ def _check_alike(found: list[xr.Dataset], paths: list[str]) -> None:
 
 def _check_bounds(found: list[xr.Dataset], paths: list[str]) -> None:
     """Refuse files of which only some say over which time their values are: joined, none would."""
-    stated = [_bounds_of(d["time"]) in d.variables for d in found if "time" in d.variables]
+    stated = [bounds_of(d["time"]) in d.variables for d in found if "time" in d.variables]
     if any(stated) and not all(stated):
         raise SourceError(
             f"The files do not fit together: there are time bounds in {paths[stated.index(True)]}, none in "
@@ -116,12 +117,8 @@ def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:
 
 def _amounts(dataset: xr.Dataset) -> list[str]:
     """Variables that hold data, and may differ between members: those along time that are bounds of none."""
-    bounds = {_bounds_of(v) for v in dataset.variables.values()}
+    bounds = {bounds_of(v) for v in dataset.variables.values()}
     return [n for n in map(str, dataset.data_vars) if "time" in dataset[n].dims and n not in bounds]
-
-
-def _bounds_of(coordinate: xr.DataArray | xr.Variable) -> object:
-    return coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
 
 
 def _distinct(paths: list[str]) -> list[str]:

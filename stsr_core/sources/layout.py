@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stsr_core.errors import SourceError
+from stsr_core.sources.bounds import bounds_of
 from stsr_core.sources.declared import ALL, Declared
 from stsr_core.sources.driving import Driving, entries_of, selected
 from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
@@ -119,7 +120,7 @@ def _bounds(dataset: xr.Dataset, time: str, time_dim: str) -> list[tuple[Time, T
     coordinate = dataset[time]
     if "climatology" in {**coordinate.attrs, **coordinate.encoding}:
         raise SourceError(f"{time} is the time of a climatology, no period of its own. Name a file of single periods.")
-    name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
+    name = bounds_of(coordinate)
     if name not in dataset.variables:
         return None
     bounds = dataset[name]

@@ -11,6 +11,7 @@ import numpy as np
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Axis, Cells, Grid
+from stsr_core.sources.bounds import bounds_of
 from stsr_core.sources.units import length_in
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def _axis_scale(coordinate: xr.DataArray, crs: CRS | None) -> float:
 
 def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
     """Bounds of the cells of an axis, (n, 2), None where the file has none."""
-    bounds = dataset[name].attrs.get("bounds") or dataset[name].encoding.get("bounds")
+    bounds = bounds_of(dataset[name])
     if bounds not in dataset.variables or dataset[bounds].ndim != 2 or dataset[bounds].shape[1] != 2:
         return None
     values = _degrees(dataset[bounds].transpose(name, ...), dataset[name]) * _axis_scale(dataset[name], crs)
@@ -365,7 +366,7 @@ def _vertices(
     """Corners (N, V, 2) that the bounds of latitude and longitude give, None where there are none."""
     found = []
     for coordinate in (longitude, latitude):
-        name = coordinate.attrs.get("bounds") or coordinate.encoding.get("bounds")
+        name = bounds_of(coordinate)
         if name not in dataset.variables or dataset[name].ndim != len(dims) + 1:
             return None
         bounds = dataset[name].transpose(*dims, ...)
