@@ -194,7 +194,7 @@ def make_plan(cubes: tuple[Cube, ...], found: Match, library: Library, job: Job,
         "planned", members=members, steps=steps, rows=rows, columns=columns, shards=cost.shards, dry=cost.dry,
         windows_skipped=cost.skipped, evaluations=cost.evaluations, device_hours=cost.device_hours,
     )  # fmt: skip
-    if doubt := library.serving(found.factor).card.strange(plan.fine_grid.spacing_km, plan.fine_times.step):
+    if doubt := plan.strange(library.serving(found.factor).card):
         event("strange_grid", level=logging.WARNING, why=doubt)
     cost.check(settings.max_device_hours)
     return plan

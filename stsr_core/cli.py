@@ -229,8 +229,7 @@ def downscale(
         checkpoints=settings.checkpoints,
         statics=_statics(static, settings),
     )
-    card = Library.open(settings.checkpoints).serving(downscaler.factor).card
-    if doubt := card.strange(plan.fine_grid.spacing_km, plan.fine_times.step):
+    if doubt := plan.strange(Library.open(settings.checkpoints).serving(downscaler.factor).card):
         say(doubt)
     total = sum(plan.evaluations(shard) for shard in plan.shards)
     cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers, settings.precision)

@@ -19,7 +19,7 @@ from stsr_core.version import code_version
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.checkpoint import Checkpoint, Served
+    from stsr_core.checkpoint import Card, Checkpoint, Served
     from stsr_core.grids import Grid, TimeAxis
     from stsr_core.sources.cube import Cube
 
@@ -217,6 +217,10 @@ class Plan:
         tile = max(1, round(SHARD_CELLS / self.space))
         _, ny, nx = self.cube.amount.shape
         return max(1, round(SHARD_STEPS / self.time)), min(ny, tile), min(nx, tile)
+
+    def strange(self, card: Card) -> str:
+        """What its fine grid has that the networks of a card were not trained on, see `Card.strange`."""
+        return card.strange(self.fine_grid.spacing_km, self.fine_times.step)
 
     @cached_property
     def lattice(self) -> WindowLattice:
