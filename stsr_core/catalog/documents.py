@@ -340,9 +340,8 @@ class Documents:
         import obstore
 
         try:
-            paths = [meta["path"] for batch in obstore.list(self._bucket, path) for meta in batch]
-            for name in paths or [path]:
-                obstore.delete(self._bucket, name)
+            below = [meta["path"] for batch in obstore.list(self._bucket, path) for meta in batch]
+            obstore.delete(self._bucket, below or path)  # a thousand in one request where the store can
         except FileNotFoundError:
             return
         except obstore.exceptions.BaseError as e:

@@ -111,10 +111,12 @@ def train_checkpoint(
     """Train, or go on training, one checkpoint for all `factors`.
 
     Raises:
-        ConfigurationError: a share of weights to start from without any, or none of 0..1; a file to fit on that is also
-            one to validate on.
+        ConfigurationError: a name that no file can have; a share of weights to start from without any, or none of 0..1;
+            a file to fit on that is also one to validate on.
         FactorError: a factor that cannot be trained.
     """
+    if name in {"", ".."} or name != Path(name).name:
+        raise ConfigurationError(f"{name!r} cannot be the name of a file. Name the checkpoint by letters and digits.")
     if not 0 <= start_share <= 1 or (start_share and start is None):
         raise ConfigurationError(
             f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "

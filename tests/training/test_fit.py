@@ -452,6 +452,15 @@ def test_a_share_of_no_start_is_refused():
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["", "..", "rain/small", "/small"])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(name):
+    with pytest.raises(ConfigurationError, match="cannot be the name of a file"):
+        train_checkpoint(
+            Data([], []), [(8, 1)], folder="", name=name, preset="small", mean_steps=1, denoiser_steps=1,
+            distil_steps=1, score_steps=1, device="cpu", seed=0, report=print,
+        )  # fmt: skip
+
+
 def test_what_is_fitted_on_is_not_validated_on(archive):
     (folder,) = archive
     for validation in (folder, f"{folder}/b*.nc"):
