@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from stsr_core.factors import Factor
     from stsr_core.progress import Advance
 
+GAIN_CELLS = 2  # coarse cells and steps around a shard, at least, on which the gain of conservation there depends
+
 
 @dataclass(frozen=True)
 class ShardResult:
@@ -204,8 +206,9 @@ class _Block:
 
     def conserved(self) -> Box:
         """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""
-        axes = zip(self.lattice.axes, self.task.shard.box, self.task.shape, strict=True)
-        t, y, x = ((max(0, a - axis.overlap), min(n, b + axis.overlap)) for axis, (a, b), n in axes)
+        margins = [max(axis.overlap, GAIN_CELLS) for axis in self.lattice.axes]
+        axes = zip(self.task.shard.box, self.reach, margins, strict=True)
+        t, y, x = ((max(low, a - margin), min(high, b + margin)) for (a, b), (low, high), margin in axes)
         return t, y, x
 
 

@@ -337,6 +337,8 @@ class Training:
             factor = str(one.configuration.factor)
             if factor in have:
                 continue
+            if self.run.rank == 0:
+                self.report(f"{factor}: choosing how far members spread, on {self.preset.calibration_patches} patches")
             have[factor] = self._spread(one, mean, denoiser)
             if self.run.rank == 0:
                 self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")

@@ -11,7 +11,7 @@ from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO
 from stsr_core.training import calibrate
-from stsr_core.training.calibrate import Example, _residuals, calibrated_spread
+from stsr_core.training.calibrate import Example, _drawn, calibrated_spread
 
 CONFIGURATION = recipe(Factor(space=4, time=2))
 
@@ -29,13 +29,12 @@ def example(downscaler: Downscaler, spread: float, seed: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
     coarse = 4 * torch.rand(1, 8, 8, 8, generator=generator) + 1
     conditions = downscaler.condition(coarse)
-    mean = downscaler.mean(conditions)[:, :, 0]
     served = downscaler.served.model_copy(update={"spread": spread})
     true = Downscaler(served, 0.2, downscaler.mean_network, downscaler.denoiser, torch.device("cpu"))
     inner = coarse[0, HALO:-HALO, HALO:-HALO, HALO:-HALO]
     found = Example(inner, inner, conditions)
-    residual = _residuals(downscaler, found, downscaler.mean(conditions), generator)[:1]
-    return replace(found, truth=true.conserve(true.amounts(mean, residual), inner)[0])
+    _, mean, residuals = _drawn(downscaler, found, generator)
+    return replace(found, truth=true.conserve(true.amounts(mean, residuals[:1]), inner)[0])
 
 
 @pytest.mark.parametrize("spread", [0.9, 1.2, 1.75])
@@ -48,3 +47,11 @@ def test_of_spreads_as_good_as_the_least_crps_the_one_nearest_to_the_skill_is_ta
     examples = [example(downscaler, 1.2, seed) for seed in range(3)]
     monkeypatch.setattr(calibrate, "TOLERANCE", 1.0)  # all are good
     assert math.isclose(calibrated_spread(downscaler, examples, seed=9), 1.2)
+
+
+def test_spreads_beyond_those_that_make_members_worse_are_not_tried(downscaler, monkeypatch):
+    examples, tried = [example(downscaler, 0.9, seed) for seed in range(3)], []
+    monkeypatch.setattr(Downscaler, "conserve", lambda self, *a, _all=Downscaler.conserve: (
+        tried.append(self.served.spread), _all(self, *a))[1])  # fmt: skip
+    assert calibrated_spread(downscaler, examples, seed=9) == 0.9
+    assert list(dict.fromkeys(tried)) == [1.0, 1.1, 0.9, 0.8]
