@@ -20,6 +20,7 @@ from stsr_core.diffusion import sample, sampling_angles
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.factors import Factor
 from stsr_core.networks.denoiser import Denoiser
+from stsr_core.networks.layers import Cells
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import condition, linear_interpolation, pycnophylactic_gain, to_signed_amount
 
@@ -196,17 +197,22 @@ class Downscaler:
         """Linear interpolation of a coarse block with halo [mm per fine step], the plainest baseline."""
         return linear_interpolation(coarse.to(self.device), self.factor)
 
-    def mean(self, conditions: Tensor) -> Tensor:
-        """Transformed conditional mean of windows, (B, T, 5 + S, H, W) to (B, T, 1, H, W), float32."""
-        with self._precision():
-            return self.mean_network(conditions, self.factor, self.served.configuration.spacing_km).float()
+    def mean(self, conditions: Tensor, cut: Cells = (0, 0)) -> Tensor:
+        """Transformed conditional mean of windows, (B, T, 5 + S, H, W) to (B, T, 1, H, W), float32.
 
-    def expected_residual(self, noisy: Tensor, angle: float, mean: Tensor, conditions: Tensor) -> Tensor:
+        Where the windows were cut off of larger ones, `cut` says how much before them, see `networks.layers`.
+        """
+        with self._precision():
+            return self.mean_network(conditions, self.factor, self.served.configuration.spacing_km, cut).float()
+
+    def expected_residual(
+        self, noisy: Tensor, angle: float, mean: Tensor, conditions: Tensor, cut: Cells = (0, 0)
+    ) -> Tensor:
         """Residual that the denoiser expects in windows at one noise level, unit variance, (B, T, 1, H, W)."""
         with self._precision():
             angles = torch.full((len(noisy),), angle, device=self.device)
             spacing = self.served.configuration.spacing_km
-            return self.denoiser(noisy, angles, mean, conditions, self.factor, spacing).float()
+            return self.denoiser(noisy, angles, mean, conditions, self.factor, spacing, cut).float()
 
     def amounts(self, mean: Tensor, residual: Tensor) -> Tensor:
         """Amounts [mm per fine step] of a transformed mean and a residual of unit variance; below 0 where dry."""

@@ -55,10 +55,18 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class _Window:
-    """A wet window: its place in the block's fine fields, what it reads of the coarse ones, its blending weights."""
+    """A wet window.
+
+    Attributes:
+        place: where it is in the block's fine fields.
+        read: what it reads of the coarse ones.
+        cut: fine rows and columns of it before these, which the block does not reach.
+        taper: its blending weights along t, y and x.
+    """
 
     place: tuple[slice, slice, slice]
     read: tuple[slice, slice, slice]
+    cut: tuple[int, int]
     taper: tuple[Tensor, Tensor, Tensor]
 
     @property
@@ -74,16 +82,18 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Group:
-    """Windows of one size that go through a network together, and what they see.
+    """Windows that go through a network together, and what they see.
 
     Attributes:
-        windows: W of them.
+        windows: W of them, of one size.
+        cut: fine rows and columns that were cut off before each of them.
         log_gain: makes the interpolation of their coarse amounts pycnophylactic, (W, T, Y, X).
         conditions: conditioning frames (W, T*t, C, Y*s, X*s); None where memory is dearer than making them anew for
             every network evaluation, which takes 1 % of its time on a CPU.
     """
 
     windows: Sequence[_Window]
+    cut: tuple[int, int]
     log_gain: Tensor
     conditions: Tensor | None
 
@@ -123,17 +133,24 @@ class _Block:
         return [(placed[id(t)], placed[id(y)], placed[id(x)]) for t, y, x in weights]
 
     def _window(self, box: Box, taper: tuple[Tensor, Tensor, Tensor]) -> _Window:
-        return _Window(_within(box, self.reach, self.parts), _within(grown(box, HALO), self.task.read), taper)
+        t, y, x = self.task.origin
+        rows, columns = self.lattice.cut(shifted(box, (-t, -y, -x)))
+        cut = rows * self.parts[1], columns * self.parts[2]
+        return _Window(_within(box, self.reach, self.parts), _within(grown(box, HALO), self.task.read), cut, taper)
 
     def _alike(self, windows: Sequence[_Window]) -> Iterator[Sequence[_Window]]:
-        """Windows of one size, as many as the device takes at once with all members that go side by side."""
-        for shape, alike in groupby(sorted(windows, key=lambda w: w.shape), key=lambda w: w.shape):
+        """Windows of one size and cut, as many as the device takes at once with all members that go side by side."""
+
+        def kind(window: _Window) -> tuple[tuple[int, ...], tuple[int, int]]:
+            return window.shape, window.cut
+
+        for (shape, _), alike in groupby(sorted(windows, key=kind), key=kind):
             same, count = list(alike), max(1, self.downscaler.batch_cells // (self.at_once * math.prod(shape)))
             yield from (same[i : i + count] for i in range(0, len(same), count))
 
     def _group(self, windows: Sequence[_Window]) -> _Group:
         gain = self.downscaler.pycnophylactic_gain(_stacked(self.coarse, [w.read for w in windows]))
-        group = _Group(windows, gain, None)
+        group = _Group(windows, windows[0].cut, gain, None)
         return replace(group, conditions=self._conditions(group)) if self.downscaler.batch_cells else group
 
     def _conditions(self, group: _Group) -> Tensor:
@@ -174,7 +191,7 @@ class _Block:
 
     def mean(self, progress: Advance) -> Tensor:
         """Transformed conditional mean of the whole block, (1, T, H, W)."""
-        return self.blend(lambda group: self.downscaler.mean(self.conditions(group, 1)), 1, progress)
+        return self.blend(lambda group: self.downscaler.mean(self.conditions(group, 1), group.cut), 1, progress)
 
     def members(self, members: range, mean: Tensor, box: Box, progress: Advance) -> Tensor:
         """Amounts [mm per fine step] of members in a box, (M, t, y, x), below 0 where dry, before conservation."""
@@ -185,7 +202,8 @@ class _Block:
             def expected(group: _Group) -> Tensor:
                 places = [w.place for w in group.windows]
                 noised, expectation = (_stacked(field, places).flatten(0, 1)[:, :, None] for field in (noisy, means))
-                return self.downscaler.expected_residual(noised, angle, expectation, self.conditions(group, count))
+                conditions = self.conditions(group, count)
+                return self.downscaler.expected_residual(noised, angle, expectation, conditions, group.cut)
 
             return self.blend(expected, count, progress)
 

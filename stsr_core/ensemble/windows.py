@@ -121,6 +121,11 @@ class WindowLattice:
         t, y, x = (axis.covering(span) for axis, span in zip(self.axes, reach, strict=True))
         return list(product(t, y, x))
 
+    def cut(self, window: Box) -> tuple[int, int]:
+        """Coarse rows and columns of a window, in absolute indices, that were cut off before what is left of it."""
+        _, (y, _), (x, _) = window
+        return y % self.space.stride, x % self.space.stride
+
     def weights(self, reach: Box, parts: tuple[int, int, int]) -> list[Weights]:
         """Blending weights of the same windows along t, y and x; their product is that of a fine cell and step."""
         t, y, x = (axis.weights(span, n) for axis, span, n in zip(self.axes, reach, parts, strict=True))

@@ -12,6 +12,7 @@ from stsr_core.networks.mean import CONDITION_CHANNELS, factor_context
 
 if TYPE_CHECKING:
     from stsr_core.factors import Factor
+    from stsr_core.networks.layers import Cells
 
 NOISE_FREQUENCIES = 4
 
@@ -31,7 +32,14 @@ class Denoiser(nn.Module):
         )
 
     def forward(
-        self, noisy: Tensor, angle: Tensor, mean: Tensor, condition: Tensor, factor: Factor, spacing_km: float = 1.0
+        self,
+        noisy: Tensor,
+        angle: Tensor,
+        mean: Tensor,
+        condition: Tensor,
+        factor: Factor,
+        spacing_km: float = 1.0,
+        cut: Cells = (0, 0),
     ) -> Tensor:
         """Predict the residual.
 
@@ -42,6 +50,7 @@ class Denoiser(nn.Module):
             condition: (B, T, CONDITION_CHANNELS + statics, H, W).
             factor: (s, t).
             spacing_km: of the fine grid.
+            cut: see `VideoUNet`.
 
         Returns:
             Expected residual, (B, T, 1, H, W).
@@ -49,5 +58,5 @@ class Denoiser(nn.Module):
         octaves = angle[:, None] * 2.0 ** torch.arange(NOISE_FREQUENCIES, device=angle.device)
         context = torch.cat((octaves.sin(), octaves.cos(), factor_context(factor, len(angle), angle.device)), dim=1)
         frames = torch.cat((noisy, mean, condition), dim=2)
-        estimate, gate = self.unet(frames, context, spacing_km).chunk(2, dim=2)
+        estimate, gate = self.unet(frames, context, spacing_km, cut).chunk(2, dim=2)
         return estimate + (1 - gate) * angle.cos()[:, None, None, None, None] * noisy

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from stsr_core.networks.between import (
     summed,
     to_cells,
 )
+
+Cells: TypeAlias = tuple[int, int]
+"""Fine rows and columns."""
 
 STEM_CHANNELS = 8  # channels at full resolution before the last convolution
 
@@ -66,18 +70,19 @@ class ResidualBlock(nn.Module):
         return summed(*convolved(self.second, inner), x, bias)
 
 
-def _grown(x: Tensor, stride: int) -> Tensor:
-    """Grow (N, C, H, W) to multiples of `stride`, two at least, by mirroring it at its lower and right edges.
+def _grown(x: Tensor, stride: int, before: Cells = (0, 0)) -> Tensor:
+    """Grow (N, C, H, W) by rows and columns `before` it and to multiples of `stride`, two at least, by mirroring it.
 
     Repeating the edge instead would draw noise out into streaks, which look like rain to a denoiser.
     """
-    for axis in (-2, -1):
-        n = x.shape[axis]
-        wanted = max(2, -(-n // stride)) * stride
-        while n < wanted:  # more than once where there is less than is lacking
-            added = min(n, wanted - n)
+    for axis, lead in zip((-2, -1), before, strict=True):
+        whole = x.shape[axis] + lead
+        while (lacking := whole - x.shape[axis]) > 0:  # more than once where there is less than is lacking
+            x = torch.cat((x.narrow(axis, 0, min(lacking, x.shape[axis])).flip(axis), x), dim=axis)
+        whole = max(2, -(-whole // stride)) * stride
+        while (lacking := whole - (n := x.shape[axis])) > 0:
+            added = min(lacking, n)
             x = torch.cat((x, x.narrow(axis, n - added, added).flip(axis)), dim=axis)
-            n += added
     return x
 
 
@@ -125,19 +130,22 @@ class VideoUNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
-    def forward(self, frames: Tensor, context: Tensor, spacing_km: float = 1.0) -> Tensor:
+    def forward(self, frames: Tensor, context: Tensor, spacing_km: float = 1.0, cut: Cells = (0, 0)) -> Tensor:
         """Transform frames.
 
         Args:
             frames: (B, T, C, H, W).
             context: (B, K).
             spacing_km: of the fine grid.
+            cut: rows and columns of a larger window that were cut off before this one. The lower levels lie where they
+                did in the larger one, so that what is left changes near the cut only.
 
         Returns:
             (B, T, outputs, H, W).
         """
         b, t, c, h, w = frames.shape
-        x = _grown(frames.reshape(b * t, c, h, w), self.stride)
+        top, left = (n % self.stride for n in cut)
+        x = _grown(frames.reshape(b * t, c, h, w), self.stride, (top, left))
         octaves = math.log2(spacing_km)
         embedding = self.embed[1:](self.embed[0](context, octaves)).repeat_interleave(t, dim=0)
         x, bias = from_cells(x, self.stem)
@@ -151,4 +159,5 @@ class VideoUNet(nn.Module):
             if i < len(self.up) - 1:
                 x = merged(*convolved(self.expand[i], x), skips[i])  # type: ignore[arg-type]
             x = self.up[i](x, None, embedding, octaves, t)
-        return to_cells(x, self.head, self.last)[..., :h, :w].reshape(b, t, self.outputs, h, w)
+        cells = to_cells(x, self.head, self.last)[..., top : top + h, left : left + w]
+        return cells.reshape(b, t, self.outputs, h, w)

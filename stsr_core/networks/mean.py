@@ -12,6 +12,7 @@ from stsr_core.networks.layers import VideoUNet
 
 if TYPE_CHECKING:
     from stsr_core.factors import Factor
+    from stsr_core.networks.layers import Cells
 
 CONDITION_CHANNELS = 5  # pycnophylactic and linear interpolation, phase in y, x and t
 LINEAR_CHANNEL = 1  # the linear interpolation among them
@@ -36,16 +37,17 @@ class MeanNetwork(nn.Module):
         super().__init__()
         self.unet = VideoUNet(CONDITION_CHANNELS + statics, 1, channels, 2, attention=attention)
 
-    def forward(self, condition: Tensor, factor: Factor, spacing_km: float = 1.0) -> Tensor:
+    def forward(self, condition: Tensor, factor: Factor, spacing_km: float = 1.0, cut: Cells = (0, 0)) -> Tensor:
         """Predict the mean.
 
         Args:
             condition: (B, T, CONDITION_CHANNELS + statics, H, W), see `networks.transform.condition`.
             factor: (s, t).
             spacing_km: of the fine grid.
+            cut: see `VideoUNet`.
 
         Returns:
             Transformed amount, (B, T, 1, H, W).
         """
-        correction = self.unet(condition, factor_context(factor, len(condition), condition.device), spacing_km)
+        correction = self.unet(condition, factor_context(factor, len(condition), condition.device), spacing_km, cut)
         return condition[:, :, LINEAR_CHANNEL : LINEAR_CHANNEL + 1] + correction

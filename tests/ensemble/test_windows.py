@@ -38,6 +38,18 @@ def test_windows_lie_on_one_lattice_whatever_span_asks_for_them(span, offset, wi
 
 
 @settings(max_examples=100, deadline=None)
+@given(SPANS, SPANS)
+def test_what_was_cut_off_before_a_window_leads_back_to_its_place_on_the_lattice(rows, columns):
+    lattice = WindowLattice(AxisLattice(6, 1, 6), AxisLattice(20, 3, 20))
+    for window in lattice.covering(((0, 1), rows, columns)):
+        for (start, stop), before in zip(window[1:], lattice.cut(window), strict=True):
+            assert (start - before) % 17 == 0
+            assert before == 0 or start in (rows[0], columns[0])
+            assert 0 <= before < 17
+            assert stop - (start - before) <= 20
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.integers(2, 30), SPANS, st.integers(1, 6), st.data())
 def test_blending_weights_are_positive_and_add_up_to_one(length, span, parts, data):
     lattice = AxisLattice(length, data.draw(st.integers(0, length // 2)), length)

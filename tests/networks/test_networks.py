@@ -143,6 +143,20 @@ def test_frames_grow_by_mirroring_even_where_they_are_small():
     assert grown[0, 0, 5].tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1, 2, 2]
     whole = torch.rand(1, 1, 16, 24)
     assert _grown(whole, 8) is whole
+    assert _grown(x[..., :5, :], 8, (0, 5))[0, 0, 4].tolist() == [1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1]
+    assert _grown(whole, 8, (3, 0))[0, 0, :4, 1].tolist() == whole[0, 0, [2, 1, 0, 0], 1].tolist()
+
+
+def test_what_is_left_of_a_window_changes_near_the_cut_only():
+    torch.manual_seed(0)
+    unet = VideoUNet(3, 2, (8, 8, 8), 4, attention=False).eval()
+    torch.nn.init.normal_(unet.last.weight)
+    frames, context = torch.randn(1, 3, 3, 120, 120), torch.randn(1, 4)
+    whole = unet(frames, context)[..., 25:, 30:]
+    inner = (..., slice(45, None), slice(45, None))
+    cut, moved = unet(frames[..., 25:, 30:], context, cut=(25, 30)), unet(frames[..., 25:, 30:], context)
+    torch.testing.assert_close(cut[inner], whole[inner], rtol=1e-4, atol=1e-5)
+    assert (moved - whole)[inner].std() > 0.01 * whole[inner].std()  # as the lower levels lie elsewhere then
 
 
 def test_borders_see_what_the_middle_sees():
