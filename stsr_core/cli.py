@@ -276,7 +276,7 @@ def inspect(
     with open_dataset(url, storage_options=settings.source_options(url)) as dataset:
         found = look(
             dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
-            Library.open(settings.checkpoints).family, product=product, match_limit=settings.match_limit,
+            Library.open(settings.checkpoints), product=product, match_limit=settings.match_limit,
         )  # fmt: skip
     say(found.text())
 

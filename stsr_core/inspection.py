@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
+    from stsr_core.checkpoint import Library
     from stsr_core.configuration import Configuration, TargetGrid
-    from stsr_core.factors import Family
 
 SAMPLE_VALUES = 1 << 24  # values that an inspection reads at most
 MAP_ROWS, MAP_COLUMNS = 14, 56
@@ -92,7 +92,7 @@ def inspect(
     variable: str | None,
     declared: Declared,
     configuration: Configuration,
-    family: Family,
+    library: Library,
     *,
     product: str | None = None,
     match_limit: float = 1.5,
@@ -104,7 +104,7 @@ def inspect(
         variable: the precipitation; None finds it by its name and units.
         declared: what is declared already.
         configuration: catalog.yaml, for its target grids.
-        family: factors that are served.
+        library: checkpoints, which serve the factors.
         product: product whose factor is shown; None shows every product that the file covers.
         match_limit: largest ratio on an axis between the factor asked for and the one used.
 
@@ -137,7 +137,7 @@ def inspect(
     products = [product] if product else list(configuration.products)
     for one in products:
         target = configuration.grids[configuration.product(one).grid]
-        found.facts.append(("product", f"{one}: {_match(coarse, target, family, match_limit)}"))
+        found.facts.append(("product", f"{one}: {_match(coarse, target, library, match_limit)}"))
     found.picture = _map(coarse)
     return found
 
@@ -301,15 +301,17 @@ def _reading(units: str, differenced: bool, name: str) -> str:
     return how + ("; differences of running sums" if differenced else "") + ("; parts added up" if "+" in name else "")
 
 
-def _match(coarse: Coarse, target: TargetGrid, family: Family, limit: float) -> str:
+def _match(coarse: Coarse, target: TargetGrid, library: Library, limit: float) -> str:
     try:
         space, time = native_factor(coarse, target)
-        found = family.nearest(space, time, limit=limit)
+        found = library.family.nearest(space, time, limit=limit)
         sample = replace(coarse, amount=coarse.amount[:1], times=coarse.times.isel(0, 1))
-        regrid(sample, coarse_grid(target, found.factor))
+        grid = regrid(sample, coarse_grid(target, found.factor)).grid.refine(found.factor.space)
     except (GridError, FactorError, SourceError) as e:
         return str(e)
-    return f"needs factor ({space:.2f},{time:.2f}); {found.factor} serves it, log distance {found.distance:.3f}"
+    strange = library.serving(found.factor).card.strange(grid.spacing_km, coarse.times.step / found.factor.time)
+    served = f"needs factor ({space:.2f},{time:.2f}); {found.factor} serves it, log distance {found.distance:.3f}"
+    return f"{served}. {strange}" if strange else served
 
 
 def _map(coarse: Coarse) -> list[str]:

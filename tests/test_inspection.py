@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from stsr_core.checkpoint import Library
 from stsr_core.configuration import Configuration, shipped_catalog
 from stsr_core.errors import SourceError
-from stsr_core.factors import Factor, Family
 from stsr_core.inspection import inspect
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 
 CATALOG = Configuration.load(shipped_catalog())
-FAMILY = Family((Factor(space=10, time=1), Factor(space=8, time=3)))
+LIBRARY = Library.open()
 
 
 def look(dataset, variable=None, declared=None):
-    return inspect(dataset, variable, declared or Declared(), CATALOG, FAMILY)
+    return inspect(dataset, variable, declared or Declared(), CATALOG, LIBRARY)
 
 
 def test_the_shipped_sample_has_no_doubts_and_names_its_factor():
@@ -34,6 +34,16 @@ def test_the_shipped_sample_has_no_doubts_and_names_its_factor():
     assert len(found.picture) == 14
     assert "No doubts" in found.text()
     assert len(found.text().splitlines()) < 40  # one screen
+
+
+def test_fine_steps_that_the_networks_do_not_know_are_told():
+    ((name, grid),) = CATALOG.grids.items()
+    shorter = CATALOG.model_copy(update={"grids": {name: grid.model_copy(update={"fine_step_h": 1 / 3})}})
+    with open_dataset("package:samples/arpege_fc1h_20180501_SE.nc") as dataset:
+        texts = [inspect(dataset, None, Declared(), c, LIBRARY).text() for c in (CATALOG, shorter)]
+    assert "was not trained on" not in texts[0]
+    assert "(10,3) serves it" in texts[1]
+    assert "was not trained on such a fine grid: steps of 0.333333 h, not 1 h." in texts[1]
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from stsr_core.checkpoint import Library
 from stsr_core.configuration import Configuration, shipped_catalog
 from stsr_core.errors import SourceError
-from stsr_core.factors import Factor, Family
 from stsr_core.inspection import inspect
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import find, read_coarse
@@ -24,7 +24,7 @@ from stsr_core.sources.open import open_dataset
 
 MM = np.random.default_rng(5).gamma(0.5, 2.0, (4, 5, 6)).astype(np.float32)
 LAT, LON = 43.0 + 0.1 * np.arange(5), 4.0 + 0.1 * np.arange(6)
-LOOK = {"configuration": Configuration.load(shipped_catalog()), "family": Family((Factor(space=10, time=1),))}
+LOOK = {"configuration": Configuration.load(shipped_catalog()), "library": Library.open()}
 
 
 def lines(dataset, variable=None, declared=None):
