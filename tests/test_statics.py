@@ -23,7 +23,9 @@ from stsr_core.training.presets import PRESETS, Preset
 
 FACTOR = Factor(space=4, time=1)
 CRS = "EPSG:3035"
-TINY = Preset(Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 4, 3, 1, 1, 1, save_every=2)
+TINY = Preset(
+    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 4, 3, 1, 1, 1, save_every=2, calibration_patches=1
+)
 
 
 def projected(values: np.ndarray, spacing: float, **attributes: str) -> xr.DataArray:

@@ -125,6 +125,22 @@ def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_
     np.testing.assert_array_equal(block_sums(parts, 4, 1), block_sums(whole, 4, 1))
 
 
+def test_a_block_that_cuts_windows_changes_them_near_the_cut_only(library, rain, monkeypatch):
+    # 10 cells are no multiple of those that the networks take together, so a cut moves what is left of a window.
+    plan, downscaler = plan_of(library, cube_of(np.tile(rain[:, :4], (1, 1, 4)) + 1), members=1, space=10)
+    whole = _Block(plan.task(plan.shards[0]), downscaler).mean(lambda _, __: None)
+    monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_CELLS", 60)
+    parts, _ = plan_of(library, cube_of(np.tile(rain[:, :4], (1, 1, 4)) + 1), members=1, space=10)
+    found = 0
+    for shard in parts.shards:
+        block = _Block(parts.task(shard), downscaler)
+        (_, _, (start, stop)), (_, _, (reach, _)) = shard.box, block.reach
+        found += any(cut for _, cut in (group.cut for group in block.groups))
+        mine = block.mean(lambda _, __: None)[..., (start - reach) * 10 : (stop - reach) * 10]
+        torch.testing.assert_close(mine, whole[..., start * 10 : stop * 10], rtol=0, atol=1e-4)
+    assert found
+
+
 def test_noise_correlated_next_to_nothing_is_the_white_noise_of_its_place(library, rain):
     made = []
     for before in (0.0, 1e-6):
