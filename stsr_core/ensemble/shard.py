@@ -223,7 +223,7 @@ class _Block:
         return correlated(lattice_noise(recipe.seed, member, *around, stream, device), correlation)
 
     def conserved(self) -> Box:
-        """What conservation sees: the shard with the blend around it, where its gain passes into the neighbour's."""
+        """What conservation sees: the shard, the blend around it and GAIN_CELLS at least, so that gains meet there."""
         margins = [max(axis.overlap, GAIN_CELLS) for axis in self.lattice.axes]
         axes = zip(self.task.shard.box, self.reach, margins, strict=True)
         t, y, x = ((max(low, a - margin), min(high, b + margin)) for (a, b), (low, high), margin in axes)

@@ -127,10 +127,11 @@ def test_members_do_not_depend_on_the_layout_of_shards_but_for_the_tolerance_of_
 
 def test_a_block_that_cuts_windows_changes_them_near_the_cut_only(library, rain, monkeypatch):
     # 10 cells are no multiple of those that the networks take together, so a cut moves what is left of a window.
-    plan, downscaler = plan_of(library, cube_of(np.tile(rain[:, :4], (1, 1, 4)) + 1), members=1, space=10)
+    cube = cube_of(np.tile(rain[:, :4], (1, 1, 4)) + 1)
+    plan, downscaler = plan_of(library, cube, members=1, space=10)
     whole = _Block(plan.task(plan.shards[0]), downscaler).mean(lambda _, __: None)
     monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_CELLS", 60)
-    parts, _ = plan_of(library, cube_of(np.tile(rain[:, :4], (1, 1, 4)) + 1), members=1, space=10)
+    parts, _ = plan_of(library, cube, members=1, space=10)
     found = 0
     for shard in parts.shards:
         block = _Block(parts.task(shard), downscaler)

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-RUN_SECONDS = 900.0
+RUN_SECONDS = 420.0
 BUSY_SECONDS = 60.0
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
