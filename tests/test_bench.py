@@ -7,12 +7,13 @@ import pytest
 import xarray as xr
 from typer.testing import CliRunner
 
-from stsr_core import bench
+from stsr_core import bench, bench_regrid
 from stsr_core.checkpoint import Library
 from stsr_core.cli import app
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.factors import Factor
+from tests.tiny import TINY, small_patches
 
 SMALL = {"cells": 40, "steps": 6, "members": 5}
 
@@ -85,7 +86,8 @@ def test_a_file_of_the_users_own_is_measured_and_dry_windows_are_counted(checkpo
     assert 0.3 < figures["windows_skipped"] < 1
 
 
-def test_reading_and_regridding_are_measured_against_reading(tmp_path):
+def test_reading_and_regridding_are_measured_against_reading(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_regrid, "ROUNDS", 1)
     command = ["bench", "--regrid", "0.2", "--cells", "60", "--json", str(tmp_path / "figures.json")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
@@ -96,8 +98,10 @@ def test_reading_and_regridding_are_measured_against_reading(tmp_path):
     assert figures["regrid_peak_memory_all"] < 2e9
 
 
-def test_training_steps_are_measured():
-    found = bench.bench_training(Factor(space=25, time=6), preset="small", device="cpu", steps=1)
+def test_training_steps_are_measured(monkeypatch):
+    monkeypatch.setitem(bench.PRESETS, "small", TINY)
+    with small_patches():
+        found = bench.bench_training(Factor(space=8, time=3), preset="small", device="cpu", steps=1)
     assert set(found) == {
         "mean_patches_per_s",
         "denoiser_patches_per_s",

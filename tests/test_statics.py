@@ -8,7 +8,7 @@ import xarray as xr
 import yaml
 
 import stsr_core
-from stsr_core.checkpoint import Architecture, Checkpoint, Library
+from stsr_core.checkpoint import Checkpoint, Library
 from stsr_core.configuration import shipped_catalog
 from stsr_core.ensemble.downscale import prepared
 from stsr_core.errors import ConfigurationError, SourceError
@@ -19,13 +19,11 @@ from stsr_core.sources.harmonise import cube_of
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training import command
 from stsr_core.training.patches import Region, draw_patch, region_of
-from stsr_core.training.presets import PRESETS, Preset
+from stsr_core.training.presets import PRESETS
+from tests.tiny import TINY, small_patches
 
 FACTOR = Factor(space=4, time=1)
 CRS = "EPSG:3035"
-TINY = Preset(
-    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 4, 3, 1, 1, 1, save_every=2, calibration_patches=1
-)
 
 
 def projected(values: np.ndarray, spacing: float, **attributes: str) -> xr.DataArray:
@@ -69,7 +67,7 @@ def checkpoints(folder) -> Path:
         declared=Declared(crs=CRS),
         statics={"orography": source(folder)},
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, small_patches():
         patch.setitem(PRESETS, "small", TINY)  # type: ignore[arg-type]
         command.train_checkpoint(
             data, [(4, 1)], folder=folder / "run", name="o", preset="small", mean_steps=4, denoiser_steps=3,

@@ -20,17 +20,14 @@ from stsr_core.training.command import Data, train_checkpoint
 from stsr_core.training.fit import fit
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import Region, draw_patch, fitting_spacings, load_archive, patch_cells, region_of
-from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
 from stsr_core.training.stage import Stage
 from stsr_core.training.training import Training, TrainingError
+from tests.tiny import TINY, small_patches
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CONFIGURATION = recipe(Factor(space=8, time=1))
-TINY = Preset(
-    Architecture(mean_channels=(8, 32), denoiser_channels=(8, 32)), 6, 4, 2, 2, 1, save_every=2, calibration_patches=1
-)
 PLAIN = replace(TINY, distil_steps=0, score_steps=0)
 
 
@@ -47,13 +44,19 @@ def fine_dataset(rain: np.ndarray) -> xr.Dataset:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _patches():
+    with small_patches():
+        yield
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """Two files of moving showers; the second has a gap in time and a hole in place."""
     folder = tmp_path_factory.mktemp("archive")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
-        noise = rng.random((24, 200, 220))
+        noise = rng.random((24, 100, 120))
         rain = np.where(noise > 0.8, rng.gamma(1.0, 3.0, noise.shape), 0.0).astype(np.float32)
         segment = np.zeros(24, np.int32)
         if name == "b":
@@ -66,6 +69,18 @@ def archive(tmp_path_factory):
 @pytest.fixture(scope="module")
 def regions(archive) -> list[Region]:
     return load_archive(archive)
+
+
+@pytest.fixture(scope="module")
+def trained(regions, tmp_path_factory):
+    """A checkpoint of all four stages."""
+    return fit(training(regions, tmp_path_factory.mktemp("trained")), "x", {"archive": "a"})
+
+
+@pytest.fixture(scope="module")
+def plain(regions, tmp_path_factory):
+    """A checkpoint that was not distilled."""
+    return fit(training(regions, tmp_path_factory.mktemp("plain"), PLAIN), "x", {})
 
 
 def test_an_archive_is_one_region_per_gap_free_run(regions):
@@ -90,10 +105,13 @@ def test_patches_are_the_same_for_the_same_seed_and_differ_otherwise(regions):
     assert (draw[0] != draw[2]).any()
 
 
+WIDE = (48, 150, 150)  # has room for patches of twice the spacing, not of three times
+RAMP = np.broadcast_to(np.arange(150, dtype=np.float32)[None, None], WIDE) / 8
+
+
 def test_patches_of_a_coarser_grid_average_the_archive_and_say_their_spacing(regions):
     assert fitting_spacings(regions, CONFIGURATION) == (1,)
-    ramp = np.broadcast_to(np.arange(320, dtype=np.float32)[None, None], (48, 320, 320)) / 8
-    large = [region_of("ramp", ramp)]
+    large = [region_of("ramp", RAMP)]
     assert fitting_spacings(large, CONFIGURATION) == (1, 2)
     for n in (1, 2):
         patch = draw_patch(large, CONFIGURATION, np.random.default_rng(1), augment=False, spacing=n)
@@ -105,8 +123,8 @@ def test_patches_of_a_coarser_grid_average_the_archive_and_say_their_spacing(reg
 
 
 def test_where_gaps_leave_no_room_for_wide_patches_training_takes_those_of_the_archive(tmp_path):
-    rain = np.ones((48, 320, 320), np.float32)
-    rain[:, :, 150:170] = np.nan
+    rain = np.ones((48, 180, 180), np.float32)
+    rain[:, :, 85:95] = np.nan
     gappy = [region_of("gappy", rain)]
     assert fitting_spacings(gappy, CONFIGURATION) == (1, 2)
     run = replace(training(gappy, tmp_path), validation=gappy, only_spacing=True)
@@ -127,22 +145,20 @@ def test_regions_know_the_spacing_of_their_grid(tmp_path):
     assert known.spacing_km == pytest.approx(111.1 / 24 * np.cos(np.radians(44.2)) ** 0.5, rel=3e-3)
 
 
-def test_only_what_tells_the_spacing_is_trained(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first"), "x", {"archive": "a"})
+def test_only_what_tells_the_spacing_is_trained(trained, tmp_path):
     preset = replace(TINY, distil_steps=0, score_steps=4, denoiser_steps=2, learning_rate=1e-2)
-    ramp = np.broadcast_to(np.arange(320, dtype=np.float32)[None, None], (48, 320, 320)) / 8
-    told = replace(training([region_of("ramp", ramp)], tmp_path / "told", preset), start=first, only_spacing=True)
+    told = replace(training([region_of("ramp", RAMP)], tmp_path / "told", preset), start=trained, only_spacing=True)
     told = replace(told, validation=told.train)
     found = fit(told, "x", {})
     assert found.card.spacings_km == (1, 2)
-    assert first.card.spacings_km == (1,)
-    assert found.card.served == first.card.served
-    trained = found.card.training
-    assert trained["archive"] == "a"
-    assert trained["mean_steps"] == first.card.training["mean_steps"]
-    assert (trained["mean_spacing_steps"], trained["scored_spacing_steps"]) == (TINY.mean_steps, 4)
-    assert trained["spacing_start"] == first.digest
-    begun, moved = first.weights(), {"mean": 0, "denoiser": 0, "teacher": 0}
+    assert trained.card.spacings_km == (1,)
+    assert found.card.served == trained.card.served
+    card = found.card.training
+    assert card["archive"] == "a"
+    assert card["mean_steps"] == trained.card.training["mean_steps"]
+    assert (card["mean_spacing_steps"], card["scored_spacing_steps"]) == (TINY.mean_steps, 4)
+    assert card["spacing_start"] == trained.digest
+    begun, moved = trained.weights(), {"mean": 0, "denoiser": 0, "teacher": 0}
     for name, weights in found.weights().items():
         changed = int((weights != begun[name]).any())
         assert name.endswith("by_spacing") or not changed
@@ -170,8 +186,7 @@ def training(regions, folder, preset=TINY):
     return Training(regions[:1], regions[1:2], [CONFIGURATION], preset, folder, Run(0, 1, CPU), report=lambda _: None)
 
 
-def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path):
-    whole = fit(training(regions, tmp_path / "whole"), "x", {})
+def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, trained, tmp_path):
     interrupted = training(regions, tmp_path / "killed")
     interrupted.claim()
     torch.manual_seed(0)
@@ -190,7 +205,7 @@ def test_a_killed_training_resumes_to_the_very_same_checkpoint(regions, tmp_path
     with pytest.raises(KilledError):
         interrupted.advance(stage, mean_loss)
     resumed = fit(training(regions, tmp_path / "killed"), "x", {})
-    assert resumed.card.weights_sha256 == whole.card.weights_sha256
+    assert resumed.card.weights_sha256 == trained.card.weights_sha256
 
 
 def test_networks_are_fitted_on_one_part_of_the_archive_and_judged_on_the_other(tmp_path):
@@ -296,9 +311,9 @@ def test_another_training_in_the_folder_is_not_gone_on_with(regions, tmp_path, c
 
 
 def test_a_step_learns_from_patches_of_one_spacing(tmp_path):
-    rain = np.ones((48, 320, 320), np.float32)
+    rain = np.ones(WIDE, np.float32)
     mixed = [replace(region_of("near", rain)), replace(region_of("far", rain), spacing_km=4.0)]
-    run = replace(training(mixed, tmp_path, replace(TINY, cells_per_step=2_000_000)), train=mixed)
+    run = replace(training(mixed, tmp_path, replace(TINY, cells_per_step=400_000)), train=mixed)
     assert run.spacings_km == (1, 2, 4, 5)
     seen = set()
     for step in range(12):
@@ -348,23 +363,21 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[1] > rates[2] > rates[3] > 0
 
 
-def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first"), "x", {})
+def test_a_training_starts_from_the_weights_of_a_checkpoint(regions, trained, tmp_path):
     unmoved = replace(TINY, learning_rate=0.0)
-    again = fit(replace(training(regions, tmp_path / "again", unmoved), start=first), "x", {})
-    assert again.card.training["start"] == first.digest
-    assert [s.residual_scale for s in again.card.served] == [s.residual_scale for s in first.card.served]
-    begun, now = first.weights(), again.weights()
+    again = fit(replace(training(regions, tmp_path / "again", unmoved), start=trained), "x", {})
+    assert again.card.training["start"] == trained.digest
+    assert [s.residual_scale for s in again.card.served] == [s.residual_scale for s in trained.card.served]
+    begun, now = trained.weights(), again.weights()
     for name in begun:  # a student begins as its teacher anew
         torch.testing.assert_close(now[name], begun[name.replace("denoiser.", "teacher.")])
 
 
-def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first", PLAIN), "x", {})
-    start, only_mean = first.weights(), replace(PLAIN, denoiser_steps=1, learning_rate=1e-2, save_every=9)
+def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, plain, tmp_path):
+    start, only_mean = plain.weights(), replace(PLAIN, denoiser_steps=1, learning_rate=1e-2, save_every=9)
     ends = {}
     for share in (0.0, 0.5, 1.0):
-        run = replace(training(regions, tmp_path / f"{share}", only_mean), start=first, start_share=share)
+        run = replace(training(regions, tmp_path / f"{share}", only_mean), start=plain, start_share=share)
         ends[share] = fit(run, "x", {})
         assert ends[share].card.training["start_share"] == share
     moved = 0
@@ -378,16 +391,14 @@ def test_a_result_half_way_back_to_its_start_is_the_mean_of_both(regions, tmp_pa
     assert moved > 5
 
 
-def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(regions, tmp_path):
-    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
-    distilled = fit(training(regions, tmp_path / "distilled"), "x", {})
+def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(plain, trained):
     assert plain.card.served[0].evaluations == 8
-    assert distilled.card.served[0].evaluations == 2
-    assert distilled.card.served[0].taught == plain.card.served[0]
-    assert distilled.card.training["student_steps"] == TINY.distil_steps
-    student = Downscaler.load(distilled, CONFIGURATION.factor, CPU)
+    assert trained.card.served[0].evaluations == 2
+    assert trained.card.served[0].taught == plain.card.served[0]
+    assert trained.card.training["student_steps"] == TINY.distil_steps
+    student = Downscaler.load(trained, CONFIGURATION.factor, CPU)
     teacher = Downscaler.load(plain, CONFIGURATION.factor, CPU)
-    found = student.teacher(distilled)
+    found = student.teacher(trained)
     assert found.served == teacher.served
     assert teacher.teacher(plain) is teacher
     moved = 0
@@ -397,8 +408,7 @@ def test_a_distilled_checkpoint_serves_the_student_and_keeps_its_teacher(regions
     assert moved > 5
 
 
-def test_a_checkpoint_is_distilled_without_training_it_on(regions, tmp_path):
-    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
+def test_a_checkpoint_is_distilled_without_training_it_on(regions, plain, tmp_path):
     only = replace(TINY, mean_steps=0, denoiser_steps=0)
     distilled = fit(replace(training(regions, tmp_path / "distilled", only), start=plain), "x", {}).weights()
     for name, weights in plain.weights().items():
@@ -407,21 +417,19 @@ def test_a_checkpoint_is_distilled_without_training_it_on(regions, tmp_path):
         fit(training(regions, tmp_path / "nothing", only), "x", {})
 
 
-def test_what_was_distilled_is_trained_on_by_its_scores(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first", replace(TINY, score_steps=0)), "x", {})
+def test_what_was_distilled_is_trained_on_by_its_scores(regions, plain, trained, tmp_path):
     only = replace(TINY, mean_steps=0, denoiser_steps=0, distil_steps=0)
-    scored = fit(replace(training(regions, tmp_path / "scored", only), start=first), "x", {})
+    scored = fit(replace(training(regions, tmp_path / "scored", only), start=trained), "x", {})
     assert scored.card.training["scored_steps"] == TINY.score_steps
     assert "student_steps" not in scored.card.training
     assert scored.card.served[0].evaluations == 2
-    begun, moved = first.weights(), 0
+    begun, moved = trained.weights(), 0
     for name, weights in scored.weights().items():
         if name.startswith("denoiser."):
             moved += int((weights != begun[name]).any())
         else:
             torch.testing.assert_close(weights, begun[name])
     assert moved > 5
-    plain = fit(training(regions, tmp_path / "plain", PLAIN), "x", {})
     for start, steps in ((plain, only), (None, replace(TINY, distil_steps=0))):
         with pytest.raises(ConfigurationError, match="2 steps towards the least CRPS .* Give --distil-steps too"):
             fit(replace(training(regions, tmp_path / "none", steps), start=start), "x", {})
@@ -469,11 +477,10 @@ def test_what_is_fitted_on_is_not_validated_on(archive):
     Data([f"{folder}/a.nc"], [f"{folder}/b.nc"]).require_apart()
 
 
-def test_a_checkpoint_of_another_size_is_no_start(regions, tmp_path):
-    first = fit(training(regions, tmp_path / "first"), "x", {})
+def test_a_checkpoint_of_another_size_is_no_start(regions, trained, tmp_path):
     wider = replace(TINY, architecture=Architecture(mean_channels=(16, 32), denoiser_channels=(8, 32)))
     with pytest.raises(ConfigurationError, match="Choose the preset and the fields it was trained with"):
-        fit(replace(training(regions, tmp_path / "again", wider), start=first), "x", {})
+        fit(replace(training(regions, tmp_path / "again", wider), start=trained), "x", {})
 
 
 def test_mixed_precision_gives_the_loss_of_single_precision(regions):
@@ -497,14 +504,16 @@ from stsr_core.training.training import _digest
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import load_archive
 from stsr_core.training.run import Run
-from tests.training.test_fit import CPU, TINY, first_stage, training
+from tests.tiny import TINY, small_patches
+from tests.training.test_fit import CPU, first_stage, training
 
 run = Run.join(CPU)
 torch.manual_seed(0)
 stage = first_stage(steps=6)
 regions = load_archive([sys.argv[1]])
 folder = Path(sys.argv[2])
-kept = replace(training(regions, folder, TINY), run=run).advance(stage, mean_loss)
+with small_patches():
+    kept = replace(training(regions, folder, TINY), run=run).advance(stage, mean_loss)
 found = {"weights": _digest(kept), "kept": stage.kept, "least": stage.least, "losses": stage.losses}
 (folder / f"{run.rank}.json").write_text(json.dumps(found))
 """
