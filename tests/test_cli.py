@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it, in a process of its own where that is what is tested."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import xarray as xr
 from click import unstyle
 from typer.testing import CliRunner
 
-from stsr_core.cli import app
+from stsr_core.cli import app, main
 from stsr_core.errors import ConfigurationError
 from tests.grib_files import REGULAR, write_grib
 
@@ -28,6 +28,21 @@ def stsr(*arguments, checkpoints=None, cwd=None):
 
 
 @pytest.fixture
+def here(checkpoints, cluster, monkeypatch, capsys):
+    """Runs `stsr` in this process, on a cluster that runs already: a process and its workers take ten seconds."""
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(checkpoints))
+    monkeypatch.setenv("STSR_SCHEDULER_ADDRESS", cluster.scheduler_address)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["stsr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def coarse(tmp_path, rain):
     time = pd.date_range("2001-01-01 01:00", periods=len(rain), freq="1h")
     coords = {"time": time, "y": 36_000.0 - 4000.0 * np.arange(9), "x": 4000.0 * np.arange(1, 12)}
@@ -40,13 +55,13 @@ REQUEST = ("--variable", "rain", "--space", 4, "--time", 1, "--members", 2, "--s
            "--declare", "time_label: end")  # fmt: skip
 
 
-def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(coarse):
-    seen = stsr("inspect", coarse, "--variable", "rain")
+def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(here, coarse):
+    seen = here("inspect", coarse, "--variable", "rain")
     assert "time_label: end" in seen.stdout
     assert "EPSG:4326" in seen.stdout
-    settled = stsr("inspect", coarse, "--variable", "rain", "--declare", "time_label: middle")
+    settled = here("inspect", coarse, "--variable", "rain", "--declare", "time_label: middle")
     assert "stamps name the middle" in settled.stdout
-    refused = stsr("downscale", coarse, "out.zarr", *REQUEST[:-2])
+    refused = here("downscale", coarse, "out.zarr", *REQUEST[:-2])
     assert refused.returncode == 1
     assert "`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare" in refused.stderr
 
@@ -134,11 +149,9 @@ def ensemble_grib(path, rain):
     ("write", "variable", "declared"),
     [(ensemble_netcdf, "rain", ("--declare", "time_label: end")), (ensemble_grib, "tp", ())],
 )
-def test_every_driving_member_of_a_file_is_downscaled_and_conserved(
-    checkpoints, tmp_path, rain, write, variable, declared
-):
+def test_every_driving_member_of_a_file_is_downscaled_and_conserved(here, tmp_path, rain, write, variable, declared):
     truth = write(tmp_path / "in", rain)
-    seen = stsr("inspect", tmp_path / "in", "--variable", variable, *declared, cwd=tmp_path)
+    seen = here("inspect", tmp_path / "in", "--variable", variable, *declared)
     assert "driving   3 members: 1, 2, 5" in seen.stdout
     request = (
         "--variable",
@@ -155,7 +168,7 @@ def test_every_driving_member_of_a_file_is_downscaled_and_conserved(
         1,
         *declared,
     )
-    done = stsr("downscale", tmp_path / "in", tmp_path / "out.zarr", *request, checkpoints=checkpoints)
+    done = here("downscale", tmp_path / "in", tmp_path / "out.zarr", *request)
     assert done.returncode == 0, done.stderr
     assert "6 members (2 of each of 3 driving members)" in done.stdout
     out = xr.open_zarr(tmp_path / "out.zarr")["precipitation"].load()
@@ -179,20 +192,20 @@ def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, 
     assert "--overwrite" in again.stderr
 
 
-def test_downscale_tells_of_steps_that_the_networks_do_not_know(coarse, checkpoints, tmp_path):
+def test_downscale_tells_of_steps_that_the_networks_do_not_know(here, coarse, tmp_path):
     daily = xr.open_dataset(coarse)
     first = daily["time"].values[0]
     daily = daily.assign_coords(time=first + np.arange(daily.sizes["time"]) * np.timedelta64(24, "h"))
     daily = daily.drop_vars([v for v in daily.variables if v.endswith(("bnds", "bounds"))])
     daily.to_netcdf(tmp_path / "daily.nc")
     request = (*REQUEST, "--declare", "time_label: end")
-    done = stsr("downscale", tmp_path / "daily.nc", tmp_path / "out.zarr", *request, checkpoints=checkpoints)
+    done = here("downscale", tmp_path / "daily.nc", tmp_path / "out.zarr", *request)
     assert done.returncode == 0, done.stderr
     assert "not trained on such a fine grid: steps of 24 h, not 1 h" in done.stdout
 
 
-def test_no_conserve_is_accepted(coarse, checkpoints, tmp_path):
-    done = stsr("downscale", coarse, tmp_path / "o.zarr", *REQUEST, "--no-conserve", checkpoints=checkpoints)
+def test_no_conserve_is_accepted(here, coarse, tmp_path):
+    done = here("downscale", coarse, tmp_path / "o.zarr", *REQUEST, "--no-conserve")
     assert done.returncode == 0, done.stderr
     assert xr.open_zarr(tmp_path / "o.zarr").attrs["conservation"] == "not enforced"
 
@@ -207,11 +220,12 @@ def test_no_conserve_is_accepted(coarse, checkpoints, tmp_path):
     ],
 )
 def test_mistakes_are_one_paragraph_without_traceback_and_leave_nothing(
-    coarse, checkpoints, tmp_path, changes, message
+    here, coarse, tmp_path, monkeypatch, changes, message
 ):
+    monkeypatch.delenv("STSR_SCHEDULER_ADDRESS")
     request = dict(zip(REQUEST[::2], REQUEST[1::2], strict=True)) | changes
     arguments = [a for pair in request.items() for a in pair]
-    done = stsr("downscale", coarse, tmp_path / "out.zarr", *arguments, checkpoints=checkpoints)
+    done = here("downscale", coarse, tmp_path / "out.zarr", *arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -240,9 +254,9 @@ def test_debug_shows_the_traceback(tmp_path, checkpoints):
     assert "Nothing is at" in done.stderr
 
 
-def test_an_unwritable_output_is_an_error(coarse, checkpoints, tmp_path):
+def test_an_unwritable_output_is_an_error(here, coarse, tmp_path):
     (tmp_path / "file").write_text("")
-    done = stsr("downscale", coarse, tmp_path / "file" / "out.zarr", *REQUEST, checkpoints=checkpoints)
+    done = here("downscale", coarse, tmp_path / "file" / "out.zarr", *REQUEST)
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
@@ -255,7 +269,7 @@ def test_help_teaches():
         assert word in done.stdout
 
 
-def test_catalog_of_nothing_says_so(tmp_path):
-    done = stsr("catalog", "ls", "--catalog", tmp_path)
+def test_catalog_of_nothing_says_so(here, tmp_path):
+    done = here("catalog", "ls", "--catalog", tmp_path)
     assert done.returncode == 1
     assert "No catalogue is at" in done.stderr

@@ -169,7 +169,7 @@ def spoiled_axes(data, damage, rng):
 HARMLESS = ("none",)
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(files())
 def test_what_is_read_is_the_rain_or_the_file_is_refused(made):
     data, declared, damage, (truth, lat, lon, edges, calendar, hours, driving) = made
