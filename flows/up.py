@@ -25,6 +25,7 @@ from types import FrameType
 import psutil
 
 from stsr_core.errors import ConfigurationError
+from stsr_core.files import whole
 
 START_S = 180.0  # seconds that a server has to answer
 STOP_S = 20.0  # seconds that processes have to end when asked
@@ -220,12 +221,9 @@ def _keys(folder: Path) -> tuple[str, str]:
 
 def _write_secret(path: Path, text: str) -> None:
     """Write a file that others may not read, whole or not at all: an operator's lines are in it too."""
-    target = path.resolve()
-    part = target.with_name(f"{target.name}.part")
-    part.unlink(missing_ok=True)
-    part.touch(mode=0o600)
-    part.write_text(text)
-    part.replace(target)
+    with whole(path.resolve()) as part:
+        part.touch(mode=0o600, exist_ok=False)
+        part.write_text(text)
 
 
 def _weed_command(weed: str, folder: Path, keys: tuple[str, str], port: int) -> list[str]:

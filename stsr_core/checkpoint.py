@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stsr_core.errors import CheckpointError
 from stsr_core.factors import Factor, FactorConfiguration, Family, nearest_spacing
+from stsr_core.files import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -237,10 +238,8 @@ def write_checkpoint(folder: Path, card: Mapping[str, object], weights: Mapping[
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with whole(path) as part:
+        part.write_bytes(data)
 
 
 def _card_bytes(card: Card) -> bytes:

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import orjson
 
 from stsr_core.errors import PublicationError
+from stsr_core.files import whole
 
 Options = Mapping[str, object]
 S3_NAMES = {"endpoint_url": "endpoint", "key": "access_key_id", "secret": "secret_access_key"}  # s3fs to obstore
@@ -202,7 +203,7 @@ class Documents:
             return
         target = self._local / path
         with self._writing(target):
-            _write_atomically(target, data)
+            _write(target, data)
 
     def create(self, path: str, document: Document) -> None:
         """Write a document that is not there yet.
@@ -220,7 +221,7 @@ class Documents:
             with self._locked(target):
                 if target.exists():
                     refuse()
-                _write_atomically(target, encode(document))
+                _write(target, encode(document))
             return
         if self.sole_publisher and self.fetch(path) is not None:
             refuse()
@@ -243,7 +244,7 @@ class Documents:
                 now = self._fetch_local(path)
                 if now is None or now[1] != tag:
                     refuse()
-                _write_atomically(target, encode(document))
+                _write(target, encode(document))
             return
         if self.sole_publisher and (now := self.fetch(path)) is not None and now[1] != tag:
             refuse()
@@ -446,14 +447,6 @@ def _remove_local(target: Path) -> None:
         ) from e
 
 
-def _write_atomically(target: Path, data: bytes) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else some filesystems keep the name of it and lose the content if power fails
-        part.replace(target)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+def _write(target: Path, data: bytes) -> None:
+    with whole(target) as part:
+        part.write_bytes(data)

@@ -9,7 +9,6 @@ these are the others.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from stsr_core.errors import SourceError
 from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
+from stsr_core.files import whole
 from stsr_core.grids import coarsen
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
@@ -129,11 +129,10 @@ def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
         _fill(quanta, run)
         return quanta
     kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
-    quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
-    _fill(quanta, run)
-    quanta.flush()
-    part.replace(kept)
+    with whole(kept) as part:
+        quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
+        _fill(quanta, run)
+        quanta.flush()
     return _quanta(run, kept)
 
 

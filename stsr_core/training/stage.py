@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stsr_core.errors import ConfigurationError
+from stsr_core.files import whole
 from stsr_core.training.run import Run
 
 EMA_DECAY = 0.998
@@ -98,12 +99,10 @@ class Stage:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
-        path = folder / f"{self.name}.safetensors"
-        part = path.with_suffix(".part")
         meta = {name: json.dumps(getattr(self, name)) for name in ("step", "least", "kept")}
         meta["losses"] = json.dumps(self.losses[-2000:])
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
-        part.replace(path)
+        with whole(folder / f"{self.name}.safetensors") as part:
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
 
     def resume(self, folder: Path) -> None:
         """Go on from the saved state, if there is one."""

@@ -27,6 +27,7 @@ from stsr_core.checkpoint import Checkpoint, Served, StaticField, Transform
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import ConfigurationError, OperatorError, SourceError
 from stsr_core.factors import FactorConfiguration, nearest_spacing
+from stsr_core.files import whole
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.networks.transform import HALO, condition, to_transformed
@@ -228,9 +229,8 @@ class Training:
             )
         elif self.run.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(identity, indent=1))
-            part.replace(path)  # other ranks may read it already
+            with whole(path) as part:  # other ranks may read it already
+                part.write_text(json.dumps(identity, indent=1))
 
     def rehearse(self) -> None:
         """Draw a patch of every factor, so that an archive that is too small is refused before the first step.
@@ -342,9 +342,8 @@ class Training:
             have[factor] = self._spread(one, mean, denoiser)
             if self.run.rank == 0:
                 self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps({**kept, digest: have}, indent=1))
-                part.replace(path)
+                with whole(path) as part:
+                    part.write_text(json.dumps({**kept, digest: have}, indent=1))
         return [s.model_copy(update={"spread": have[str(s.configuration.factor)]}) for s in served]
 
     def _spread(self, served: Served, mean: MeanNetwork, denoiser: Denoiser) -> float:
