@@ -12,14 +12,12 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
-from stsr_core.sources.fine import FineRun, fine_runs, places_of
+from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.grids import Grid
-
-READ_STEPS = 48  # fine steps that are read at a time
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stsr_core.grids import Grid
 
 RUNS = ("segment", "event")  # variables along time that number gap-free runs
+READ_STEPS = 48  # fine steps that are read at a time
 
 
 @dataclass(frozen=True)

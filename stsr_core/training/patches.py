@@ -21,7 +21,7 @@ from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
 from stsr_core.files import whole
 from stsr_core.grids import coarsen
 from stsr_core.sources.declared import NOTHING, Declared
-from stsr_core.sources.fine import FineRun, fine_runs, places_of
+from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
 from stsr_core.sources.open import fingerprint
 from stsr_core.statics import StaticSource
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -43,7 +43,6 @@ CONTRAST_MM = 2.0  # ... around this amount
 AMPLITUDE = 0.6  # log amplitude scaling is uniform within +- this
 REVERSED_SHARE = 0.25  # of patches run backwards in time; a minority, for showers grow faster than they decay
 ATTEMPTS = 200
-READ_STEPS = 48  # fine steps that are read at a time
 
 
 @dataclass(frozen=True)
