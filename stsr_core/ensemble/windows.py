@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 WINDOW_CELLS = 192  # fine cells along a window; larger ones cost memory, smaller ones more overlap
 OVERLAP_CELLS = 24  # fine cells that neighbouring windows share at least
-FAR_CELLS = 64  # fine cells that windows reach beyond a shard; 0.996 of it is as in one large one then, 0.967 at (25,6)
+FAR_CELLS = 48  # fine cells that windows reach beyond a shard, and half of L in time; twice as far changes nothing visible
+LEAST_FAR = 3  # coarse cells, at least: with 2 at (25,6) steps across shards grow by 2 %
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -33,7 +34,7 @@ class AxisLattice:
     Attributes:
         length: of a window.
         overlap: of neighbouring windows.
-        far: what lies further from a box changes it less than rounding does; windows are at least as long.
+        far: what lies further from a box hardly changes it; windows are at least as long.
     """
 
     length: int
@@ -102,8 +103,8 @@ class WindowLattice:
         length, s = configuration.context_length, configuration.factor.space
         overlap, blend = max(1, length // 4) if length > 1 else 0, max(1, round(OVERLAP_CELLS / s))
         return cls(
-            AxisLattice(length, overlap, length),
-            AxisLattice(max(6, round(WINDOW_CELLS / s)), blend, round(FAR_CELLS / s)),
+            AxisLattice(length, overlap, (length + 1) // 2),
+            AxisLattice(max(6, round(WINDOW_CELLS / s)), blend, max(LEAST_FAR, round(FAR_CELLS / s))),
         )
 
     @property
