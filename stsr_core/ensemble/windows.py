@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 WINDOW_CELLS = 192  # fine cells along a window; larger ones cost memory, smaller ones more overlap
 OVERLAP_CELLS = 24  # fine cells that neighbouring windows share at least
-FAR_CELLS = 48  # fine cells that windows reach beyond a shard, and half of L in time; twice as far changes nothing visible
-LEAST_FAR = 3  # coarse cells, at least: with 2 at (25,6) steps across shards grow by 2 %
+FAR_CELLS = 48  # fine cells that windows reach beyond a shard, and half of L in time: steps across shards are as inside
+LEAST_FAR = 3  # coarse cells and steps, at least: with 2 cells at (25,6) steps across shards grow by 2 %
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -103,7 +103,7 @@ class WindowLattice:
         length, s = configuration.context_length, configuration.factor.space
         overlap, blend = max(1, length // 4) if length > 1 else 0, max(1, round(OVERLAP_CELLS / s))
         return cls(
-            AxisLattice(length, overlap, (length + 1) // 2),
+            AxisLattice(length, overlap, max(LEAST_FAR, length // 2)),
             AxisLattice(max(6, round(WINDOW_CELLS / s)), blend, max(LEAST_FAR, round(FAR_CELLS / s))),
         )
 
