@@ -47,7 +47,16 @@ from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, finish, is_whole, remove_store, shard_path
+from stsr_core.store.layout import (
+    MISSING,
+    QUANTUM_MM,
+    create_ensemble,
+    finish,
+    is_whole,
+    remove_store,
+    reopen,
+    shard_path,
+)
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step
@@ -216,11 +225,15 @@ def generate_ensemble(
 
 
 def missing(plan: Plan, attempt: Attempt) -> list[Shard]:
-    """Write an ensemble's metadata unless it is whole, and return the shards that are missing."""
-    options = attempt.documents.options
-    if not is_whole(attempt.ensemble_url, options):
-        create_ensemble(attempt.ensemble_url, layout_of(plan), array=ARRAY, options=options)
-    return remaining(plan, Target(attempt.ensemble_url, ARRAY, options))
+    """Write an ensemble's metadata unless it is whole, and return the shards that are missing; then it is not whole."""
+    options, url = attempt.documents.options, attempt.ensemble_url
+    whole = is_whole(url, options)
+    if not whole:
+        create_ensemble(url, layout_of(plan), array=ARRAY, options=options)
+    shards = remaining(plan, Target(url, ARRAY, options))
+    if whole and shards:
+        reopen(url, options)
+    return shards
 
 
 def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: Attempt, cluster: Cluster) -> None:
@@ -255,6 +268,8 @@ def complete(plan: Plan, attempt: Attempt) -> None:
     layout, options = layout_of(plan), attempt.documents.options
     ensemble, series, overview, coarse = (attempt.group_url(group) for group in GROUPS)
     if not is_whole(ensemble, options):
+        for url in (series, overview):  # made before a shard was lost
+            remove_store(url, options)
         finish(ensemble, layout.attributes, options)
     lacking = {url for url in (series, overview, coarse) if not is_whole(url, options)}
     for url in lacking:

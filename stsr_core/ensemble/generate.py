@@ -27,7 +27,7 @@ from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.memory import keep_freed
-from stsr_core.store.layout import shape_of, write_shard
+from stsr_core.store.layout import whole_shape, write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
 
@@ -225,7 +225,7 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
 
 def _holds_part(plan: Plan, target: Target) -> bool:
     """Whether a store holds the ensemble with fewer members or steps, all of whose shards grow."""
-    members, steps, *_ = shape_of(target.url, target.array, target.options)
+    members, steps, *_ = whole_shape(target.url, target.array, target.options)
     before = plan.part(max(1, members // len(plan.cubes)), steps // plan.time)
     if before.fine_shape[:2] != (members, steps) or before.member_block != plan.member_block:
         return False

@@ -49,6 +49,7 @@ LENGTHS = {"metre": "m", "kilometre": "km", "foot": "foot", "US survey foot": "U
 
 MARK = "stsr.json"  # object that tells a group of this code, begun or whole, from whatever else lies at an address
 MARK_CONTENT = b'{"written_by": "stsr"}\n'
+BEFORE = "before.json"  # metadata of a group that was whole and is added to, until it is whole again
 
 DRIVING = "driving_member"  # coordinate along members
 DRIVING_ATTRIBUTES: Mapping[str, Any] = {"long_name": "realization of the driving model"}
@@ -140,9 +141,21 @@ def _contents(fs: AbstractFileSystem, path: str) -> list[str]:
     """Paths of what is in a folder; of a file, its own. None where nothing is, and in an empty folder."""
     fs.invalidate_cache()  # others may have written since this process looked
     try:
-        return [str(name) for name in fs.ls(path, detail=False)]
+        names = [str(name) for name in fs.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    if "file" in fs.protocol:
+        return names
+    return [name for name in names if _holds_objects(fs, name)]
+
+
+def _holds_objects(fs: AbstractFileSystem, path: str) -> bool:
+    """Whether an object is at or below a path.
+
+    Servers such as SeaweedFS list folders that hold none any more, the last of them as an object whose name ends in /.
+    """
+    levels = (files.values() for _, _, files in fs.walk(path, detail=True))
+    return any(info["type"] == "file" and not info["name"].endswith("/") for files in levels for info in files)
 
 
 def _marked(fs: AbstractFileSystem, path: str) -> bool:
@@ -296,29 +309,42 @@ def mapped(attributes: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
 def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Options | None = None) -> None:
     """Write the metadata and coordinates of an ensemble, but not its group: it does not open yet.
 
+    Where one was begun that grows to this one, its shards stay; one with other shards or attributes is removed.
+
     Raises:
         StoreError: something else is there, or the place cannot be written.
     """
-    attributes = mapped({**described(layout), "scale_factor": QUANTUM_MM}, layout.grid)
+    stated = {**described(layout), "scale_factor": QUANTUM_MM, "_FillValue": MISSING}
+    attributes = mapped(stated, layout.grid)
     try:
+        begun = _begun(url, array, options)
+        if begun is not None and (begun.shards, dict(begun.attrs)) != (layout.shard, attributes):
+            remove_store(url, options)  # another command began it, and was stopped before its first shard
+            begun = None
         write_coordinates(url, layout.times, layout.grid, options)
         write_members(url, layout, options)
-        if _exists(url, f"{array}/zarr.json", options):
-            zarr.open_array(open_store(f"{url}/{array}", options), mode="r+").resize(layout.shape)
+        if begun is not None:
+            begun.resize(layout.shape)
         else:
             zarr.create_array(
                 open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
                 chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
-                dimension_names=("member", "time", "y", "x"), attributes={**attributes, "_FillValue": MISSING},
+                dimension_names=("member", "time", "y", "x"), attributes=attributes,
                 config={"write_empty_chunks": True},
             )  # fmt: skip
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check the path, its permissions and free space.") from e
 
 
-def _exists(url: str, name: str, options: Options | None) -> bool:
+def _begun(url: str, array: str, options: Options | None) -> zarr.Array[Any] | None:
+    """The array of an ensemble that was begun, or None."""
     fs, path = filesystem(url, options)
-    return bool(fs.exists(f"{path}/{name}"))
+    if not fs.exists(f"{path}/{array}/zarr.json"):
+        return None
+    try:
+        return zarr.open_array(open_store(f"{url}/{array}", options), mode="r+")
+    except ValueError as e:
+        raise StoreError(f"{url}/{array}/zarr.json is damaged ({e}). Start over with --overwrite.") from e
 
 
 def finish(url: str, attributes: Mapping[str, str], options: Options | None = None) -> None:
@@ -334,12 +360,24 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})
         zarr.consolidate_metadata(store)
+    fs, path = filesystem(url, options)
+    if fs.exists(f"{path}/{BEFORE}"):
+        fs.rm(f"{path}/{BEFORE}")
 
 
 def reopen(url: str, options: Options | None = None) -> None:
-    """Take the group's metadata away: the store no longer counts as whole, until `finish`."""
+    """Put the group's metadata aside: the store no longer counts as whole, until `finish`."""
     fs, path = filesystem(url, options)
+    fs.pipe_file(f"{path}/{BEFORE}", fs.cat_file(f"{path}/zarr.json"))
     fs.rm(f"{path}/zarr.json")
+
+
+def whole_shape(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
+    """Shape of an array when its group was last whole; as it is, where that never was."""
+    fs, path = filesystem(url, options)
+    if is_whole(url, options) or not fs.exists(f"{path}/{BEFORE}"):
+        return shape_of(url, array, options)
+    return tuple(json.loads(fs.cat_file(f"{path}/{BEFORE}"))["consolidated_metadata"]["metadata"][array]["shape"])
 
 
 def shape_of(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -469,6 +470,62 @@ def test_a_store_grows_of_which_no_shard_is_full(rain, checkpoints, cluster, tmp
     assert files_of(tmp_path / "grown") == files_of(tmp_path / "fresh")
     if steps == 16:
         xr.testing.assert_equal(xr.open_zarr(tmp_path / "grown")["precipitation"][:2].load(), before)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Kills runs where their first shard would be made."""
+
+    class KilledError(Exception):
+        pass
+
+    @contextmanager
+    def at_the_first_shard():
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr("stsr_core.ensemble.downscale.generate", Mock(side_effect=KilledError))
+            yield
+
+    return at_the_first_shard
+
+
+@pytest.mark.parametrize(("members", "steps"), [(4, 16), (2, 24)])
+def test_growth_that_is_killed_before_its_first_shard_goes_on(
+    rain, checkpoints, cluster, tmp_path, killed, members, steps
+):
+    cubes = {n: cube_of(np.tile(rain, (7, 1, 1))[:n]) for n in (16, steps)}
+    out = tmp_path / "grown"
+    to_store(cubes[16], checkpoints, out, cluster, members=2)
+    before = files_of(out)
+    for _ in range(2):
+        with killed():
+            to_store(cubes[steps], checkpoints, out, cluster, members=members, extend=True)
+    to_store(cubes[16], checkpoints, out, cluster, members=2)  # what was there is whole again
+    assert files_of(out) == before
+    with killed():
+        to_store(cubes[steps], checkpoints, out, cluster, members=members, extend=True)
+    to_store(cubes[steps], checkpoints, out, cluster, members=members, extend=True)
+    to_store(cubes[steps], checkpoints, tmp_path / "fresh", cluster, members=members)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("begun", ["driving", "factor", "size"])
+def test_what_another_command_began_without_a_shard_is_begun_anew(rain, checkpoints, cluster, tmp_path, killed, begun):
+    out, cube = tmp_path / "out", cube_of(rain)
+    first = {"driving": driving_cubes(rain), "factor": cube, "size": cube_of(rain[:, :6, :6])}[begun]
+    with killed():
+        to_store(first, checkpoints, out, cluster, space=10 if begun == "factor" else 4)
+    to_store(cube, checkpoints, out, cluster)
+    to_store(cube, checkpoints, tmp_path / "fresh", cluster)
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def test_damaged_metadata_of_a_begun_store_is_told(rain, checkpoints, cluster, tmp_path, killed):
+    with killed():
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster)
+    (tmp_path / "out" / "precipitation" / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"zarr.json is damaged .* Start over with --overwrite"):
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster)
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, overwrite=True)
 
 
 def test_a_store_of_driving_members_grows_and_its_shards_are_those_of_each_alone(rain, checkpoints, cluster, tmp_path):

@@ -225,18 +225,18 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
         assert found["state_type"] == "COMPLETED", found["state"]["message"]
         return run
 
-    steps = {
-        "factors": [factor],
-        "train_on": [path],
-        "validate_on": [other],
-        "mean_steps": 1,
-        "denoiser_steps": 1,
-        "distil_steps": 1,
-        "score_steps": 1,
-    }
-    done("train/train", folder=str(folder), **steps)
+    def steps(*numbers: int) -> dict[str, Any]:
+        stages = ("mean_steps", "denoiser_steps", "distil_steps", "score_steps")
+        return {
+            "factors": [factor],
+            "train_on": [path],
+            "validate_on": [other],
+            **dict(zip(stages, numbers, strict=True)),
+        }
+
+    done("train/train", folder=str(folder), **steps(1, 1, 0, 0))
     card = folder / "checkpoint" / "stsr.json"
-    run = done("train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps)
+    run = done("train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps(0, 0, 1, 0))
     rows = {row["what"]: row["value"] for row in json.loads(site.api.artifacts(run)["checkpoint-stsr"]["data"])}
     assert rows["learning_rate"] == "1e-05"
     assert rows["start"] == Checkpoint.read(card).digest
