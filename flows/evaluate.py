@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter
+from flows.parameters import FactorParameter, HomePath
 from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import evaluate_checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stsr_core.evaluation.evaluate import Table
     from stsr_core.progress import Advance
 
-Paths = Annotated[list[Path], Field(min_length=1)]
+Paths = Annotated[list[HomePath], Field(min_length=1)]
 
 
 @flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)
@@ -43,7 +43,7 @@ def evaluate(
     reference: bool = False,
     warming: bool = False,
     record: bool = False,
-    report: Path | None = None,
+    report: HomePath | None = None,
     statics: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score the checkpoint that serves a factor, and show the table.

@@ -18,6 +18,7 @@ ALL = "all"
 ProductName = Annotated[str, Field(min_length=1)]
 Members = Annotated[int | None, Field(ge=1, le=10_000)]
 PublishAs = FreeName | None
+HomePath = Annotated[Path, AfterValidator(at_home)]
 CatalogFile = Annotated[Path | None, AfterValidator(at_home)]
 Destination = Annotated[str | None, AfterValidator(at_home)]
 SmokeMembers = Annotated[int, Field(ge=1, le=8)]

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, Preset, RecipeName
+from flows.parameters import FactorParameter, HomePath, Preset, RecipeName
 from flows.stages import patient
 from stsr_core.checkpoint import Checkpoint
 from stsr_core.configuration import choose_catalog
@@ -26,10 +26,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 @flow(name="train", flow_run_name="train {name}", validate_parameters=True)
 def train(
     factors: Factors,
-    folder: Path,
+    folder: HomePath,
     archive: str | None = None,
-    train_on: list[Path] | None = None,
-    validate_on: list[Path] | None = None,
+    train_on: list[HomePath] | None = None,
+    validate_on: list[HomePath] | None = None,
     name: Name = "stsr",
     preset: Preset = Preset.small,
     recipe: RecipeName = RecipeName.stsr,
@@ -39,10 +39,10 @@ def train(
     score_steps: Steps = None,
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
     cells_per_step: Annotated[int | None, Field(ge=1)] = None,
-    start: Path | None = None,
+    start: HomePath | None = None,
     start_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
     only_spacing: bool = False,
-    seed: Annotated[int, Field(ge=0)] = 0,
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0,
     statics: list[str] | None = None,
 ) -> str:
     """Train one checkpoint for all factors. Kill it at any time: the same parameters go on from the last save.

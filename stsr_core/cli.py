@@ -367,7 +367,7 @@ def train(
         ),
     ] = False,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and patches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of weights and patches.")] = 0,
     catalog_file: Annotated[
         Path | None, typer.Option(callback=at_home, help="catalog.yaml that names the archive.")
     ] = None,
@@ -521,6 +521,8 @@ def bench(
     from stsr_core.settings import Settings
 
     require_folder(json_file)
+    if profile and (json_file or output or training):
+        raise ConfigurationError("--profile prints text and nothing else. Leave out --json, --output and --training.")
     if regrid is not None:
         _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
         return

@@ -65,6 +65,8 @@ def deploy(
     from flows.declared import Declared, InfrastructureName, shipped_declaration
 
     chosen = InfrastructureName(infrastructure.value)
+    if (code or home) and (image is not None or chosen is not InfrastructureName.process):
+        raise ConfigurationError("Images bring their own code and folder. Leave out --code and --home, or --image.")
     if image is not None or chosen is not InfrastructureName.process:
         release = deployer.Release(reference=reference or image or "", image=image, infrastructure=chosen)
     else:

@@ -120,6 +120,16 @@ def static_fields(
     return np.stack([_as_seen(static, sources, grid) for static in wanted])
 
 
+def require_seen(wanted: Sequence[StaticField], sources: Mapping[str, StaticSource]) -> None:
+    """Refuse static fields that a checkpoint does not see; raises ConfigurationError."""
+    seen = [static.name for static in wanted]
+    if other := sorted(sources.keys() - set(seen)):
+        raise ConfigurationError(
+            f"The checkpoint does not see the static fields {', '.join(other)}; it was trained with "
+            f"{', '.join(seen) or 'none'}. Leave them out, or choose a checkpoint that was trained with them."
+        )
+
+
 def _as_seen(static: StaticField, sources: Mapping[str, StaticSource], grid: Grid) -> NDArray[np.float32]:
     if static.name not in sources:
         have = ", ".join(sources) or "none"

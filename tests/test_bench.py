@@ -12,6 +12,7 @@ from stsr_core.checkpoint import Library
 from stsr_core.cli import app
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
+from stsr_core.errors import ConfigurationError
 from stsr_core.factors import Factor
 from tests.tiny import TINY, small_patches
 
@@ -109,6 +110,12 @@ def test_training_steps_are_measured(monkeypatch):
         "scored_patches_per_s",
     }
     assert min(found.values()) > 0
+
+
+def test_a_profile_writes_no_figures(tmp_path):
+    for other in (("--json", str(tmp_path / "a.json")), ("--output", str(tmp_path / "out")), ("--training",)):
+        with pytest.raises(ConfigurationError, match="--profile prints text and nothing else"):
+            CliRunner().invoke(app, ["bench", "--profile", *other], catch_exceptions=False)
 
 
 def test_a_profile_says_where_the_time_goes(checkpoints, monkeypatch):

@@ -73,7 +73,9 @@ def test_a_file_that_leaves_doubts_is_refused_until_they_are_settled(here, coars
         "downscale in.nc out.zarr --variable rain --space 4 --time 1 --workers=-1",
         "evaluate in.nc --space 4 --time 1 --workers=-1", "evaluate in.nc --space 4 --time 1 --hours=-5",
         "evaluate in.nc --space 4 --time 1 --cells 0", "evaluate in.nc --space 4 --time 1 --members 0",
-        "train --archive a --space 4 --time 1 --seed=-1", "train --archive a --space 4 --time 1 --learning-rate=-1",
+        "train --archive a --space 4 --time 1 --seed=-1",
+        "train --archive a --space 4 --time 1 --seed=9223372036854775808",
+        "train --archive a --space 4 --time 1 --learning-rate=-1",
         "bench --regrid=-1",
         "catalog search --catalog c --limit 0", "catalog reconcile p --catalog c --grace-hours 99999999",
         "catalog retire p --catalog c --keep 1 --days 99999999999",
@@ -106,6 +108,8 @@ def test_a_leading_tilde_is_the_home_folder(line, message, tmp_path, monkeypatch
 def test_figures_that_could_not_be_written_are_refused_before_they_are_made(tmp_path):
     with pytest.raises(ConfigurationError, match="There is no folder .*nowhere to write x.json to"):
         CliRunner().invoke(app, ["bench", "--json", str(tmp_path / "nowhere" / "x.json")], catch_exceptions=False)
+    with pytest.raises(ConfigurationError, match="is a folder. Name a file"):
+        CliRunner().invoke(app, ["bench", "--json", str(tmp_path)], catch_exceptions=False)
 
 
 MEMBERS = [1, 2, 5]

@@ -176,6 +176,14 @@ def test_what_is_lacking_or_does_not_fit_is_said(folder, checkpoints, tmp_path):
         plan_with(tmp_path, checkpoints, "sea.nc")
 
 
+def test_a_field_that_the_networks_do_not_see_is_refused(folder, checkpoints):
+    statics = {"orography": source(folder), "slope": source(folder)}
+    with pytest.raises(ConfigurationError, match="does not see the static fields slope; it was trained with orography"):
+        stsr_core.downscale(
+            coarse(), space=4, time=1, checkpoints=str(checkpoints), time_label="end", statics=statics
+        )  # fmt: skip
+
+
 def test_fields_are_named_by_file_or_by_catalog(tmp_path):
     catalog = yaml.safe_load(shipped_catalog().read_text(encoding="utf-8"))
     static = {"url": "z.nc", "variable": "z", "crs": CRS, "description": "", "license": "", "attribution": ""}

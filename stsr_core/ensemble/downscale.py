@@ -22,7 +22,7 @@ from stsr_core.ensemble.shard import make_shard
 from stsr_core.errors import StoreError
 from stsr_core.factors import Factor
 from stsr_core.regrid import regrid_to_factor
-from stsr_core.statics import StaticSource, static_fields
+from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
@@ -116,6 +116,7 @@ def prepared(
     grid = cubes[0].grid.refine(factor.space)
     served = checkpoint.card.serving(factor, grid.spacing_km)
     recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
+    require_seen(checkpoint.card.statics, statics)
     fields = static_fields(checkpoint.card.statics, statics, grid)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
     return Plan(cubes, recipe, fields), downscaler.told(served.configuration.spacing_km)

@@ -68,6 +68,8 @@ def evaluate_checkpoint(
 
 def require_folder(path: Path | None) -> None:
     """Refuse a file that could not be written in the end; raises ConfigurationError."""
+    if path is not None and path.is_dir():
+        raise ConfigurationError(f"{path} is a folder. Name a file to write.")
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigurationError(f"There is no folder {path.absolute().parent} to write {path.name} to. Make it first.")
 

@@ -27,7 +27,7 @@ from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
 from stsr_core.progress import Watch, unwatched
 from stsr_core.sources.cube import Cube
-from stsr_core.statics import StaticSource, static_fields
+from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.statistics import WET_MM, added, statistics
 from stsr_core.store.verify import closure_of
@@ -237,6 +237,7 @@ def evaluate(
     `report` is called with a line about each part that is done, `watch` with the name and length of what is begun.
     """
     factor = downscaler.factor
+    require_seen(checkpoint.card.statics, options.statics)
     truth = read_truth(
         urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, coarser=options.coarser,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
@@ -247,6 +248,8 @@ def evaluate(
         f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells of {truth.spacing_km:.2g} km "
         f"(networks are told {told} km), factor {factor}"
     )
+    if doubt := checkpoint.card.strange(truth.spacing_km, timedelta(hours=truth.step_h)):
+        report(doubt)
     runner = _Runner(checkpoint, downscaler, truth, options, watch)
     fields: dict[str, NDArray[np.float32]] = {}
     seconds: dict[str, float] = {}
@@ -290,7 +293,8 @@ def _scored(
         for name, ensemble in ensembles.items():
             started = time.monotonic()
             crps = crps_field(ensemble, truth.fine)
-            table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **scores(ensemble, truth.fine, factor)}
+            found = scores(ensemble, truth.fine, factor, steps_per_day=max(1, round(24 / truth.step_h)))
+            table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **found}
             blocks[name] = sums_by_block(crps)
             advance(1, time.monotonic() - started)
     return table, blocks

@@ -128,12 +128,13 @@ def rank_histogram(ensemble: Ensemble, truth: Field, seed: int = 0) -> NDArray[n
 
 
 def daily_indices(fields: Field, steps_per_day: int) -> dict[str, float]:
-    """Climate indices over (..., T, Y, X): Rx1day, SDII [mm/day], wet and dry spells [steps], means over cells.
+    """Climate indices over (..., T, Y, X): Rx1day, SDII [mm/day], wet and dry spells [steps].
 
+    Rx1day is the mean over cells, SDII that over all wet days, spells that over all spells; missing steps end a spell.
     Days are whole pieces of `steps_per_day` from the first step; without a whole day only the spells are given.
     """
     days = fields.shape[-3] // steps_per_day
-    found = {"wet_spell": mean_spell(fields > WET_MM), "dry_spell": mean_spell(~(fields > WET_MM))}
+    found = {"wet_spell": mean_spell(fields > WET_MM), "dry_spell": mean_spell(fields <= WET_MM)}
     if days:
         lead, (ny, nx) = fields.shape[:-3], fields.shape[-2:]
         total = fields[..., : days * steps_per_day, :, :].reshape(*lead, days, steps_per_day, ny, nx).sum(axis=-3)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from stsr_core.grids import Grid
 
+LIKE = 1.5  # times that the cells of one place may be as wide as those of another
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -31,6 +33,7 @@ class Truth:
         coarse: amount [mm per coarse step], (P, T, Y, X), float32, NaN where missing.
         statics: static fields as the networks see them, (S, Y*s, X*s), float32, for each place; None without any.
         spacing_km: of the fine grid, in the mean over the places.
+        step_h: of the fine steps [h].
     """
 
     names: tuple[str, ...]
@@ -38,6 +41,7 @@ class Truth:
     coarse: NDArray[np.float32]
     statics: tuple[NDArray[np.float32] | None, ...]
     spacing_km: float = 1.0
+    step_h: float = 1.0
 
 
 def read_truth(
@@ -57,10 +61,11 @@ def read_truth(
 
     Raises:
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run; files of which no
-            coarse cell is whole.
+            coarse cell is whole, or whose cells or steps differ.
     """
     places = places_of(urls)
     runs = [_wettest(place, variable, hours, factor) for place in places]
+    spacings, step_h = _alike(places, [run for run, _ in runs])
     fields = [
         _middle(_averaged(amount, coarser), cells, factor, place)
         for (_, amount), place in zip(runs, places, strict=True)
@@ -84,8 +89,20 @@ def read_truth(
         else _middle(_middle(_averaged(field, coarser), cells, factor, place), min(ny, nx, cells), factor, place)
         for field, place in zip((statics(run.grid) for run, _ in runs), places, strict=True)
     )
-    spacing = coarser * float(np.mean([run.grid.spacing_km for run, _ in runs]))
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing)
+    spacing = coarser * float(np.mean(spacings))
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing, step_h)
+
+
+def _alike(places: Sequence[str], runs: Sequence[FineRun]) -> tuple[list[float], float]:
+    """Spacing of each place [km] and the step of all [h]; raises SourceError where they cannot be one sample."""
+    spacings, steps = [run.grid.spacing_km for run in runs], [run.step_h for run in runs]
+    if max(spacings) > LIKE * min(spacings) or max(steps) != min(steps):
+        found = "; ".join(
+            f"{place}: {spacing:.2g} km, {step:g} h"
+            for place, spacing, step in zip(places, spacings, steps, strict=True)
+        )
+        raise SourceError(f"Places are scored as one sample, but cells or steps differ ({found}). Score them in turn.")
+    return spacings, steps[0]
 
 
 def _averaged(fields: NDArray[np.float32], cells: int) -> NDArray[np.float32]:

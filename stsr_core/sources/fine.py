@@ -49,6 +49,12 @@ class FineRun:
         return int(self.dataset.sizes["time"])
 
     @property
+    def step_h(self) -> float:
+        """Length of a step [h]."""
+        assert self.declared.step_h is not None  # see `fine_runs`
+        return self.declared.step_h
+
+    @property
     def grid(self) -> Grid:
         """Grid of the cells; raises like `read_cube`."""
         return read_cube(self.dataset.isel(time=slice(0, 1)), self.variable, self.declared).grid

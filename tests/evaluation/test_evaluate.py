@@ -54,6 +54,19 @@ def test_truth_is_averaged_to_a_coarser_grid_before_all_else(tmp_path):
     np.testing.assert_allclose(coarser.fine[0], whole.reshape(3, 20, 2, 21, 2).mean((2, 4))[..., :20], rtol=1e-5)
 
 
+def test_places_of_other_cells_or_steps_are_no_one_sample(tmp_path):
+    path = write(tmp_path / "a.nc")
+    data = xr.load_dataset(path)
+    half = data.assign_coords(time=data["time"].values[0] + np.arange(12) * np.timedelta64(30, "m"))
+    half.to_netcdf(tmp_path / "half.nc")
+    wide = {axis: (axis, 2 * data[axis].values, data[axis].attrs) for axis in "yx"}
+    data.assign_coords(wide).to_netcdf(tmp_path / "wide.nc")
+    assert read_truth([str(tmp_path / "half.nc")], FACTOR, hours=6, cells=40, variable="precipitation").step_h == 0.5
+    for other in ("half", "wide"):
+        with pytest.raises(SourceError, match="cells or steps differ"):
+            read_truth([path, str(tmp_path / f"{other}.nc")], FACTOR, hours=6, cells=40, variable="precipitation")
+
+
 def test_the_wettest_hours_stay_inside_one_run(tmp_path):
     path = write(tmp_path / "a.nc", segment=np.repeat([0, 1], 6))
     data = xr.load_dataset(path)

@@ -123,6 +123,8 @@ def test_spells_and_daily_indices_by_hand():
     found = daily_indices(series, steps_per_day=4)
     assert found == {"wet_spell": 1.5, "dry_spell": pytest.approx(5 / 3), "rx1day": 4.0, "sdii": 3.5}
     assert "rx1day" not in daily_indices(series, steps_per_day=24)
+    holed = np.where(np.arange(8) == 4, np.float32(np.nan), series[:, 0, 0]).reshape(8, 1, 1)
+    assert daily_indices(holed, steps_per_day=24)["dry_spell"] == 1.0
     assert mean_spell(np.zeros((3, 1, 1), bool)) == 0.0
     assert hourly_change(series) == pytest.approx((2 + 0 + 2 + 0 + 0 + 3 + 3) / 7)
 
