@@ -59,7 +59,9 @@ def test_places_of_other_cells_or_steps_are_no_one_sample(tmp_path):
     data = xr.load_dataset(path)
     half = data.assign_coords(time=data["time"].values[0] + np.arange(12) * np.timedelta64(30, "m"))
     half.to_netcdf(tmp_path / "half.nc")
-    wide = {axis: (axis, 2 * data[axis].values, data[axis].attrs) for axis in "yx"}
+    names = {"y": {"units": "degrees_north", "standard_name": "latitude"},
+             "x": {"units": "degrees_east", "standard_name": "longitude"}}  # fmt: skip
+    wide = {axis: (axis, 0.02 * np.arange(data.sizes[axis]), named) for axis, named in names.items()}
     data.assign_coords(wide).to_netcdf(tmp_path / "wide.nc")
     assert read_truth([str(tmp_path / "half.nc")], FACTOR, hours=6, cells=40, variable="precipitation").step_h == 0.5
     for other in ("half", "wide"):
