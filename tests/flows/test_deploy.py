@@ -99,6 +99,13 @@ def test_a_leading_tilde_is_the_home_folder_and_folders_that_are_not_there_are_r
     assert str(done.exception).startswith(message.format(tmp_path))
 
 
+@pytest.mark.parametrize("option", ["--code", "--home"])
+@pytest.mark.parametrize("place", [("--image", "stsr:1"), ("--infrastructure", "kubernetes")])
+def test_folders_of_code_that_is_in_an_image_are_refused(tmp_path, option, place):
+    done = CliRunner().invoke(app, ["deploy", option, str(tmp_path), *place])
+    assert str(done.exception).startswith("Images bring their own code and folder")
+
+
 def test_up_takes_a_folder_with_a_leading_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     asked = []

@@ -36,6 +36,7 @@ from flows.nightly import nightly
 from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
+from flows.train import train
 from stsr_core.catalog.documents import DamagedError
 from stsr_core.catalog.publish import Published
 from stsr_core.catalog.search import Version
@@ -105,6 +106,13 @@ def test_a_leading_tilde_in_a_parameter_is_the_home_folder(flow, monkeypatch):
     found = flow.validate_parameters(given | ({"period": day} if flow is backfill else {}))
     assert (str(found["catalog_file"]), found["destination"]) == ("/home/me/c.yaml", "/home/me/cat")
     assert maintain.validate_parameters({"destination": "~/cat"})["destination"] == "/home/me/cat"
+    given = {"factors": [{"space": 4, "time": 1}], "folder": "~/t", "start": "~/c.json", "train_on": ["~/a.nc"]}
+    found = train.validate_parameters(given)
+    assert [str(p) for p in (found["folder"], found["start"], *found["train_on"])] == [
+        "/home/me/t", "/home/me/c.json", "/home/me/a.nc"
+    ]  # fmt: skip
+    with pytest.raises(ParameterTypeError, match="seed"):
+        train.validate_parameters({**given, "seed": 2**63})
 
 
 def test_only_what_may_pass_is_tried_again():
