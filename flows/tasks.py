@@ -267,13 +267,14 @@ def complete(plan: Plan, attempt: Attempt) -> None:
     """Close the ensemble and write what readers get beside it, as far as it is not there."""
     layout, options = layout_of(plan), attempt.documents.options
     ensemble, series, overview, coarse = (attempt.group_url(group) for group in GROUPS)
-    if not is_whole(ensemble, options):
-        for url in (series, overview):  # made before a shard was lost
-            remove_store(url, options)
-        finish(ensemble, layout.attributes, options)
+    begun = not is_whole(ensemble, options)
     lacking = {url for url in (series, overview, coarse) if not is_whole(url, options)}
+    if begun:
+        lacking |= {series, overview}  # which may be of an ensemble that a shard was lost of
     for url in lacking:
         remove_store(url, options)
+    if begun:
+        finish(ensemble, layout.attributes, options)
     if series in lacking:
         write_series(ensemble, ARRAY, series, layout, options)
     if overview in lacking:

@@ -65,9 +65,9 @@ def deploy(
     from flows.declared import Declared, InfrastructureName, shipped_declaration
 
     chosen = InfrastructureName(infrastructure.value)
-    if (code or home) and (image is not None or chosen is not InfrastructureName.process):
-        raise ConfigurationError("Images bring their own code and folder. Leave out --code and --home, or --image.")
     if image is not None or chosen is not InfrastructureName.process:
+        if code or home:
+            raise ConfigurationError("Images bring their own code and folder. Leave out --code and --home, or --image.")
         release = deployer.Release(reference=reference or image or "", image=image, infrastructure=chosen)
     else:
         release = deployer.this_release(code, home, reference)
