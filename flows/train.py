@@ -39,6 +39,7 @@ def train(
     score_steps: Steps = None,
     learning_rate: Annotated[float | None, Field(gt=0, le=1)] = None,
     cells_per_step: Annotated[int | None, Field(ge=1)] = None,
+    calibration_patches: Annotated[int | None, Field(ge=1)] = None,
     start: HomePath | None = None,
     start_share: Annotated[float, Field(ge=0, le=1)] = 0.0,
     only_spacing: bool = False,
@@ -62,6 +63,8 @@ def train(
         score_steps: steps in which that is trained on towards the least CRPS of whole members; 0 leaves it as it is.
         learning_rate: largest learning rate; without it by preset.
         cells_per_step: fine cells and hours that one step learns from; without it by preset.
+        calibration_patches: patches, per factor, on which the members' spread is chosen; without it by preset. One is
+            enough to try a training out.
         start: card (.json) of a checkpoint to start from, as one that is tuned to a radar of one's own.
         start_share: share of the weights of `start` in the result; 0.5 generalises better where data are few.
         only_spacing: train only what tells the networks of `start` the spacing of the fine grid.
@@ -78,8 +81,8 @@ def train(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
         denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
-        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share,
-        only_spacing=only_spacing, seed=seed,
+        learning_rate=learning_rate, cells_per_step=cells_per_step, calibration_patches=calibration_patches,
+        start=start, start_share=start_share, only_spacing=only_spacing, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
@@ -107,6 +110,7 @@ def fit(
     score_steps: int | None,
     learning_rate: float | None,
     cells_per_step: int | None,
+    calibration_patches: int | None,
     start: Path | None,
     start_share: float,
     only_spacing: bool,
@@ -116,7 +120,7 @@ def fit(
     return train_checkpoint(
         data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
         mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
-        learning_rate=learning_rate, cells_per_step=cells_per_step, start=start, start_share=start_share,
-        only_spacing=only_spacing, device=Settings().device, seed=seed,
+        learning_rate=learning_rate, cells_per_step=cells_per_step, calibration_patches=calibration_patches,
+        start=start, start_share=start_share, only_spacing=only_spacing, device=Settings().device, seed=seed,
         report=lambda said: event("fit", checkpoint=name, said=said),
     )  # fmt: skip

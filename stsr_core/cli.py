@@ -348,6 +348,14 @@ def train(
             help="Fine cells and hours that one step learns from, on each GPU; default by preset. GPUs take more.",
         ),
     ] = None,
+    calibration_patches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Patches of validation data, per factor, on which the members' spread is chosen; default by preset. "
+            "One is enough to try a training out, which then takes minutes less.",
+        ),
+    ] = None,
     start: Annotated[
         Path | None,
         typer.Option(
@@ -406,6 +414,7 @@ def train(
         score_steps=score_steps,
         learning_rate=learning_rate,
         cells_per_step=cells_per_step,
+        calibration_patches=calibration_patches,
         start=start,
         start_share=start_share,
         only_spacing=only_spacing,

@@ -101,6 +101,7 @@ def train_checkpoint(
     score_steps: int | None,
     learning_rate: float | None = None,
     cells_per_step: int | None = None,
+    calibration_patches: int | None = None,
     start: Path | None = None,
     start_share: float = 0.0,
     only_spacing: bool = False,
@@ -143,6 +144,7 @@ def train_checkpoint(
         score_steps=chosen.score_steps if score_steps is None else score_steps,
         learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
         cells_per_step=cells_per_step or chosen.cells_per_step,
+        calibration_patches=calibration_patches or chosen.calibration_patches,
     )
     training = Training(
         train=fitted,

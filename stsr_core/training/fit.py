@@ -218,6 +218,7 @@ def _card(
         **steps,
         "cells_per_step": preset.cells_per_step * training.run.world,
         "learning_rate": preset.learning_rate,
+        "calibration_patches": preset.calibration_patches,
         "seed": training.seed,
         **({"start": training.start.digest, "start_share": training.start_share} if training.start else {}),
     }

@@ -330,20 +330,21 @@ class Training:
 
         Those of `known`, by factor, and what the training's folder has of these networks need no calibration.
         """
-        digest, path = _digest(mean, denoiser), self.folder / "spreads.json"
+        patches = self.preset.calibration_patches
+        networks, path = f"{_digest(mean, denoiser)} on {patches}", self.folder / "spreads.json"
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        have = {**kept.get(digest, {}), **known}
+        have = {**kept.get(networks, {}), **known}
         for one in served:
             factor = str(one.configuration.factor)
             if factor in have:
                 continue
             if self.run.rank == 0:
-                self.report(f"{factor}: choosing how far members spread, on {self.preset.calibration_patches} patches")
+                self.report(f"{factor}: choosing how far members spread; patches: {patches}")
             have[factor] = self._spread(one, mean, denoiser)
             if self.run.rank == 0:
                 self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")
                 with whole(path) as part:
-                    part.write_text(json.dumps({**kept, digest: have}, indent=1))
+                    part.write_text(json.dumps({**kept, networks: have}, indent=1))
         return [s.model_copy(update={"spread": have[str(s.configuration.factor)]}) for s in served]
 
     def _spread(self, served: Served, mean: MeanNetwork, denoiser: Denoiser) -> float:

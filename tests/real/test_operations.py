@@ -231,6 +231,7 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
             "factors": [factor],
             "train_on": [path],
             "validate_on": [other],
+            "calibration_patches": 1,
             **dict(zip(stages, numbers, strict=True)),
         }
 

@@ -449,6 +449,9 @@ def test_spreads_are_calibrated_once(regions, tmp_path, monkeypatch):
     scored = fit(replace(training(regions, tmp_path / "scored", only), start=first), "x", {})
     assert scored.card.served[0].taught == first.card.served[0].taught
     assert len(asked) == 4
+    more = fit(training(regions, tmp_path, replace(TINY, calibration_patches=2)), "x", {})
+    assert len(asked) == 7
+    assert more.card.training["calibration_patches"] == 2
 
 
 def test_a_share_of_no_start_is_refused():
