@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from dataclasses import fields
-from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,6 +28,26 @@ def free_name(name: str) -> str:
 
 
 FreeName = Annotated[str, Field(pattern=PRODUCT_NAME), AfterValidator(free_name)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what surprises: dates stay text, also those that only other calendars have, and 1e20 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Read a mapping; raises YAMLError where a key is there twice, of which all but the last would be lost."""
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class _Frozen(BaseModel):
@@ -62,18 +82,10 @@ class Declarations(_Frozen):
         "that of the driving members.",
     )
     period: tuple[str, str] | None = Field(
-        default=None, strict=False, description="First and last ISO date; only whole steps between them are read."
+        default=None,
+        strict=False,
+        description="Start and end, ISO dates (their midnight) or times; only whole steps between them are read.",
     )
-
-    @field_validator("select", "period", mode="before")
-    @classmethod
-    def _dates_as_text(cls, value: object) -> object:
-        """Undo that YAML makes dates of what looks like one."""
-        if isinstance(value, dict):
-            return {key: cls._dates_as_text(one) for key, one in value.items()}
-        if isinstance(value, list | tuple):
-            return [cls._dates_as_text(one) for one in value]
-        return value.isoformat() if isinstance(value, date) else value
 
     @property
     def declared(self) -> Declared:
@@ -91,9 +103,11 @@ class Declarations(_Frozen):
         try:
             found: dict[str, object] = {}
             for line in lines:
-                read = yaml.safe_load(line)
+                read = yaml.load(line, _Loader)
                 if not isinstance(read, dict):
                     raise ConfigurationError(f"{line!r} is no declaration. Write NAME: VALUE, as 'units: mm/h'.")
+                if isinstance(before := found.get("select"), dict) and isinstance(more := read.get("select"), dict):
+                    read = {**read, "select": before | more}
                 found |= read
             return cls.model_validate(found)
         except yaml.YAMLError as e:
@@ -271,7 +285,7 @@ class Configuration(_Frozen):
             ConfigurationError: no file, no YAML, or a value that is not understood; the message names it.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except OSError as e:
             raise ConfigurationError(f"{path} cannot be read ({e.strerror}). Name it with STSR_CATALOG_FILE.") from e
         except UnicodeDecodeError as e:

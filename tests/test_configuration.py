@@ -69,8 +69,27 @@ def test_declarations_are_lines_of_the_catalogue():
 
 def test_dates_stay_as_they_are_written():
     found = Declarations.of(["period: [2001-01-01, 2001-02-01 06:00:00+02:00]", "select: {time: [2001-01-01, 3]}"])
-    assert found.declared.period == ("2001-01-01", "2001-02-01T06:00:00+02:00")
+    assert found.declared.period == ("2001-01-01", "2001-02-01 06:00:00+02:00")
     assert found.declared.select == {"time": ("2001-01-01", 3)}
+
+
+def test_numbers_and_dates_are_read_as_people_write_them():
+    found = Declarations.of(["missing_values: [1e20, 1e+20, -9.9e9, 7]", "max_negative_mm: 1e-2", "step_h: 3"])
+    assert found.missing_values == (1e20, 1e20, -9.9e9, 7.0)
+    assert (found.max_negative_mm, found.step_h) == (0.01, 3.0)
+    assert Declarations.of(["period: [2000-02-26, 2000-02-30]"]).period == ("2000-02-26", "2000-02-30")  # of 360 days
+
+
+def test_lines_that_select_add_up():
+    found = Declarations.of(["select: {model: a}", "select: {scenario: ssp585}"])
+    assert found.select == {"model": "a", "scenario": "ssp585"}
+
+
+def test_a_catalogue_that_names_something_twice_is_refused(tmp_path):
+    path = tmp_path / "catalog.yaml"
+    path.write_text("sources: {}\ngrids: {}\nsources: {}\n")
+    with pytest.raises(ConfigurationError, match="'sources' is there twice"):
+        Configuration.load(path)
 
 
 @pytest.mark.parametrize(
