@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # first bytes of TIFF and BigTIFF
 # 2018050106_RR.gtif: the stamp, and what the file holds
-NAME = re.compile(r"(?P<stamp>\d{12}|\d{10})(?:_(?P<variable>[A-Za-z]\w*))?\.g?tiff?$", re.IGNORECASE)
+STAMPS = {10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}  # by their lengths
+NAME = re.compile(r"(?<!\d)(?P<stamp>\d{10}|\d{12}|\d{14})(?:_(?P<variable>[A-Za-z]\w*))?\.g?tiff?$", re.IGNORECASE)
 UNNAMED = "band_1"
 SAME_PLACE = 1e-3  # cells that lie further apart, in cells, are others
 
@@ -63,7 +64,7 @@ def record_of(path: str) -> Record:
         raise SourceError(f"{name} names no time. GeoTIFFs are needed to be named YYYYMMDDHH_VARIABLE.tif.")
     stamp = found["stamp"]
     try:
-        time = datetime.strptime(stamp, "%Y%m%d%H" if len(stamp) == 10 else "%Y%m%d%H%M")
+        time = datetime.strptime(stamp, STAMPS[len(stamp)])
     except ValueError as e:
         raise SourceError(f"{name} names no time: {stamp} is no date and hour. Rename it, or leave it out.") from e
     return Record(path, time, found["variable"] or UNNAMED)

@@ -176,10 +176,8 @@ def _variable(file: MessageFile, name: str, messages: list[Message]) -> xr.Datas
 
 
 def _spanning(messages: list[Message]) -> list[Message]:
-    """Leave out the sums over no time that forecasts begin with, where the others span time."""
-    spanning = [m for m in messages if m.start < m.end]
-    sums = all(m.kind != "instant" or m.end == m.run for m in messages if m.start == m.end)
-    return spanning if spanning and sums else messages
+    """Leave out what spans no time where others do: the sums that forecasts begin with, rates beside mean rates."""
+    return [m for m in messages if m.start < m.end] or messages
 
 
 def _one_sum_each(file: MessageFile, messages: list[Message]) -> list[Message]:

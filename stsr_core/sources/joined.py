@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.bounds import bounds_of
+from stsr_core.sources.times import is_lead, is_start
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,7 +40,7 @@ def joined(found: list[xr.Dataset], paths: list[str], url: str) -> xr.Dataset:
     dim = MEMBER if same else "time"
     if not same:
         _check_one_realization(found, paths)
-        found = [_without_lead(d) for d in found]
+        found = _without_leads(found, paths)
         found = [d for _, d in sorted(zip((t[0] for t in times), found, strict=True), key=lambda pair: pair[0])]
     try:
         whole = xr.concat(
@@ -97,10 +99,24 @@ def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
             )
 
 
-def _without_lead(dataset: xr.Dataset) -> xr.Dataset:
-    """Drop the lead time of a file that holds one step of a forecast: another in each, and not needed."""
-    leads = [n for n, c in dataset.coords.items() if c.ndim == 0 and c.attrs.get("standard_name") == "forecast_period"]
-    return dataset.drop_vars(leads)
+def _without_leads(found: list[xr.Dataset], paths: list[str]) -> list[xr.Dataset]:
+    """Drop start and lead time of files that hold one step of a forecast each: they differ, and are not needed.
+
+    Raises:
+        SourceError: files of several runs, and not of one lead time of each.
+    """
+    starts, leads = ([_scalars(d, kind) for d in found] for kind in (is_start, is_lead))
+    values = [{tuple(map(str, one.values())) for one in of_files} for of_files in (starts, leads)]
+    if all(len(different) > 1 for different in values):
+        raise SourceError(
+            f"The files are of several runs and lead times, {paths[0]} and {paths[-1]} among them, so their times make "
+            "no series. Name files of one run, or of one lead time of each."
+        )
+    return [d.drop_vars([*a, *b]) for d, a, b in zip(found, starts, leads, strict=True)]
+
+
+def _scalars(dataset: xr.Dataset, is_kind: Callable[[xr.DataArray], bool]) -> dict[str, Any]:
+    return {str(n): c.values for n, c in dataset.coords.items() if c.ndim == 0 and is_kind(c)}
 
 
 def _check_one_realization(found: list[xr.Dataset], paths: list[str]) -> None:

@@ -11,7 +11,7 @@ from stsr_core.sources.declared import ALL, Declared
 from stsr_core.sources.driving import Driving, entries_of, selected
 from stsr_core.sources.places import Place, is_horizontal, place_of, repeating
 from stsr_core.sources.runs import one_run
-from stsr_core.sources.times import ABSOLUTE, Steps, is_time, stamps_of, steps_of
+from stsr_core.sources.times import ABSOLUTE, Steps, stamps_of, steps_of, times_among
 from stsr_core.sources.units import check_agreement, measured
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def layout_of(dataset: xr.Dataset, name: str, declared: Declared) -> Layout:
 
 def _time_name(dataset: xr.Dataset, array: xr.DataArray) -> str:
     """Name of the coordinate that holds the times of the steps: a 1-D one before a scalar one."""
-    found = [str(n) for n, c in array.coords.items() if c.ndim <= 1 and is_time(c)]
-    found.sort(key=lambda n: (array[n].ndim == 0, n != "valid_time", n not in array.dims, n != "time"))
-    if found:
+    if found := times_among(array.coords.values(), array.dims):
         return found[0]
     raise SourceError(
         f"Dimensions {tuple(map(str, array.dims))} were found, none with dates. (time, y, x) are needed; time needs CF "

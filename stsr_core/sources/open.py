@@ -18,7 +18,7 @@ from stsr_core.sources.location import Location, stamp_of
 from stsr_core.sources.netcdf3 import open_netcdf3
 from stsr_core.sources.ranges import WholeFileNeeded
 from stsr_core.sources.remote import patiently, shown
-from stsr_core.sources.times import with_written_times
+from stsr_core.sources.times import with_time_named, with_written_times
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -93,7 +93,7 @@ def _open_zarr(place: Location) -> xr.Dataset:
 
     root, filesystem = place.path.rstrip("/"), place.filesystem
     if filesystem.exists(f"{root}/zarr.json"):
-        consolidated = b"consolidated_metadata" in filesystem.cat_file(f"{root}/zarr.json")
+        consolidated = bool(json.loads(filesystem.cat_file(f"{root}/zarr.json")).get("consolidated_metadata"))
         options = dict(place.options) or None
         return _decoded(
             xr.open_zarr(place.url, storage_options=options, chunks=None, decode_cf=False, consolidated=consolidated)
@@ -265,6 +265,7 @@ def _open_glob(place: Location) -> xr.Dataset:
 def _lazily(place: Location) -> xr.Dataset:
     """Open one of many with dask, which xarray needs to join without reading; a single time becomes a dimension."""
     data = _open_zarr(place).chunk() if _is_zarr(place) else _open_file(place, chunks={})
+    data = with_time_named(data)
     if "time" in data.coords and data["time"].ndim == 0:
         data = data.expand_dims("time")
     return data

@@ -290,13 +290,16 @@ def _axis_scale(coordinate: xr.DataArray, crs: CRS | None) -> float:
 def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
     """Bounds of the cells of an axis, (n, 2), None where the file has none."""
     bounds = bounds_of(dataset[name])
-    if bounds not in dataset.variables or dataset[bounds].ndim != 2 or dataset[bounds].shape[1] != 2:
+    if bounds not in dataset.variables or dataset[bounds].ndim != 2 or name not in dataset[bounds].dims:
         return None
-    values = _degrees(dataset[bounds].transpose(name, ...), dataset[name]) * _axis_scale(dataset[name], crs)
+    pairs = dataset[bounds].transpose(name, ...)
+    if pairs.shape[1] != 2:
+        return None
+    values = _degrees(pairs, dataset[name]) * _axis_scale(dataset[name], crs)
     if crs is not None and crs.is_geographic and not _is_latitude(dataset[name]):
         values = centres[:, None] + (values - centres[:, None] + 180.0) % 360.0 - 180.0
         if centres.size == 1 or np.any(values[:, 1] == values[:, 0]):
-            values = _degrees(dataset[bounds], dataset[name])
+            values = _degrees(pairs, dataset[name])
     slack = 1e-6 * np.abs(values).max()
     low, high = values.min(axis=1), values.max(axis=1)
     if not np.isfinite(values).all() or (low > centres + slack).any() or (high < centres - slack).any():

@@ -8,7 +8,7 @@ import numpy as np
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.driving import entries_of
-from stsr_core.sources.times import has_dates, is_start, is_time
+from stsr_core.sources.times import VALID, has_dates, is_start, is_time
 from stsr_core.sources.units import seconds_in
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.sources.declared import Declared
-
-VALID = "valid_time"  # name of the dates that are start plus lead
 
 
 def one_run(dataset: xr.Dataset, name: str, declared: Declared) -> xr.Dataset:

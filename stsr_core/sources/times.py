@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, TypeAlias
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Time: TypeAlias = datetime | cftime.datetime
+START = "forecast_reference_time"
+VALID = "valid_time"  # name of dates that are start plus lead
 ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
 WRITTEN, WRITTEN_AS = "Times", "%Y-%m-%d_%H:%M:%S"  # variable of WRF files, and the dates that it holds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")
@@ -70,13 +73,35 @@ def has_dates(coordinate: xr.DataArray) -> bool:
 
 def is_start(coordinate: xr.DataArray) -> bool:
     """Whether a coordinate is known to hold when forecasts started, which is no time of their values."""
-    return str(coordinate.attrs.get("standard_name", "")) == "forecast_reference_time"
+    return str(coordinate.attrs.get("standard_name", "")) == START
 
 
 def is_time(coordinate: xr.DataArray) -> bool:
     """Whether a coordinate holds times of values, or claims to."""
     named = coordinate.name == "time" or (coordinate.ndim == 1 and coordinate.attrs.get("standard_name") == "time")
     return not is_start(coordinate) and (named or has_dates(coordinate))
+
+
+def times_among(coordinates: Iterable[xr.DataArray], dims: Sequence[Hashable]) -> list[str]:
+    """Names of coordinates that may hold the times of steps, the likeliest first: a 1-D one before a scalar one."""
+    found = {str(c.name): c.ndim == 0 for c in coordinates if c.ndim <= 1 and is_time(c)}
+    return sorted(found, key=lambda n: (found[n], n != VALID, n not in dims, n != "time"))
+
+
+def with_time_named(dataset: xr.Dataset) -> xr.Dataset:
+    """Name the times of steps `time`, as files are joined along it, where they are called otherwise, as in ERA5.
+
+    What was called `time`, the start of a forecast of one step, is START then.
+    """
+    names = times_among((dataset[n] for n in dataset.coords), tuple(dataset.dims))
+    if "time" in dataset.dims or not names or names[0] == "time" or dataset[names[0]].dims not in ((), (names[0],)):
+        return dataset
+    return dataset.rename(({"time": START} if "time" in dataset.coords else {}) | {names[0]: "time"})
+
+
+def is_lead(coordinate: xr.DataArray) -> bool:
+    """Whether a coordinate is known to hold how long after its start a forecast is for."""
+    return str(coordinate.attrs.get("standard_name", "")) == "forecast_period"
 
 
 def stamps_of(coordinate: xr.DataArray) -> list[Time]:
@@ -140,24 +165,31 @@ def _date_of(number: float, calendar: str) -> Time:
     return midnight + timedelta(seconds=round(86_400 * share))
 
 
-def steps_of(stamps: list[Time], bounds: list[tuple[Time, Time]] | None, declared: Declared) -> Steps:
+def steps_of(stamps: Sequence[Time], bounds: list[tuple[Time, Time]] | None, declared: Declared) -> Steps:
     """Even steps of a time axis, by its bounds, else by what is declared; never by a guess.
 
     Raises:
         SourceError: stamps that do not increase, uneven steps, gaps, or an interval that nobody states.
     """
-    _check_increasing(stamps)
+    check_increasing(stamps)
     complete = declared.time_label is not None and declared.step_h is not None
     if declared.accumulated in ("run", "day"):
+        if declared.time_label not in (None, "end"):
+            raise SourceError(
+                f"Sums since the start of the {declared.accumulated} are declared, and stamps that name the "
+                f"{declared.time_label} of their time. A running sum ends at its stamp: leave `time_label:` out."
+            )
         return _joined(_accumulated(stamps, declared.accumulated), "end")
     if bounds is not None and not complete:
         _check_bounds(stamps, bounds)
+        if declared.accumulated == "none":
+            _check_no_sums(bounds)
         intervals = [Interval(start, end) for start, end in bounds]
         return _joined(intervals, _label(stamps[-1], *bounds[-1]))
     return _from_stamps(stamps, declared)
 
 
-def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
+def _from_stamps(stamps: Sequence[Time], declared: Declared) -> Steps:
     if declared.time_label is None:
         raise SourceError(
             f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
@@ -178,7 +210,7 @@ def _from_stamps(stamps: list[Time], declared: Declared) -> Steps:
     return _joined(intervals, declared.time_label)
 
 
-def _hint(stamps: list[Time]) -> str:
+def _hint(stamps: Sequence[Time]) -> str:
     """What the stamps suggest that they stand for; nothing where they may stand for anything."""
     if len(stamps) < 2:
         return ""
@@ -186,7 +218,7 @@ def _hint(stamps: list[Time]) -> str:
     return f" {MIDDLES}" if 2 * (since % step) == step else ""
 
 
-def _accumulated(stamps: list[Time], since: str) -> list[Interval]:
+def _accumulated(stamps: Sequence[Time], since: str) -> list[Interval]:
     """Intervals of running sums: since an unknown start of the run, or since 00 h of the day."""
     if since == "run":
         return [Interval(None, s) for s in stamps]
@@ -243,13 +275,14 @@ def _check_chain(pieces: list[tuple[Time, Time, int, int]]) -> None:
             )
 
 
-def _check_increasing(stamps: list[Time]) -> None:
+def check_increasing(stamps: Sequence[Time]) -> None:
+    """Refuse stamps that do not increase; raises SourceError."""
     for before, after in itertools.pairwise(stamps):
         if after <= before:
             raise SourceError(f"The time axis is not sorted: {after} comes after {before}. Sort it, drop duplicates.")
 
 
-def _check_even(stamps: list[Time], step: timedelta) -> None:
+def _check_even(stamps: Sequence[Time], step: timedelta) -> None:
     for before, after in itertools.pairwise(stamps):
         if after - before != step:
             raise SourceError(
@@ -258,7 +291,7 @@ def _check_even(stamps: list[Time], step: timedelta) -> None:
             )
 
 
-def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
+def _check_bounds(stamps: Sequence[Time], bounds: list[tuple[Time, Time]]) -> None:
     if len(bounds) > 1 and bounds[0][0] == bounds[0][1] == bounds[1][0]:
         stamps, bounds = stamps[1:], bounds[1:]  # running sums may begin with one over no time
     apart = "" if len(stamps) < 2 else f" {(stamps[1] - stamps[0]) / timedelta(hours=1):g}"
@@ -279,6 +312,17 @@ def _check_bounds(stamps: list[Time], bounds: list[tuple[Time, Time]]) -> None:
             raise SourceError(
                 f"The time {stamp} lies outside its bounds {start} to {end}. Mend the bounds, or declare `time_label:` "
                 f"and `step_h:{apart}` of the source in catalog.yaml, or by --declare, which then replace them."
+            )
+
+
+def _check_no_sums(bounds: list[tuple[Time, Time]]) -> None:
+    """Refuse bounds of running sums where amounts per step are declared."""
+    for before, after in itertools.pairwise(bounds):
+        if before[0] == after[0]:
+            raise SourceError(
+                f"Amounts per step are declared (`accumulated: none`), but time bounds {before[0]} to {before[1]} and "
+                f"{after[0]} to {after[1]} are those of a running sum. If the values are amounts per step, declare "
+                "`time_label:` and `step_h:` too, which replace the bounds; else leave `accumulated:` out."
             )
 
 

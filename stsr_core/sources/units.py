@@ -24,7 +24,7 @@ MULTIPLIED = re.compile(r"(?<!\*)\*\s*\d")
 # UDUNITS takes 30.44 and 365.24 days for these, calendars do not.
 UNEVEN_TIME = re.compile(r"(?<![a-z])(months?|mon|years?|yrs?)(?![a-z])", re.IGNORECASE)
 WATER = re.compile(r"\s+of (?:liquid )?water(?: equivalent)?$")  # says what the depth is of, as GRIB does
-METHODS = re.compile(r"\btime: (?:\w+: )*(?!mean\b|sum\b|point\b)(\w+)")
+METHODS = re.compile(r"\btime: (?:\w+: )*(\w+)\b(?!:)")  # time may be named together with other dimensions
 KNOWN = "mm, m, kg m-2, inch, mm/h, mm day-1, mm s-1, kg m-2 s-1"
 
 
@@ -92,23 +92,24 @@ def check_agreement(units: str, standard_name: str, cell_methods: str) -> None:
             f"Units {units!r} are those of an {kind}, but the standard name {standard_name} is that of an {named}. "
             f"One is wrong. {_declare()}".replace("an rate", "a rate")
         )
-    other = METHODS.search(cell_methods)
+    methods = METHODS.findall(cell_methods)
+    other = [method for method in methods if method not in ("mean", "sum", "point")]
     if other or " over years" in cell_methods or " over days" in cell_methods:
-        what = f"the {other.group(1)} over time" if other else "a climatology"
+        what = f"the {other[0]} over time" if other else "a climatology"
         raise SourceError(
             f"The cell methods {cell_methods!r} are those of {what}, not of what fell in each step. Use means or sums; "
             f"or, if that is wrong, declare `units: {units}` of the source in catalog.yaml, or by --declare."
         )
-    if kind == "rate" and "time: sum" in cell_methods:
+    if kind == "rate" and "sum" in methods:
         raise SourceError(
             f"A rate in {units!r} with the cell method 'time: sum' may be a sum of rates, or an amount. {_declare()}"
         )
-    if kind == "amount" and "time: mean" in cell_methods:
+    if kind == "amount" and "mean" in methods:
         raise SourceError(
             f"An amount in {units!r} with the cell method 'time: mean' does not say over which time it adds up. "
             f"{_declare()}"
         )
-    if kind == "rate" and "time: point" in cell_methods:
+    if kind == "rate" and "point" in methods:
         raise SourceError(
             f"A rate in {units!r} with the cell method 'time: point' is none over a step. Use means or sums; or, if it "
             f"is to stand for the whole step, declare `units: {units}` of the source in catalog.yaml, or by --declare."

@@ -198,6 +198,15 @@ def test_a_rate_at_points_in_time_is_none_over_a_step(forecast):
         rain_of(path, "prate", time_label="end")
 
 
+def test_mean_rates_are_read_where_rates_at_points_in_time_lie_beside_them(forecast):
+    """GFS has both under one name."""
+    path = Path(forecast(*((k, k + 1, HOURS[k]) for k in range(6))))
+    means = path.read_bytes()
+    points = Path(forecast(*((k + 1, k + 1, 7 * HOURS[k]) for k in range(6)))).read_bytes()
+    path.write_bytes(means + points)
+    np.testing.assert_allclose(rain_of(str(path)).amount, HOURS, atol=1e-3)
+
+
 BOX = {
     "dataDate": 20010101, "dataTime": 0, "bitsPerValue": 16, "Ni": 4, "Nj": 3,
     "latitudeOfFirstGridPointInDegrees": 45.0, "latitudeOfLastGridPointInDegrees": 43.0,

@@ -77,6 +77,8 @@ def test_units_become_mm_per_step(units, value, amount):
         ("mm/h", {"cell_methods": "time: mean within hours time: maximum over hours"}, "of the maximum over time"),
         ("mm", {"cell_methods": "time: sum within years time: mean over years"}, "those of a climatology"),
         ("mm", {"cell_methods": "time: sum within days time: mean over days"}, "those of a climatology"),
+        ("mm", {"cell_methods": "time: lat: lon: maximum"}, "those of the maximum over time"),
+        ("mm", {"cell_methods": "time: lat: lon: mean"}, "does not say over which time"),
         ("mm day-1", {"cell_methods": "area: mean time: sum"}, "may be a sum of rates, or an amount"),
     ],
 )

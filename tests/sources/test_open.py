@@ -148,6 +148,48 @@ def test_files_of_the_same_times_are_driving_members_named_by_what_tells_them_ap
         np.testing.assert_array_equal(read_coarse(opened, "pr", declared).amount[:, 0, 0], [100, 101, 102])
 
 
+def test_files_whose_times_are_called_otherwise_join_along_them(tmp_path):
+    """ERA5 as the new CDS gives it."""
+    for first in (0, 3):
+        days(first, 3).rename(time="valid_time").to_netcdf(tmp_path / f"{first}.nc")
+    with open_dataset(str(tmp_path / "*.nc")) as opened:
+        np.testing.assert_array_equal(read_coarse(opened, "pr", START).amount[:, 0, 0], np.arange(6))
+
+
+def forecast_of_a_day(path, run, lead):
+    """One step of a forecast as cfgrib writes it: start, lead and time of the values are scalars."""
+    names = {"time": "forecast_reference_time", "step": "forecast_period", "valid_time": "time"}
+    data = days(run + lead, 1).isel(time=0).rename(time="valid_time")
+    data = data.assign_coords(time=np.datetime64("2001-01-01", "ns") + np.timedelta64(run, "D"), step=24.0 * lead)
+    for name, standard in names.items():
+        data[name].attrs["standard_name"] = standard
+    data.to_netcdf(path)
+
+
+@pytest.mark.parametrize("of", [lambda i: (0, i), lambda i: (i, 1)], ids=["one run", "one lead of every run"])
+def test_files_of_one_step_of_forecasts_join_along_the_times_of_their_values(tmp_path, of):
+    for i in range(1, 4):
+        forecast_of_a_day(tmp_path / f"{i}.nc", *of(i))
+    with open_dataset(str(tmp_path / "*.nc")) as opened:
+        amount = read_coarse(opened, "pr", START).amount
+    np.testing.assert_array_equal(amount[:, 0, 0], [sum(of(i)) for i in range(1, 4)])
+
+
+def test_files_of_several_runs_and_leads_make_no_series(tmp_path):
+    for i, (run, lead) in enumerate(((0, 1), (1, 2))):
+        forecast_of_a_day(tmp_path / f"{i}.nc", run, lead)
+    with pytest.raises(SourceError, match="several runs and lead times.*Name files of one run"):
+        open_dataset(str(tmp_path / "*.nc"))
+
+
+def test_metadata_that_say_they_are_not_consolidated_are_not_looked_for(tmp_path, data):
+    data.to_zarr(tmp_path / "a.zarr", zarr_format=3, consolidated=False)
+    root = tmp_path / "a.zarr" / "zarr.json"
+    root.write_text(json.dumps(json.loads(root.read_text()) | {"consolidated_metadata": None}))
+    with open_dataset(str(tmp_path / "a.zarr")) as opened:
+        assert set(opened.data_vars) == set(data.data_vars)
+
+
 def test_files_of_different_calendars_do_not_fit_together(tmp_path):
     days(0, 3).to_netcdf(tmp_path / "a.nc")
     later = days(3, 3)

@@ -403,12 +403,15 @@ def test_meshes_by_vertices_in_radians_as_icon_writes_them():
         read_coarse(broken, "pr")
 
 
-def test_uneven_latitudes_are_cells_by_their_bounds():
+@pytest.mark.parametrize("bounds_first", [False, True])
+def test_uneven_latitudes_are_cells_by_their_bounds(bounds_first):
     lat_edges = np.array([41.0, 42.0, 43.5, 44.0, 44.2, 46.0])
     lat, lon = (lat_edges[:-1] + lat_edges[1:]) / 2, np.arange(2.0, 8.0, 0.5)
     coords = {"lat": ("lat", lat, {"units": "degrees_north", "bounds": "lat_bnds"}), "lon": ("lon", lon, {})}
     data = timed({"pr": (("time", "lat", "lon"), rain(2, lat.size, lon.size))}, coords)
     data["lat_bnds"] = (("lat", "nv"), np.stack([lat_edges[:-1], lat_edges[1:]], axis=1))
+    if bounds_first:
+        data["lat_bnds"] = data["lat_bnds"].transpose("nv", "lat")
     check(data, rectangles(edges(lon), lat_edges, CRS.from_epsg(4326), parts=PARALLEL_POINTS), kind=Cells)
 
 

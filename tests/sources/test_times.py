@@ -79,6 +79,8 @@ def test_records_become_even_steps(stamps, pairs, declared, expected):
         ((0, 6, 9, 12), None, {"accumulated": "run"}, "lasts 3:00:00, the first 6:00:00"),
         ((1, 3), ((0, 1), (1, 3)), {}, "lasts 2:00:00, the first 1:00:00"),
         ((1, 2, 5), ((0, 1), (0, 2), (0, 5)), {}, "lasts 3:00:00, the first 1:00:00"),
+        ((1, 2), ((0, 1), (0, 2)), {"accumulated": "none"}, "those of a running sum.*declare `time_label:` and"),
+        ((1, 2), None, {"accumulated": "day", "time_label": "start"}, "name the start .*leave `time_label:` out"),
     ],
 )
 def test_what_nobody_states_is_refused(stamps, pairs, declared, message):
