@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from stsr_core.evaluation.evaluate import Table
     from stsr_core.progress import Advance
 
-Paths = Annotated[list[HomePath], Field(min_length=1)]
+Places = Annotated[list[str], Field(min_length=1)]
 
 
 @flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)
 def evaluate(
-    data: Paths,
+    data: Places,
     factor: FactorParameter,
     members: Annotated[int, Field(ge=1, le=1000)] = 8,
     hours: Annotated[int, Field(ge=1)] = 24,
@@ -49,7 +49,7 @@ def evaluate(
     """Score the checkpoint that serves a factor, and show the table.
 
     Args:
-        data: fine NetCDF files, or folders of them.
+        data: fine files, folders of NetCDF files, globs or URLs.
         factor: factor that is scored.
         members: number of members.
         hours: fine steps that are scored, the wettest of each file.
@@ -72,6 +72,7 @@ def evaluate(
         members=members, hours=hours, cells=cells, coarser=coarser, variable=variable, workers=workers,
         ablations=ablations, reference=reference, warming=warming,
         statics=named_sources(statics or [], choose_catalog(settings.catalog_file), settings.source_options),
+        options_of=settings.source_options,
     )  # fmt: skip
     named = patient(score, f"score {factor} on {len(data)} inputs", hours=7 * 24)
     evaluation = named(data, factor, options, record=record, report=report)
@@ -81,7 +82,7 @@ def evaluate(
 
 @task(name="score", cache_policy=NO_CACHE)
 def score(
-    data: list[Path], factor: FactorParameter, options: Options, *, record: bool, report: Path | None
+    data: list[str], factor: FactorParameter, options: Options, *, record: bool, report: Path | None
 ) -> Evaluation:
     """Score."""
     settings = Settings()

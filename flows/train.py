@@ -28,8 +28,8 @@ def train(
     factors: Factors,
     folder: HomePath,
     archive: str | None = None,
-    train_on: list[HomePath] | None = None,
-    validate_on: list[HomePath] | None = None,
+    train_on: list[str] | None = None,
+    validate_on: list[str] | None = None,
     name: Name = "stsr",
     preset: Preset = Preset.small,
     recipe: RecipeName = RecipeName.stsr,
@@ -52,7 +52,7 @@ def train(
         factors: factors that the checkpoint serves.
         folder: folder of the training and, in the end, of the checkpoint.
         archive: archive of catalog.yaml to train on.
-        train_on: without an archive, fine files or folders of them to fit on.
+        train_on: without an archive, fine files, folders of them, globs or URLs to fit on.
         validate_on: likewise, to choose on: the weights of the least loss are kept.
         name: name of the checkpoint.
         preset: size of the networks.
@@ -75,8 +75,11 @@ def train(
         Path of the checkpoint's card.
     """
     chosen = patient(fit, f"fit {name} ({preset.value})", hours=30 * 24)
-    catalog_file = choose_catalog(Settings().catalog_file)
-    data = Data.of(archive, train_on or [], validate_on or [], catalog_file, statics or [])
+    settings = Settings()
+    catalog_file = choose_catalog(settings.catalog_file)
+    data = Data.of(
+        archive, train_on or [], validate_on or [], catalog_file, statics or [], settings.source_options
+    )  # fmt: skip
     checkpoint = chosen(
         data, [(f.space, f.time) for f in factors],
         folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,

@@ -297,11 +297,11 @@ def _options(url: str, settings: Any) -> dict[str, object]:
 def train(
     archive: Annotated[str | None, typer.Option(help="Archive of catalog.yaml to train on.")] = None,
     train: Annotated[
-        list[Path] | None,
-        typer.Option("--train", help="Without an archive: fine files, or folders of them, to fit on."),
+        list[str] | None,
+        typer.Option("--train", help="Without an archive: fine files, folders of them, globs or URLs to fit on."),
     ] = None,
     validation: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option("--validation", help="Likewise, to choose on: the weights of the least loss are kept."),
     ] = None,
     space: Annotated[int | None, typer.Option(min=1, help="Factor in space.")] = None,
@@ -395,13 +395,15 @@ def train(
         raise ConfigurationError("Name --space and --time, or --factor once or more; one of the two.")
     if space is not None and time is not None:
         wanted = [(space, time)]
+    settings = Settings()
     train_checkpoint(
         Data.of(
             archive,
             train or [],
             validation or [],
-            choose_catalog(catalog_file or Settings().catalog_file),
+            choose_catalog(catalog_file or settings.catalog_file),
             static or [],
+            settings.source_options,
         ),
         wanted,
         folder=folder,
@@ -433,7 +435,7 @@ def _factor(text: str) -> tuple[int, int]:
 
 @app.command()
 def evaluate(
-    data: Annotated[list[Path], typer.Argument(help="Fine files, or folders of NetCDF files.")],
+    data: Annotated[list[str], typer.Argument(help="Fine files, folders of NetCDF files, globs or URLs.")],
     space: Annotated[int, typer.Option(min=1, help="Factor in space.")],
     time: Annotated[int, typer.Option(min=1, help="Factor in time.")],
     members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
@@ -482,7 +484,7 @@ def evaluate(
     options = Options(
         members=members, hours=hours, cells=cells, coarser=coarser, variable=variable,
         workers=workers or os.cpu_count() or 1, ablations=ablations,
-        reference=reference, warming=warming, statics=_statics(static, settings),
+        reference=reference, warming=warming, statics=_statics(static, settings), options_of=settings.source_options,
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,

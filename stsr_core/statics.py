@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -17,8 +17,9 @@ from stsr_core.grids import Grid, TimeAxis
 from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box, part_of
 from stsr_core.sources.cube import CellCube, Cube
+from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
-from stsr_core.sources.places import place_of
+from stsr_core.sources.places import place_of, repeating
 from stsr_core.sources.remote import patiently
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ class StaticSource:
                 raise SourceError(
                     f"{self.variable!r} has dimensions {array.dims}; a static field has places only, (y, x)."
                 )
-            yield dataset, array
+            around = repeating(dataset, tuple(map(str, array.dims))) if array.ndim == 2 else None
+            once = {} if around is None else {around: slice(0, -1)}
+            yield dataset.isel(once), array.isel(once)
 
 
 def static_fields(
@@ -147,14 +150,14 @@ def _as_seen(static: StaticField, sources: Mapping[str, StaticSource], grid: Gri
 
 
 def configured_sources(
-    statics: Mapping[str, Static], base: Path, options_of: Callable[[str], Mapping[str, object]] = lambda _: {}
+    statics: Mapping[str, Static], base: Path, options_of: OptionsOf = no_options
 ) -> dict[str, StaticSource]:
     """Where the static fields of catalog.yaml are; `options_of` gives the filesystem options of a URL."""
     return {name: StaticSource(s.url, s.variable, s.crs, base, options_of(s.url)) for name, s in statics.items()}
 
 
 def named_sources(
-    lines: Sequence[str], catalog_file: Path, options_of: Callable[[str], Mapping[str, object]] = lambda _: {}
+    lines: Sequence[str], catalog_file: Path, options_of: OptionsOf = no_options
 ) -> dict[str, StaticSource]:
     """Where static fields that are asked for are: NAME=FILE, or NAME for one of catalog.yaml.
 
@@ -169,5 +172,5 @@ def named_sources(
         if not given and name not in configured:
             have = ", ".join(configured) or "none"
             raise ConfigurationError(f"No static field {name!r} in catalog.yaml; there are {have}. Write {name}=FILE.")
-        found[name] = StaticSource(url, name) if given else configured[name]
+        found[name] = StaticSource(url, name, options=options_of(url)) if given else configured[name]
     return found

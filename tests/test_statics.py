@@ -101,6 +101,20 @@ def test_a_field_is_averaged_over_the_cells_of_a_grid(folder):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_the_column_that_closes_a_circle_is_left_out(folder, tmp_path):
+    """Of a global orography from 0 to 360 degrees, under a grid that lies on Greenwich."""
+    lon, lat = np.arange(0.0, 361.0), np.arange(40.0, 61.0)
+    height = np.cos(np.deg2rad(lon))[None] * lat[:, None]
+    axes = {"lat": ("lat", lat, {"units": "degrees_north"}), "lon": ("lon", lon, {"units": "degrees_east"})}
+    grid = Grid(Axis(300e3, -20e3, 8), Axis(450e3, 20e3, 9), pyproj.CRS.from_epsg(27700).to_wkt())
+    found = []
+    for name, columns in (("closed", 361), ("open", 360)):
+        orography = xr.DataArray(height, axes, ("lat", "lon"), attrs={"units": "m"}).isel(lon=slice(0, columns))
+        orography.to_dataset(name="orography").to_netcdf(tmp_path / f"{name}.nc")
+        found.append(StaticSource(str(tmp_path / f"{name}.nc"), "orography").read(grid))
+    np.testing.assert_array_equal(*found)
+
+
 def projected_wkt() -> str:
     return pyproj.CRS.from_user_input(CRS).to_wkt()
 

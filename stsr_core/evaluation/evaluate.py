@@ -27,6 +27,7 @@ from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
 from stsr_core.progress import Watch, unwatched
 from stsr_core.sources.cube import Cube
+from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.statistics import WET_MM, added, statistics
@@ -64,6 +65,7 @@ class Options:
         reference: also score the authors' setting, see `evaluation.reference`.
         warming: also score the response to a wetter input.
         statics: where the static fields are that the checkpoint needs, by name.
+        options_of: gives the options of the filesystem of a URL.
     """
 
     members: int = 8
@@ -77,6 +79,7 @@ class Options:
     reference: bool = False
     warming: bool = False
     statics: Mapping[str, StaticSource] = field(default_factory=dict)
+    options_of: OptionsOf = no_options
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,7 @@ def evaluate(
     truth = read_truth(
         urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, coarser=options.coarser,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
+        options_of=options.options_of,
     )  # fmt: skip
     told = nearest_spacing(truth.spacing_km, checkpoint.card.spacings_km)
     downscaler = downscaler.told(told)

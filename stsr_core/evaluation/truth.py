@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from stsr_core.errors import SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
 from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
+from stsr_core.sources.location import OptionsOf, no_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,18 +54,20 @@ def read_truth(
     variable: str,
     coarser: int = 1,
     statics: Callable[[Grid], NDArray[np.float32] | None] = lambda _: None,
+    options_of: OptionsOf = no_options,
 ) -> Truth:
     """Read the wettest `hours` and the middle `cells` x `cells` of fine files, cut to whole coarse cells.
 
     Files smaller than asked for make all places smaller: they are scored as one sample. Grids are made `coarser` so
-    many times before all else. `statics` gives the static fields on the grid of a file.
+    many times before all else. `statics` gives the static fields on the grid of a file, `options_of` the options of the
+    filesystem of a URL.
 
     Raises:
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run; files of which no
             coarse cell is whole, or whose cells or steps differ.
     """
-    places = places_of(urls)
-    runs = [_wettest(place, variable, hours, factor) for place in places]
+    places = places_of(urls, options_of=options_of)
+    runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
     spacings, step_h = _alike(places, [run for run, _ in runs])
     fields = [
         _middle(_averaged(amount, coarser), cells, factor, place)
@@ -113,10 +116,12 @@ def _averaged(fields: NDArray[np.float32], cells: int) -> NDArray[np.float32]:
     return coarsen(fields[:, :ny, :nx], Factor(space=cells, time=1))
 
 
-def _wettest(url: str, variable: str, hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:
+def _wettest(
+    url: str, variable: str, hours: int, factor: Factor, storage_options: Mapping[str, object]
+) -> tuple[FineRun, NDArray[np.float32]]:
     """Read the wettest `hours` inside one gap-free run of a file, whole coarse steps; and which run it was."""
     best: tuple[float, FineRun, int, int] | None = None
-    for run in fine_runs(url, variable):
+    for run in fine_runs(url, variable, storage_options=storage_options):
         nt = min(hours, run.steps) // factor.time * factor.time
         if nt:
             rain = np.concatenate([_rain(run, first) for first in range(0, run.steps, READ_STEPS)])

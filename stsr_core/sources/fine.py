@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +16,17 @@ from stsr_core.errors import SourceError
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.geotiff import NAME
 from stsr_core.sources.harmonise import read_cube
-from stsr_core.sources.location import Location
+from stsr_core.sources.location import Location, OptionsOf, no_options
 from stsr_core.sources.open import GLOB, open_dataset
+from stsr_core.sources.period import overlap
+from stsr_core.sources.times import check_increasing, stamps_of, steps_of, with_time_named
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
     from stsr_core.grids import Grid
+    from stsr_core.sources.times import Time
 
 RUNS = ("segment", "event")  # variables along time that number gap-free runs
 READ_STEPS = 48  # fine steps that are read at a time
@@ -76,37 +81,58 @@ def fine_runs(
     """Find the gap-free runs of a file or a series of GeoTIFFs: what `segment` or `event` number, and even steps.
 
     Raises:
-        SourceError: no such variable, no time, or what `open_dataset` refuses.
+        SourceError: no such variable, no time, stamps that do not increase, running sums, or what `open_dataset`
+            refuses.
     """
-    dataset = open_dataset(url, base=base, storage_options=storage_options)
+    dataset = with_time_named(open_dataset(url, base=base, storage_options=storage_options))
     name = Path(url).stem
     if variable not in dataset.data_vars:
         have = sorted(map(str, dataset.data_vars))
         raise SourceError(f"{url} has no variable {variable!r}; it has {have}. Name one of these.")
     if "time" not in dataset[variable].dims or "time" not in dataset.coords:
         raise SourceError(f"{url} has dimensions {tuple(dataset[variable].dims)}; (time, y, x) with dates are needed.")
-    stamps = dataset["time"].values
-    steps = np.diff(stamps)
-    if not len(steps):
+    if declared.accumulated in ("run", "day"):
+        raise SourceError(
+            f"Sums since the start of the {declared.accumulated} are declared of {url}; archives hold amounts per step."
+        )
+    stamps = stamps_of(dataset["time"])
+    lengths = [b - a for a, b in itertools.pairwise(stamps)]
+    if not lengths:
         raise SourceError(f"{url} holds {len(stamps)} steps; at least two are needed.")
-    step = min(steps)
-    new = steps != step
+    check_increasing(stamps)
+    step, _ = Counter(lengths).most_common(1)[0]
+    new = np.array([length != step for length in lengths])
     for marker in RUNS:
         if marker in dataset.variables and dataset[marker].dims == ("time",):
             new = new | (np.diff(dataset[marker].values) != 0)
     bounds = [0, *(np.flatnonzero(new) + 1).tolist(), len(stamps)]
-    seconds = step / np.timedelta64(1, "s") if isinstance(step, np.timedelta64) else step.total_seconds()
-    # The label does not matter here, for coarse amounts are made of the fine ones; nor do amounts ever run on.
+    # The label does not matter to amounts here, for coarse ones are made of the fine ones.
     whole = replace(
-        declared,
-        time_label=declared.time_label or "end",
-        step_h=float(seconds) / 3600,
-        accumulated=declared.accumulated or "none",
-    )
-    return [FineRun(name, dataset.isel(time=slice(a, b)), variable, whole) for a, b in itertools.pairwise(bounds)]
+        declared, time_label=declared.time_label or "end", step_h=step / timedelta(hours=1), accumulated="none",
+        period=None,
+    )  # fmt: skip
+    runs = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    if declared.period is not None:
+        runs = _inside(runs, stamps, whole, declared.period)
+    return [FineRun(name, dataset.isel(time=run), variable, whole) for run in runs]
 
 
-def places_of(urls: Sequence[str], base: Path | None = None) -> list[str]:
+def _inside(runs: Sequence[slice], stamps: Sequence[Time], declared: Declared, period: tuple[str, str]) -> list[slice]:
+    """What lies in a period of gap-free runs of stamps; raises SourceError where nothing does."""
+    found = []
+    for run in runs:
+        first, stop = overlap(steps_of(stamps[run], None, declared).axis, period)
+        if first < stop:
+            found.append(slice(run.start + first, run.start + stop))
+    if not found:
+        raise SourceError(
+            f"No step lies between {period[0]} and {period[1]}; there are stamps from {stamps[0]} to {stamps[-1]}. "
+            "Change `period:` of the archive in catalog.yaml."
+        )
+    return found
+
+
+def places_of(urls: Sequence[str], base: Path | None = None, options_of: OptionsOf = no_options) -> list[str]:
     """Expand folders and globs to one URL for each place: every file is one, a glob of GeoTIFFs is one series.
 
     Raises:
@@ -114,7 +140,7 @@ def places_of(urls: Sequence[str], base: Path | None = None) -> list[str]:
     """
     found: list[str] = []
     for url in urls:
-        place = Location.of(url, base, None)
+        place = Location.of(url, base, options_of(url))
         if any(c in place.path for c in GLOB):
             paths = sorted(place.filesystem.glob(place.path))
         elif place.filesystem.isdir(place.path) and not place.path.rstrip("/").endswith(".zarr"):

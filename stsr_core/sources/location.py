@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,8 +22,14 @@ from stsr_core.sources.remote import shown
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+OptionsOf = Callable[[str], Mapping[str, object]]  # options of the filesystem by URL
 PACKAGE = "package:"  # scheme of files that are installed with stsr
 KEPT_S = 2 * 86_400.0  # that local copies are kept after their last use
+
+
+def no_options(_: str) -> Mapping[str, object]:
+    """Give any filesystem no options."""
+    return {}
 
 
 def located(url: str, base: Path | None = None) -> str:

@@ -56,14 +56,23 @@ def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
         SourceError: dates that are none, or no step between them.
     """
     axis = steps.axis
-    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
-    first, stop = max(0, math.ceil(low - ROUNDING)), min(axis.size, math.floor(high + ROUNDING))
+    first, stop = overlap(axis, period)
     if stop <= first:
         raise SourceError(
             f"No step lies between {period[0]} and {period[1]}; the source runs from {axis.start} to "
             f"{axis.start + axis.step * axis.size}. Change `period:` of the source in catalog.yaml."
         )
     return steps.within(first, stop)
+
+
+def overlap(axis: TimeAxis, period: tuple[str, str]) -> tuple[int, int]:
+    """First step that lies wholly in a period, and that after the last; there are none where it is not less.
+
+    Raises:
+        SourceError: dates that are none.
+    """
+    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
+    return max(0, math.ceil(low - ROUNDING)), min(axis.size, math.floor(high + ROUNDING))
 
 
 def _date(text: str, like: Time) -> Time:

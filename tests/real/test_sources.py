@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import s3fs
 import xarray as xr
+from pyproj import CRS
 
-from stsr_core.errors import SourceError
+from stsr_core.errors import ConfigurationError, SourceError
+from stsr_core.evaluation.truth import read_truth
+from stsr_core.factors import Factor
 from stsr_core.settings import Settings
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
+from stsr_core.training.command import Data
 from tests.grib_files import REGULAR, write_grib
 
 START = Declared(time_label="start", accumulated="none")
@@ -164,6 +168,32 @@ def test_a_profile_of_the_users_own_is_as_good_as_keys(s3, bucket, tmp_path, mon
         np.testing.assert_array_equal(read_coarse(dataset, "pr", START).amount, VALUES)
     with pytest.raises(SourceError, match="cannot be read"):
         open_dataset(f"{bucket}/hdf.nc", storage_options={**options, "profile": "nobody"})
+
+
+def test_archives_and_static_fields_are_read_with_the_settings_too(s3, bucket, tmp_path, monkeypatch):
+    hours = np.datetime64("2018-05-01T01", "ns") + np.arange(30) * np.timedelta64(1, "h")
+    axes = {n: (n, 1000.0 * np.arange(40), {"units": "m", "standard_name": f"projection_{n}_coordinate"}) for n in "yx"}
+    rain = np.random.default_rng(0).gamma(0.5, 2.0, (30, 40, 40)).round(2)
+    data = xr.Dataset({"precipitation": (("time", "y", "x"), rain, {"units": "mm"})}, {"time": hours, **axes})
+    data["orography"] = (("y", "x"), rain[0], {"units": "m"})
+    data["crs"] = ((), 0, {"crs_wkt": CRS.from_epsg(2154).to_wkt()})
+    for name in ("precipitation", "orography"):
+        data[name].attrs["grid_mapping"] = "crs"
+    data.to_netcdf(tmp_path / "radar.nc", engine="h5netcdf")
+    url = f"{bucket}/archive/radar.nc"
+    s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).put_file(str(tmp_path / "radar.nc"), url)
+    for name, value in (("ENDPOINT", s3.endpoint), ("ACCESS_KEY_ID", s3.key), ("SECRET_ACCESS_KEY", s3.secret)):
+        monkeypatch.setenv(f"STSR_S3_{name}", value)
+    found = Data.of(None, [f"{bucket}/archive/*.nc"], [url], tmp_path, [f"orography={url}"], Settings().source_options)
+    with pytest.raises(ConfigurationError, match="radar.nc is in the data to fit on and in those to validate on"):
+        found.require_apart()
+    (region,) = found.regions(found.train, tmp_path / "kept")
+    np.testing.assert_array_equal(region.quanta, (rain * 100).round())
+    np.testing.assert_allclose(region.statics[0], rain[0], rtol=1e-6)
+    truth = read_truth(
+        [url], Factor(space=4, time=1), hours=6, cells=32, variable="precipitation", options_of=found.options_of
+    )
+    assert truth.fine.shape == (1, 6, 32, 32)
 
 
 class Faults(http.server.BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@ import tarfile
 import numpy as np
 import pytest
 import rasterio
+import xarray as xr
 from pyproj import CRS
 from rasterio.transform import from_origin
 
@@ -131,3 +132,61 @@ def test_bad_names_and_files_are_errors(hours, tmp_path):
         fine_runs(f"{hours}/*_RR.gtif", "rain")
     with pytest.raises(SourceError, match="Nothing is at"):
         places_of([str(tmp_path / "nothing" / "*.nc")])
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """96 hours from 01 h on, whose amounts are their numbers; the stamps are changed as asked for."""
+
+    def write(change=lambda stamps: stamps):
+        stamps = change(np.datetime64("2018-05-01T01", "ns") + np.arange(96) * np.timedelta64(1, "h"))
+        values = np.broadcast_to(np.arange(len(stamps), dtype=np.float32)[:, None, None], (len(stamps), 3, 4))
+        axes = {"y": 47.0 - np.arange(3), "x": 3.0 + np.arange(4)}
+        data = xr.Dataset({"rain": (("time", "y", "x"), values, {"units": "mm"})}, {"time": stamps, **axes})
+        data["y"].attrs["units"], data["x"].attrs["units"] = "degrees_north", "degrees_east"
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.nc"
+        data.to_netcdf(path)
+        return str(path)
+
+    return write
+
+
+def test_a_period_leaves_its_steps_however_they_are_read(archive):
+    (run,) = fine_runs(archive(), "rain", Declared(period=("2018-05-02", "2018-05-04T12:00")))
+    assert run.steps == 60
+    np.testing.assert_array_equal(run.read()[:, 0, 0], np.arange(24, 84))
+    np.testing.assert_array_equal(run.read(48, 96)[:, 0, 0], np.arange(72, 84))
+    with pytest.raises(SourceError, match="No step lies between 2017-01-01 and 2017-02-01"):
+        fine_runs(archive(), "rain", Declared(period=("2017-01-01", "2017-02-01")))
+
+
+def test_an_odd_stamp_splits_an_archive_where_it_is(archive):
+    late = archive(lambda stamps: np.concatenate((stamps[:50], stamps[50:] + np.timedelta64(30, "m"))))
+    assert [run.steps for run in fine_runs(late, "rain")] == [50, 46]
+    odd = archive(lambda stamps: np.sort(np.append(stamps, stamps[10] + np.timedelta64(30, "m"))))
+    assert max(run.steps for run in fine_runs(odd, "rain")) > 80
+
+
+@pytest.mark.parametrize("change", [lambda stamps: stamps[::-1], lambda stamps: np.append(stamps, stamps[-1])])
+def test_stamps_of_an_archive_that_do_not_increase_are_refused(archive, change):
+    with pytest.raises(SourceError, match="not sorted.*Sort it, drop duplicates"):
+        fine_runs(archive(change), "rain")
+
+
+def test_running_sums_are_no_archive(archive):
+    with pytest.raises(SourceError, match="Sums since the start of the day.*archives hold amounts per step"):
+        fine_runs(archive(), "rain", Declared(accumulated="day"))
+
+
+@pytest.mark.parametrize("stamp", ["20180501010000", "201805010100", "2018050101"])
+def test_names_of_geotiffs_give_their_times_to_the_second(hours, tmp_path, stamp):
+    path = tmp_path / f"{stamp}_RR.tif"
+    path.write_bytes((hours / "2018050101_RR.gtif").read_bytes())
+    assert str(open_dataset(str(path))["time"].values[0]) == "2018-05-01T01:00:00.000000000"
+
+
+def test_more_digits_than_a_stamp_has_name_no_time(hours, tmp_path):
+    path = tmp_path / "7201805010100.tif"
+    path.write_bytes((hours / "2018050101_RR.gtif").read_bytes())
+    with pytest.raises(SourceError, match="names no time"):
+        open_dataset(str(path))
