@@ -13,11 +13,12 @@ import torch.distributed as dist
 from stsr_core.checkpoint import Checkpoint, StaticField
 from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
-from stsr_core.errors import ConfigurationError
+from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, authors_recipe, recipe
 from stsr_core.home import at_home
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import places_of
+from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training.fit import fit
 from stsr_core.training.patches import Region, load_archive
@@ -40,6 +41,7 @@ class Data:
         base: folder that relative paths start from.
         name: of the archive, for the card.
         statics: where static fields are that the networks are to see, by name.
+        options_of: gives the options of the filesystem of a URL.
     """
 
     train: Sequence[str]
@@ -49,15 +51,17 @@ class Data:
     base: Path | None = None
     name: str = ""
     statics: Mapping[str, StaticSource] = field(default_factory=dict)
+    options_of: OptionsOf = no_options
 
     @classmethod
     def of(
         cls,
         archive: str | None,
-        train: Sequence[Path],
-        validation: Sequence[Path],
+        train: Sequence[str],
+        validation: Sequence[str],
         catalog_file: Path,
         statics: Sequence[str] = (),
+        options_of: OptionsOf = no_options,
     ) -> Data:
         """Data of an archive of catalog.yaml, or of files that are named, with static fields as NAME or NAME=FILE.
 
@@ -66,20 +70,25 @@ class Data:
         """
         if (archive is None) == (not train and not validation):
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
-        fields = named_sources(statics, catalog_file)
+        fields = named_sources(statics, catalog_file, options_of)
         if archive is None:
-            return cls([str(at_home(p)) for p in train], [str(at_home(p)) for p in validation], statics=fields)
+            fitted, watched = ([at_home(url) for url in urls] for urls in (train, validation))
+            return cls(fitted, watched, statics=fields, options_of=options_of)
         found, base = Configuration.load(catalog_file).archive(archive), catalog_file.resolve().parent
-        return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields)
+        return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields, options_of)
 
     def regions(self, urls: Sequence[str], cache: Path) -> list[Region]:
         """Read the regions of `train` or `validation`."""
         fields = tuple(self.statics.values())
-        return load_archive(urls, self.variable, self.declared, base=self.base, cache=cache, statics=fields)
+        return load_archive(
+            urls, self.variable, self.declared, base=self.base, cache=cache, statics=fields,
+            options_of=self.options_of,
+        )  # fmt: skip
 
     def require_apart(self) -> None:
         """Refuse files that are in `train` and in `validation`; raises ConfigurationError."""
-        both = sorted(set(places_of(self.train, self.base)) & set(places_of(self.validation, self.base)))
+        fitted, watched = (set(places_of(urls, self.base, self.options_of)) for urls in (self.train, self.validation))
+        both = sorted(fitted & watched)
         if both:
             raise ConfigurationError(
                 f"{both[0]} is in the data to fit on and in those to validate on, whose loss then says nothing of "
@@ -113,8 +122,9 @@ def train_checkpoint(
 
     Raises:
         ConfigurationError: a name that no file can have; a share of weights to start from without any, or none of 0..1;
-            a file to fit on that is also one to validate on.
+            a file to fit on that is also one to validate on; a factor that is named twice.
         FactorError: a factor that cannot be trained.
+        SourceError: archives that cannot be read, or whose steps differ.
     """
     if name in {"", ".."} or name != Path(name).name:
         raise ConfigurationError(f"{name!r} cannot be the name of a file. Name the checkpoint by letters and digits.")
@@ -124,8 +134,9 @@ def train_checkpoint(
             "together with --start."
         )
     data.require_apart()
-    configure = recipe if recipe_name == "stsr" else authors_recipe
-    configurations = [configure(Factor.of(space, time)) for space, time in factors]
+    if twice := [f for i, f in enumerate(factors) if f in factors[:i]]:
+        raise ConfigurationError(f"Factor {'x'.join(map(str, twice[0]))} is named twice. Name each once.")
+    wanted = [Factor.of(space, time) for space, time in factors]
     joined = Run.join(choose_device(device))
     cache = folder / "archive"
     if joined.rank > 0:  # rank 0 reads the archive; the others map what it has kept
@@ -133,6 +144,8 @@ def train_checkpoint(
     fitted, watched = data.regions(data.train, cache), data.regions(data.validation, cache)
     if joined.world > 1 and joined.rank == 0:
         dist.barrier()
+    step_h = _step_of([*fitted, *watched])
+    configurations = [recipe(f, fine_step_h=step_h) if recipe_name == "stsr" else authors_recipe(f) for f in wanted]
     chosen, begun = PRESETS[preset], None if start is None else Checkpoint.read(start)
     if score_steps is None and distil_steps == 0 and not (begun and begun.card.distilled):
         score_steps = 0  # by default, for there is no distilled denoiser then
@@ -171,6 +184,15 @@ def train_checkpoint(
     if joined.rank == 0:
         report(f"Checkpoint {checkpoint.weights_path.with_suffix('.json')}, digest {checkpoint.digest[:12]}.")
     return checkpoint
+
+
+def _step_of(regions: Sequence[Region]) -> float:
+    """Length of the steps of all regions [h]; raises SourceError where they differ."""
+    of_step = {region.step_h: region.name for region in regions}
+    if len(of_step) > 1:
+        found = ", ".join(f"{step:g} h in {name}" for step, name in of_step.items())
+        raise SourceError(f"The steps of an archive differ: {found}. Networks learn one; name files of one step.")
+    return next(iter(of_step))
 
 
 def _those_of(start: Checkpoint, sources: Mapping[str, StaticSource]) -> tuple[StaticField, ...]:

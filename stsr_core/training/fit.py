@@ -50,6 +50,7 @@ class _Result:
             if served:
                 self.write(served)
 
+        stage.builds_on = {name: step for name, step in self.steps.items() if name.endswith("_kept")}
         fitted = self.training.advance(stage, loss, saved)
         self.take(network, stage)
         return fitted
@@ -231,6 +232,7 @@ def _card(
         "name": name,
         "architecture": preset.architecture,
         "transform": training.transform,
+        "fine_step_h": training.train[0].step_h,
         "statics": training.statics,
         "served": served,
         "spacings_km": training.spacings_km,

@@ -22,6 +22,7 @@ from stsr_core.files import whole
 from stsr_core.grids import coarsen
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
+from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint
 from stsr_core.statics import StaticSource
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -55,6 +56,7 @@ class Region:
         weights: of the draw.
         statics: static fields (S, Y, X), in their units; without any, S is 0.
         spacing_km: of its grid.
+        step_h: of its steps [h].
     """
 
     name: str
@@ -62,6 +64,12 @@ class Region:
     weights: NDArray[np.float64]
     statics: NDArray[np.float32]
     spacing_km: float = 1.0
+    step_h: float = 1.0
+
+    @property
+    def digest(self) -> str:
+        """What tells its content from others of the same shape: sums, to digits that no machine rounds otherwise."""
+        return " ".join(f"{part.sum(dtype=np.float64):.6g}" for part in (self.weights, *self.statics))
 
 
 def _weights(quanta: NDArray[np.uint16]) -> NDArray[np.float64]:
@@ -84,6 +92,7 @@ def load_archive(
     base: Path | None = None,
     cache: Path | None = None,
     statics: Sequence[StaticSource] = (),
+    options_of: OptionsOf = no_options,
 ) -> list[Region]:
     """Read fine files, one region for each gap-free run of each file.
 
@@ -95,6 +104,7 @@ def load_archive(
         cache: folder where regions are kept as they are used and mapped into memory, so that archives larger than
             memory serve, and several processes share them; without it they are held in memory.
         statics: where static fields are that go with the amounts.
+        options_of: gives the options of the filesystem of a URL.
 
     Raises:
         SourceError: no files, a missing variable, or amounts that do not fit the quantum's range.
@@ -102,10 +112,11 @@ def load_archive(
     if not urls:
         raise SourceError("No training files are named. Name them with --archive, or --train and --validation.")
     regions = []
-    for place in places_of(urls, base):
-        identity = f"{fingerprint(place)} {variable} {declared}"
+    for place in places_of(urls, base, options_of):
+        options = options_of(place)
+        identity = f"{fingerprint(place, storage_options=options)} {variable} {declared}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        for number, run in enumerate(fine_runs(place, variable, declared)):
+        for number, run in enumerate(fine_runs(place, variable, declared, storage_options=options)):
             kept = None if cache is None else cache / f"{run.name}-{number}-{key}.npy"
             regions.append(_region(run, _quanta(run, kept), statics))
     return regions
@@ -114,7 +125,7 @@ def load_archive(
 def _region(run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSource]) -> Region:
     fields = [source.read(run.grid) for source in statics]
     held = np.stack(fields) if fields else np.empty((0, *quanta.shape[1:]), np.float32)
-    return Region(run.name, quanta, _weights(quanta), held, run.grid.spacing_km)
+    return Region(run.name, quanta, _weights(quanta), held, run.grid.spacing_km, run.step_h)
 
 
 def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:

@@ -17,6 +17,7 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.files import whole
 from stsr_core.training.run import Run
 
+BEFORE = "-before"  # suffix of a state that is put aside
 EMA_DECAY = 0.998
 GRADIENT_LIMIT = 1.0
 WARMUP_STEPS = 100
@@ -27,7 +28,8 @@ class Stage:
     """A network in training: its weights, their moving average, its optimiser, and the steps done.
 
     `start_share` is the share that the weights it began with have in those that count, see `weights`; `least` is the
-    least validation loss yet and `kept` the step at which it was found, see `judge`.
+    least validation loss yet and `kept` the step at which it was found, see `judge`. `builds_on` says at which steps
+    the weights of the stages before it were found.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stage:
     losses: list[float] = field(default_factory=list)
     least: float = math.inf
     kept: int = 0
+    builds_on: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(
@@ -99,16 +102,30 @@ class Stage:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
-        meta = {name: json.dumps(getattr(self, name)) for name in ("step", "least", "kept")}
+        meta = {name: json.dumps(getattr(self, name)) for name in ("step", "least", "kept", "builds_on")}
         meta["losses"] = json.dumps(self.losses[-2000:])
-        with whole(folder / f"{self.name}.safetensors") as part:
+        path = self.path(folder)
+        if path.is_file() and not self._goes_on(path):
+            path.replace(self.path(folder, BEFORE))
+        with whole(path) as part:
             save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the saved state, if there is one."""
-        path = folder / f"{self.name}.safetensors"
+    def path(self, folder: Path, suffix: str = "") -> Path:
+        """File of its state."""
+        return folder / f"{self.name}{suffix}.safetensors"
+
+    def _goes_on(self, path: Path) -> bool:
+        """Whether a saved state builds on the same weights of earlier stages."""
+        with safe_open(path, "pt") as opened:
+            return bool(json.loads(opened.metadata().get("builds_on", "null")) == self.builds_on)
+
+    def resume(self, folder: Path) -> bool:
+        """Go on from the saved state, if there is one; False if it builds on other weights and is of no use."""
+        path = self.path(folder)
         if not path.is_file():
-            return
+            return True
+        if not self._goes_on(path):
+            return False
         with safe_open(path, "pt") as opened:
             meta = opened.metadata()
         tensors = load_file(path, device=str(next(self.network.parameters()).device))
@@ -127,6 +144,7 @@ class Stage:
         self.step, self.least, self.kept, self.losses = (
             json.loads(meta[name]) for name in ("step", "least", "kept", "losses")
         )
+        return True
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from stsr_core.training.losses import Loss
 from stsr_core.training.patches import SPACING_SHARES, SPACINGS, Patch, Region, draw_patch, fitting_spacings
 from stsr_core.training.presets import Preset
 from stsr_core.training.run import Run
-from stsr_core.training.stage import Stage
+from stsr_core.training.stage import BEFORE, Stage
 
 CHECKED_EVERY = 20  # steps between looks at the loss; every look waits for the device
 SCALE_PATCHES = 24  # patches that the residual scale is measured on
@@ -200,8 +200,8 @@ class Training:
             "architecture": self.preset.architecture.model_dump(mode="json"),
             "transform": self.transform.model_dump(mode="json"),
             "statics": [s.model_dump(mode="json") for s in self.statics],
-            "train": [[r.name, *r.quanta.shape] for r in self.train],
-            "validation": [[r.name, *r.quanta.shape] for r in self.validation],
+            "train": [[r.name, *r.quanta.shape, r.digest] for r in self.train],
+            "validation": [[r.name, *r.quanta.shape, r.digest] for r in self.validation],
             "seed": self.seed,
             "start": self.start.digest if self.start else None,
             "start_share": self.start_share,
@@ -268,7 +268,8 @@ class Training:
         Raises:
             TrainingError: the loss is no longer finite; the last saved state is kept.
         """
-        stage.resume(self.folder)
+        if stage.steps:
+            self._resume(stage)
         started, first = time.monotonic(), stage.step
         unseen: list[Tensor] = []
         for drawn in self.draws(stage.number, first, stage.steps):
@@ -288,6 +289,14 @@ class Training:
                     saved()
                     self.report(_state(stage, validation, (time.monotonic() - started) / (stage.step - first)))
         return _with_weights(stage.network, stage.weights())
+
+    def _resume(self, stage: Stage) -> None:
+        """Go on from where a stage was, or begin anew where an earlier stage has other weights since."""
+        if not stage.resume(self.folder) and self.run.rank == 0:
+            self.report(
+                f"{stage.name} begins anew, for what it builds on has changed; what it had is kept as "
+                f"{stage.path(self.folder, BEFORE).name}"
+            )
 
     def _finite(self, losses: list[float], stage: Stage) -> list[float]:
         """The losses up to a stage's step, which are finite, or TrainingError."""

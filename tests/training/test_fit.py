@@ -310,6 +310,63 @@ def test_another_training_in_the_folder_is_not_gone_on_with(regions, tmp_path, c
     assert (tmp_path / "training.json").read_bytes() == kept
 
 
+def test_data_of_the_same_shape_that_differ_make_another_training(regions, tmp_path):
+    first = training(regions, tmp_path, PLAIN)
+    first.claim()
+    inches = replace(first.train[0], weights=first.train[0].weights * np.sqrt(25.4))
+    with pytest.raises(ConfigurationError, match="holds a training with other train"):
+        replace(first, train=[inches]).claim()
+
+
+def test_what_builds_on_other_weights_than_it_did_begins_anew(regions, tmp_path):
+    """More steps of an early stage make those after it useless; they must not stay as they were."""
+    longer, said = replace(TINY, denoiser_steps=8), []
+    fit(training(regions, tmp_path / "a"), "x", {})
+    found = fit(replace(training(regions, tmp_path / "a", longer), report=said.append), "x", {})
+    assert [line for line in said if "begins anew" in line] == [
+        f"{name} begins anew, for what it builds on has changed; what it had is kept as {name}-before.safetensors"
+        for name in ("student", "scored")
+    ]
+    assert (tmp_path / "a" / "student-before.safetensors").is_file()
+    said.clear()
+    again = fit(replace(training(regions, tmp_path / "a", longer), report=said.append), "x", {})
+    assert not [line for line in said if "step" in line]
+    assert again.digest == found.digest
+
+
+def test_no_steps_of_a_network_leave_what_training_starts_from(regions, trained, tmp_path):
+    begun, preset = training(regions, tmp_path), replace(PLAIN, denoiser_steps=0)
+    fit(replace(begun, start=trained, preset=replace(preset, learning_rate=1e-2)), "x", {})
+    kept = fit(replace(begun, start=trained, preset=replace(preset, mean_steps=0)), "x", {}).weights()
+    for name, weights in trained.weights().items():
+        assert torch.equal(kept[name], weights)
+
+
+def test_networks_are_told_how_long_the_steps_of_the_archive_are(archive, tmp_path):
+    rain = fine_dataset(np.random.default_rng(0).gamma(0.5, 2.0, (60, 100, 120)).astype(np.float32))
+    half = rain["time"].values[0] + np.arange(60) * np.timedelta64(30, "m")
+    (tmp_path / "half").mkdir()
+    rain.assign_coords(time=half).to_netcdf(tmp_path / "half" / "c.nc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stsr_core.training.command.PRESETS", {"small": PLAIN})
+
+        def trained_on(*files, factors=((8, 1),)):
+            return train_checkpoint(
+                Data(list(files), [f"{tmp_path}/half"]), factors, folder=tmp_path / "run", name="x", preset="small",
+                mean_steps=1, denoiser_steps=1, distil_steps=0, score_steps=0, device="cpu", seed=0, report=print,
+            ).card  # fmt: skip
+
+        (tmp_path / "other").mkdir()
+        rain.assign_coords(time=half).to_netcdf(tmp_path / "other" / "d.nc")
+        with pytest.raises(SourceError, match=r"steps of an archive differ: 1 h in b, 0.5 h in c"):
+            trained_on(archive[0])
+        with pytest.raises(ConfigurationError, match="Factor 8x1 is named twice"):
+            trained_on(f"{tmp_path}/other", factors=((8, 1), (8, 1)))
+        card = trained_on(f"{tmp_path}/other")
+    assert card.fine_step_h == 0.5
+    assert card.served[0].configuration.context_length == 2 * CONFIGURATION.context_length
+
+
 def test_a_step_learns_from_patches_of_one_spacing(tmp_path):
     rain = np.ones(WIDE, np.float32)
     mixed = [replace(region_of("near", rain)), replace(region_of("far", rain), spacing_km=4.0)]
