@@ -51,7 +51,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)  # JSON has neither
 
 
 class Declarations(_Frozen):

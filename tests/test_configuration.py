@@ -24,6 +24,9 @@ def test_the_shipped_catalogue_is_valid():
     [
         ("members: 8", "memebrs: 8", "products.arpege-provence-1km.memebrs"),
         ("members: 8", "members: 0", "products.arpege-provence-1km.members.*greater than or equal to 1"),
+        ("max_mm: 300.0", "max_mm: .inf", "gates.max_mm: .*finite number"),
+        ("detail: [0.5, 2.0]", "detail: [0.5, .inf]", "like_card.detail.1: .*finite number"),
+        ("missing_values: [65535]", "missing_values: [.nan]", "missing_values.0: .*finite number"),
         ("source: arpege-se-france", "source: arpege", "names source 'arpege'"),
         ("x_max: 1100000.0", "x_max: 1100000.5", "no whole number of cells"),
         ("crs: EPSG:2154", "crs: EPSG:999999", "grids.*crs: .*'EPSG:999999' is no CRS that is known; name a projected"),

@@ -225,7 +225,8 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         _require_different(documents, f"{product}/{there[predecessor]}", publication.provenance)
     document = _item(publication, version, there[predecessor] if predecessor else None, side_files)
     href = f"./data/{attempt.name}/{version}.json"
-    documents.write(f"{attempt.prefix}/{version}.json", (json.dumps(document, indent=1) + "\n").encode())
+    raw = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    documents.write(f"{attempt.prefix}/{version}.json", raw.encode())
     assets = with_row(documents, product, current, document, href)
     changed = _with_version(current, version, href, bbox, interval)
     try:

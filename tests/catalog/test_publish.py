@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import multiprocessing
 import os
 from dataclasses import replace
@@ -18,10 +19,11 @@ from stsr_core.catalog.items import instant
 from stsr_core.catalog.manifest import make_manifest
 from stsr_core.catalog.publish import RedundantError, publish, versions
 from stsr_core.catalog.reconcile import _dead, _forget, reconcile, unlisted
+from stsr_core.configuration import Gates
 from stsr_core.errors import GateError, PublicationError, StoreError
 from stsr_core.grids import TimeAxis
 from stsr_core.store.verify import Gate, GateReport
-from tests.catalog.made import DESCRIPTION, LAYOUT, PROVENANCE, prepared, publication, publish_one
+from tests.catalog.made import DESCRIPTION, ENTRIES, LAYOUT, PROVENANCE, prepared, publication, publish_one
 
 NOW = timedelta(0)
 
@@ -178,6 +180,13 @@ def test_an_item_that_is_not_what_it_must_be_is_not_published(tmp_path):
     bad = PROVENANCE.model_copy(update={"checkpoint_digest": "none"})
     with pytest.raises(PublicationError, match="checkpoint_digest"):
         publish(attempt, replace(publication(attempt), provenance=bad))
+    endless = ENTRIES.product.model_copy(update={"gates": Gates().model_copy(update={"max_mm": math.inf})})
+    entries = ENTRIES.model_copy(update={"product": endless})
+    with pytest.raises(PublicationError, match="max_mm: Input should be a finite number"):
+        publish(
+            attempt,
+            replace(publication(attempt), provenance=PROVENANCE.model_copy(update={"configuration": entries})),
+        )
     assert not list(Path(attempt.url).glob("v*.json"))
     assert stsr_core.catalog.latest("rain", str(tmp_path)) is None
 
