@@ -22,17 +22,19 @@ ANY_DAY = datetime(2001, 1, 1)  # of this calendar, to read a time of day off
 def within(steps: Steps, first: date, last: date) -> Steps:
     """Return the steps that lie wholly within whole days of the source's calendar, `last` included.
 
+    At either end of the days one step may be missing, as of running sums without their first stamp, but no day.
+
     Raises:
-        SourceError: no step does, or a day does not exist in the calendar.
+        SourceError: the source lacks more, no step lies within, or a day does not exist in the calendar.
     """
-    axis = steps.axis
-    start = max(0, math.ceil(_position(axis, first) - ROUNDING))
-    after = _position(axis, last) + timedelta(days=1) / axis.step
-    stop = min(axis.size, math.floor(after + ROUNDING))
-    if stop <= start:
+    axis, day = steps.axis, timedelta(days=1) / steps.axis.step
+    before, after = _position(axis, first), _position(axis, last) + day
+    start, stop = max(0, math.ceil(before - ROUNDING)), min(axis.size, math.floor(after + ROUNDING))
+    missing = max(-before, after - axis.size)
+    if stop <= start or missing > min(1 + ROUNDING, day - ROUNDING):
         raise SourceError(
-            f"The source has no step within {first} to {last}; it covers {axis.start} to "
-            f"{axis.start + axis.step * axis.size}. Ask for days within that."
+            f"The source has {'no step within' if stop <= start else 'only a part of'} {first} to {last}; it covers "
+            f"{axis.start} to {axis.start + axis.step * axis.size}. Ask for days within that."
         )
     return steps.within(start, stop)
 

@@ -35,8 +35,35 @@ def test_calendars_without_leap_days():
 
 
 def test_days_outside_the_source_are_refused():
-    with pytest.raises(SourceError, match="covers 2020-01-01.* to 2020-01-04"):
+    with pytest.raises(SourceError, match="no step within 2021-01-01 to .*covers 2020-01-01.* to 2020-01-04"):
         within(steps(datetime(2020, 1, 1)), date(2021, 1, 1), date(2021, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("start", "step_h", "size", "kept"),
+    [
+        (datetime(2020, 1, 1), 6, 12, 12),
+        (datetime(2020, 1, 1, 6), 6, 11, 11),  # running sums without their first stamp
+        (datetime(2020, 1, 1), 6, 11, 11),
+        (datetime(2020, 1, 1, 12), 6, 10, None),
+        (datetime(2020, 1, 1), 6, 10, None),
+        (datetime(2019, 12, 31, 6), 24, 4, 2),  # days from 06 h; two reach over midnight
+        (datetime(2020, 1, 1, 6), 24, 2, 2),
+        (datetime(2020, 1, 1), 24, 3, 3),
+        (datetime(2020, 1, 2), 24, 2, None),  # one step, but a day
+        (datetime(2020, 1, 1), 24, 2, None),
+        (cftime.datetime(2020, 1, 1, 6, calendar="360_day"), 6, 11, 11),
+        (cftime.datetime(2020, 1, 1, 12, calendar="360_day"), 6, 100, None),
+        (datetime(2019, 12, 31), 48, 3, 1),  # two of the steps reach beyond the days
+        (datetime(2020, 1, 2), 48, 3, None),
+    ],
+)
+def test_days_of_which_the_source_has_a_part_are_refused(start, step_h, size, kept):
+    if kept is not None:
+        assert within(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3)).axis.size == kept
+        return
+    with pytest.raises(SourceError, match="only a part of 2020-01-01 to 2020-01-03; it covers .*Ask for days within"):
+        within(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3))
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])
