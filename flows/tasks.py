@@ -26,7 +26,7 @@ from stsr_core.catalog.claims import release, require_claim
 from stsr_core.catalog.items import Description, Entries, Provenance, SideFile
 from stsr_core.catalog.publish import GROUPS, Attempt, Publication, Published, RedundantError, publish, quality_json
 from stsr_core.catalog.reconcile import reconcile
-from stsr_core.catalog.search import newest
+from stsr_core.catalog.search import newest, published
 from stsr_core.checkpoint import Library
 from stsr_core.configuration import Product, Source, Static, TargetGrid
 from stsr_core.downscaler import Downscaler, choose_device
@@ -117,17 +117,21 @@ class New:
 def resolve(job: Job, library: Library, settings: Settings, *, force: bool) -> New | None:
     """Look whether there is something to do: a new source, or another way to make it; None if there is not.
 
-    A withdrawn version counts: the same source would make the same again.
+    A withdrawn version counts: the same source would make the same again. With `force` the last version is not
+    compared, so that one whose item is damaged is got past.
     """
     found = fingerprint(job.source.url, base=job.base, storage_options=_source_options(job))
+    url = shown(job.source.url)
+    if force:
+        there = published(job.name, job.destination, storage_options=job.options)
+        event("forced", source=url, after=there[-1] if there else None)
+        return New(found, there[-1] if there else "")
     last = newest(job.name, job.destination, storage_options=job.options)
-    url, before = shown(job.source.url), last.version if last is not None else None
+    before = last.version if last is not None else None
     if last is None or last.item["properties"].get("stsr:source_fingerprint") != found:
         event("new_source", source=url, fingerprint=found[:12], after=before)
     elif changed := _changes(job, last.item["properties"], library, settings.match_limit):
         event("made_otherwise", changed=",".join(changed), after=before)
-    elif force:
-        event("forced", source=url, after=before)
     else:
         event("nothing_new", source=url, version=before)
         return None

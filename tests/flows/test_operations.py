@@ -42,11 +42,12 @@ from stsr_core.catalog.publish import Published
 from stsr_core.catalog.search import Version
 from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.errors import ConfigurationError, GateError, OperatorError, PublicationError, SourceError
+from stsr_core.errors import ConfigurationError, GateError, OperatorError, PublicationError, SourceError, StoreError
 from stsr_core.factors import Factor, Match
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.settings import Settings
 from stsr_core.sources.cube import Cube
+from tests.catalog.made import publish_one
 
 ROOT = Path(__file__).parents[2]
 
@@ -446,3 +447,15 @@ def test_a_product_is_made_again_where_its_source_configuration_or_checkpoint_ch
         last[name] = before
     private = job.source.model_copy(update={"url": "https://user:word@host/a.nc?sig=abc"})
     assert replace(job, source=private).entries(()).source.url == "https://host/a.nc"
+
+
+@pytest.mark.parametrize("damage", [lambda item: item.unlink(), lambda item: item.write_text("{")])
+def test_force_gets_past_a_newest_version_whose_item_is_damaged(library, monkeypatch, tmp_path, damage):
+    settings = Settings(destination=str(tmp_path))
+    [job] = jobs("arpege-provence-1km", settings)
+    monkeypatch.setattr(tasks, "event", lambda *_, **__: None)
+    publish_one(tmp_path)
+    damage(next((tmp_path / "rain" / "data").glob("*/v1.json")))
+    with pytest.raises((DamagedError, StoreError), match=r"v1.json is (damaged|listed but missing)"):
+        tasks.resolve.fn(replace(job, name="rain"), library, settings, force=False)
+    assert tasks.resolve.fn(replace(job, name="rain"), library, settings, force=True).after == "v1"
