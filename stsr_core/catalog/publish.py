@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 GROUPS = ("ensemble", "series", "overview", "coarse")
 ITEM = re.compile(r"^\./data/([0-9a-f]+)/(v[1-9][0-9]*)\.json$")
 REMOVING = "stsr:removing"  # attempts and index files that a reconcile is about to remove
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,15 @@ def link_successor(documents: Documents, product: str, predecessor: str | None, 
         return {**item, "links": [*(x for x in item["links"] if x["rel"] != "successor-version"), link]}
 
     if predecessor:
-        documents.amend(f"{product}/{predecessor}", change)
+        amend_item(documents, f"{product}/{predecessor}", change)
+
+
+def amend_item(documents: Documents, path: str, change: Callable[[Document], Document]) -> None:
+    """Amend an item after a swap that it follows from; a damaged one is no reason to call the swap failed."""
+    try:
+        documents.amend(path, change)
+    except DamagedError as e:
+        _log.warning("An item is left as it is until it is restored and its product reconciled. %s", e)
 
 
 def link_product(documents: Documents, product: str, title: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.index import with_values
 from stsr_core.catalog.items import stamp
-from stsr_core.catalog.publish import listed
+from stsr_core.catalog.publish import amend_item, listed
 from stsr_core.errors import PublicationError
 
 if TYPE_CHECKING:
@@ -186,4 +186,4 @@ def settle_item(documents: Documents, product: str, collection: Mapping[str, Any
         found = documents.read(f"{product}/collection.json")
         return as_withdrawn(item, withdrawals(found[0] if found else {}).get(version))
 
-    documents.amend(f"{product}/{listed(collection)[version]}", change)
+    amend_item(documents, f"{product}/{listed(collection)[version]}", change)

@@ -141,6 +141,20 @@ def test_an_item_whose_withdrawal_a_crash_owed_is_made_good(three, monkeypatch):
     assert stored_item(three, "v3")["properties"][WITHDRAWN] == REASON
 
 
+def test_a_damaged_item_is_told_later_of_what_took_effect_without_it(three, caplog):
+    damaged, sound = Path(stsr_core.catalog.find("rain", "v3", three).url), stored_item(three, "v3")
+    damaged.write_text("{")
+    assert withdraw("rain", "v3", REASON, three) == "v2"
+    assert publish_one(three, 4) == "v4"
+    reconcile(three, "rain")
+    assert caplog.text.count("v3.json is damaged") == 4  # the withdrawal, the publication, the reconcile twice
+    damaged.write_text(json.dumps(sound))
+    reconcile(three, "rain")
+    after = stored_item(three, "v3")
+    assert after["properties"][WITHDRAWN] == REASON
+    assert [x["href"][-7:] for x in after["links"] if x["rel"] == "successor-version"] == ["v4.json"]
+
+
 def test_who_settles_an_item_late_undoes_no_withdrawal_that_came_meanwhile(three):
     documents = Documents(three)
     before, _ = documents.read("rain/collection.json")
