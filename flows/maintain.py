@@ -22,7 +22,7 @@ from stsr_core.catalog.documents import DamagedError
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.reconcile import reconcile, unlisted
 from stsr_core.catalog.retention import expiring, retire
-from stsr_core.catalog.search import find, products, published
+from stsr_core.catalog.search import find, products, published, withdrawn
 from stsr_core.catalog.withdrawal import withdraw
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.settings import Settings
@@ -55,7 +55,7 @@ def maintain(
     Args:
         product: name of a published product, or "all": those that left data and never got a version too.
         grace_hours: attempts that wrote nothing for so long are removed.
-        check_newest: versions of each product whose every byte is read and compared.
+        check_newest: newest good versions of each product whose every byte is read and compared.
         retention: which superseded versions go; without it all stay.
         withdrawal: a version that must no longer be used, and why; of one product, not of all.
         dry_run: only say what would be done.
@@ -112,8 +112,10 @@ def _keep_up(
     with _noting(flaws, f"reconcile {name}"):
         removed = patient(remove_leftovers, f"reconcile {name}", hours=24)(name, where, grace_hours, dry_run=dry_run)
     with _noting(flaws, f"list {name}"):
-        there = published(name, where, storage_options=options_of(where, Settings()))
-        newest = [v for v in there if v not in retired][::-1][:check_newest]
+        options = options_of(where, Settings())
+        left_out = {*retired, *withdrawn(name, where, storage_options=options)}
+        there = published(name, where, storage_options=options)
+        newest = [v for v in there if v not in left_out][::-1][:check_newest]
     for version in newest:
         with _noting(flaws, f"verify {name} {version}"):
             flaws += patient(verify, f"verify {name} {version}", hours=24)(name, version, where)

@@ -98,3 +98,12 @@ def test_the_item_that_is_listed_is_checked_whatever_a_crash_left_beside_it(tmp_
     [upkeep] = module.maintain.fn(destination=str(tmp_path))
     assert latest("rain", str(tmp_path)).version == "v1"
     assert upkeep.checked == ["v1"]
+
+
+def test_the_version_that_readers_get_is_checked_where_the_newest_is_withdrawn(tmp_path, shown):
+    folder, _ = publish_as(tmp_path, "rain"), publish_as(tmp_path, "rain")
+    (folder / "manifest.json").unlink()
+    withdrawal = module.Withdrawal(version="v2", reason="Too wet.")
+    with pytest.raises(StoreError, match=r"found: 1. rain v1: .* has no manifest.json"):
+        module.maintain.fn("rain", destination=str(tmp_path), withdrawal=withdrawal)
+    assert shown["rain"]["checked"] == "v1"
