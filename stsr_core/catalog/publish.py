@@ -236,7 +236,8 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     except ConflictError:
         _discard(attempt, version, current, assets)
         raise
-    link_successor(documents, product, there.get(predecessor or ""), href)
+    if predecessor is not None:
+        link_neighbours(documents, product, listed(changed), predecessor)
     return Published(product, version, f"{attempt.url}/{version}.json")
 
 
@@ -332,24 +333,30 @@ def _with_version(
     return {**current, "version": version, "links": links, "extent": extent}
 
 
-def link_successor(documents: Documents, product: str, predecessor: str | None, href: str) -> None:
-    """Tell a version that it has a successor; only its links change, and reconcile makes good what is lost here.
+def link_neighbours(documents: Documents, product: str, there: Mapping[str, str], version: str) -> None:
+    """Link a version to those before and after it; only its links change, and reconcile makes good what is lost here.
+
+    Where none comes after it, its link to a successor stays: one may have been published since.
 
     Args:
         documents: the catalogue.
         product: name of the product.
-        predecessor: address of the item that is told, relative to the collection.
-        href: address of its successor, relative to the collection.
+        there: versions that are listed, oldest first, with the addresses of their items relative to the collection.
+        version: one of them, whose item is told.
     """
-    link = {"rel": "successor-version", "href": f"../../{href.removeprefix('./')}", "type": "application/geo+json"}
+    names = list(there)
+    place = names.index(version)
+    around = {"predecessor-version": names[:place][-1:], "successor-version": names[place + 1 :][:1]}
+    links = [
+        {"rel": rel, "href": f"../../{there[name]}", "type": "application/geo+json"}
+        for rel, found in around.items() for name in found
+    ]  # fmt: skip
+    told = {"predecessor-version", *(link["rel"] for link in links)}
 
     def change(item: Document) -> Document:
-        if link in item["links"]:
-            return item
-        return {**item, "links": [*(x for x in item["links"] if x["rel"] != "successor-version"), link]}
+        return {**item, "links": [*(x for x in item["links"] if x["rel"] not in told), *links]}
 
-    if predecessor:
-        amend_item(documents, f"{product}/{predecessor}", change)
+    amend_item(documents, f"{product}/{there[version]}", change)
 
 
 def amend_item(documents: Documents, path: str, change: Callable[[Document], Document]) -> None:

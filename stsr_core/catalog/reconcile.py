@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.claims import FOLDER
@@ -13,7 +12,7 @@ from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.footprint import WORLD
 from stsr_core.catalog.index import named
 from stsr_core.catalog.items import Description, collection, stamp
-from stsr_core.catalog.publish import REMOVING, link_product, link_successor, listed, listed_attempts
+from stsr_core.catalog.publish import REMOVING, link_neighbours, link_product, listed, listed_attempts
 from stsr_core.catalog.withdrawal import settle_item, withdrawals
 from stsr_core.errors import PublicationError
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 GRACE = timedelta(hours=24)  # an attempt that wrote nothing for so long is dead
 ROUND = "stsr:reconciled"  # counts up: tags follow content, so a collection must never become what it was
 OURS = re.compile(r"^[0-9a-f]{12}(\.json|\.parquet)?$")  # attempts, claims and index files; no name that people give
-CHECKED = 100  # newest versions whose links are checked
+CHECKED = 100  # newest versions whose links are checked, beside the oldest
 
 
 def reconcile(
@@ -158,11 +157,12 @@ def _forget(documents: Documents, path: str, gone: set[str]) -> None:
 
 
 def _mend(documents: Documents, product: str, current: dict[str, Any]) -> None:
-    """Write the links, and what items say of their withdrawal, that somebody owed who died after a swap."""
-    there = dict(list(listed(current).items())[-CHECKED:])
-    for predecessor, successor in pairwise(there.values()):
-        link_successor(documents, product, predecessor, successor)
-    for version in {*there, *withdrawals(current)}:
+    """Write what items owe to what is listed after a swap: links to their neighbours, and their withdrawal."""
+    there = listed(current)
+    checked = {*list(there)[:1], *list(there)[-CHECKED:]}  # the oldest may have lost its predecessor
+    for version in checked:
+        link_neighbours(documents, product, there, version)
+    for version in {*checked, *withdrawals(current)}:
         settle_item(documents, product, current, version)
     if there:
         link_product(documents, product, str(current.get("title", product)))

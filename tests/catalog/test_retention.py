@@ -1,6 +1,8 @@
 from datetime import UTC, datetime, timedelta
 
+import pystac
 import pytest
+from pystac.extensions.version import VersionExtension
 
 from stsr_core.catalog import ls
 from stsr_core.catalog.index import Query
@@ -39,6 +41,18 @@ def test_retired_versions_leave_collection_index_and_disk_and_the_next_number_go
     assert len([r for r in removed if "/data/" in r]) == 2
     assert len(list((tmp_path / "rain" / "data").iterdir())) == 1
     assert publish_one(tmp_path, 4) == "v4"
+
+
+def test_versions_that_stay_link_to_none_that_are_gone(tmp_path):
+    for value in (1, 2, 3, 4):
+        publish_one(tmp_path, value)
+    for gone, chain in (("v2", ["v1", "v3", "v4"]), ("v1", ["v3", "v4"])):
+        retire("rain", [gone], str(tmp_path))
+        reconcile(str(tmp_path), "rain", grace=timedelta(0))
+        items = pystac.Catalog.from_file(str(tmp_path / "catalog.json")).get_items(recursive=True)
+        linked = [(x.predecessor, x.item, x.successor) for x in map(VersionExtension.ext, items)]
+        named = [[item and item.properties["version"] for item in three] for three in linked]
+        assert named == [list(three) for three in zip([None, *chain], chain, [*chain[1:], None], strict=False)]
 
 
 def test_the_latest_version_is_never_retired(tmp_path):
