@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from calendar import monthrange
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import cftime
@@ -112,12 +113,24 @@ class SideFile:
     roles: tuple[str, ...]
 
 
-def instant(value: Any) -> str:
-    """Format a date as STAC wants it; dates of other calendars that the standard one lacks move to its nearest."""
-    if isinstance(value, cftime.datetime):
-        day = min(value.day, cftime.datetime(value.year, value.month, 1, calendar="standard").daysinmonth)
-        return stamp(datetime(value.year, value.month, day, value.hour, value.minute, value.second, tzinfo=UTC))
-    return f"{np.datetime_as_string(np.datetime64(value, 's'))}Z"
+def period_of(layout: StoreLayout) -> list[str]:
+    """Start and end of a version as STAC wants them.
+
+    On days of other calendars that the standard one lacks, as 30 February, starts move back to the last day of the
+    month and ends on to the next month, so that every period has a length.
+    """
+    bounds = layout.times.bounds
+    return [_instant(bounds[0, 0], after=False), _instant(bounds[-1, 1], after=True)]
+
+
+def _instant(value: Any, *, after: bool) -> str:
+    if not isinstance(value, cftime.datetime):
+        return f"{np.datetime_as_string(np.datetime64(value, 's'))}Z"
+    last = monthrange(value.year, value.month)[1]
+    if value.day > last and after:
+        return stamp(datetime(value.year, value.month, last, tzinfo=UTC) + timedelta(days=1))
+    day = min(value.day, last)
+    return stamp(datetime(value.year, value.month, day, value.hour, value.minute, value.second, tzinfo=UTC))
 
 
 def stamp(when: datetime) -> str:
@@ -126,12 +139,11 @@ def stamp(when: datetime) -> str:
 
 
 def _cube(layout: StoreLayout) -> dict[str, Any]:
-    bounds = layout.times.bounds
     y, x = np.sort(layout.grid.y.edges), np.sort(layout.grid.x.edges)
     return {
         "cube:dimensions": {
             "member": {"type": "realization", "values": list(range(layout.members))},
-            "time": {"type": "temporal", "extent": [instant(bounds[0, 0]), instant(bounds[-1, 1])]},
+            "time": {"type": "temporal", "extent": period_of(layout)},
             "y": {"type": "spatial", "axis": "y", "extent": [float(y[0]), float(y[-1])],
                   "step": abs(layout.grid.y.step), **_reference(layout.grid)},
             "x": {"type": "spatial", "axis": "x", "extent": [float(x[0]), float(x[-1])],
@@ -258,14 +270,14 @@ def _properties(
     gates: list[dict[str, Any]],
     published: datetime,
 ) -> dict[str, Any]:
-    bounds = layout.times.bounds
+    start, end = period_of(layout)
     now = stamp(published)
     return {
         "title": f"{description.title}, {version}",
         "description": description.description,
         "datetime": None,
-        "start_datetime": instant(bounds[0, 0]),
-        "end_datetime": instant(bounds[-1, 1]),
+        "start_datetime": start,
+        "end_datetime": end,
         "created": now,
         "updated": now,
         "license": description.license,

@@ -31,8 +31,8 @@ from stsr_core.catalog.items import (
     Provenance,
     SideFile,
     collection,
-    instant,
     item,
+    period_of,
     root_catalog,
     told,
 )
@@ -243,8 +243,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
 
 def _extent(layout: StoreLayout) -> tuple[list[float], list[str]]:
     """Box and period of a version."""
-    bounds = layout.times.bounds
-    return footprint(layout.grid)[0], [instant(bounds[0, 0]), instant(bounds[-1, 1])]
+    return footprint(layout.grid)[0], period_of(layout)
 
 
 def _item(

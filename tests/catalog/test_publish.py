@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import numpy as np
+import cftime
 import pystac
 import pytest
 
@@ -15,7 +15,6 @@ import stsr_core.catalog
 from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import with_row
-from stsr_core.catalog.items import instant
 from stsr_core.catalog.manifest import make_manifest
 from stsr_core.catalog.publish import RedundantError, publish, versions
 from stsr_core.catalog.reconcile import _dead, _forget, reconcile, unlisted
@@ -415,8 +414,23 @@ def test_a_destination_that_cannot_be_written_is_an_error(tmp_path):
         Documents(str(tmp_path / "file" / "x")).create("a.json", {})
 
 
-def test_dates_of_other_calendars_stay_valid_dates():
-    import cftime
-
-    assert instant(cftime.Datetime360Day(2001, 2, 30)) == "2001-02-28T00:00:00Z"
-    assert instant(np.datetime64("2001-02-03T04:05")) == "2001-02-03T04:05:00Z"
+@pytest.mark.parametrize(
+    ("start", "hours", "period"),
+    [
+        (datetime(2001, 2, 3, 4, 5), 1, ["2001-02-03T04:05:00Z", "2001-02-03T05:05:00Z"]),
+        (cftime.Datetime360Day(2001, 2, 28), 24, ["2001-02-28T00:00:00Z", "2001-03-01T00:00:00Z"]),
+        (cftime.Datetime360Day(2001, 2, 29), 24, ["2001-02-28T00:00:00Z", "2001-03-01T00:00:00Z"]),
+        (cftime.Datetime360Day(2001, 2, 29, 12), 18, ["2001-02-28T12:00:00Z", "2001-03-01T00:00:00Z"]),
+        (cftime.Datetime360Day(2001, 2, 30), 24, ["2001-02-28T00:00:00Z", "2001-03-01T00:00:00Z"]),
+        (cftime.Datetime360Day(2001, 2, 30, 6), 6, ["2001-02-28T06:00:00Z", "2001-03-01T00:00:00Z"]),
+        (cftime.Datetime360Day(2004, 2, 30), 30, ["2004-02-29T00:00:00Z", "2004-03-01T06:00:00Z"]),
+        (cftime.DatetimeAllLeap(2001, 2, 28), 36, ["2001-02-28T00:00:00Z", "2001-03-01T00:00:00Z"]),
+    ],
+)
+def test_periods_of_other_calendars_are_published_with_dates_of_the_standard_one(tmp_path, start, hours, period):
+    attempt = prepared(tmp_path)
+    layout = replace(LAYOUT, times=TimeAxis(start, timedelta(hours=hours / 2), 2))
+    publish(attempt, replace(publication(attempt), layout=layout))
+    properties = json.loads(item_path(tmp_path).read_text())["properties"]
+    assert [properties["start_datetime"], properties["end_datetime"]] == period
+    assert properties["cube:dimensions"]["time"]["extent"] == period
