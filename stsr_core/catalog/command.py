@@ -6,12 +6,15 @@ import json
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stsr_core.errors import ConfigurationError, StoreError
 from stsr_core.home import at_home
+
+if TYPE_CHECKING:
+    from stsr_core.catalog.search import Version
 
 catalog_app = typer.Typer(help="Find, open, check and cite published versions.", no_args_is_help=True)
 CatalogOption = Annotated[str, typer.Option("--catalog", callback=at_home, help="Folder or URL of the catalogue.")]
@@ -86,7 +89,7 @@ def catalog_search(
     query = Query(_box(bbox), datetime, filter_, tuple(sortby.split(",")) if sortby else (), limit)
     found = search(catalog, query, product=product, storage_options=_options(catalog))
     if as_json:
-        typer.echo(json.dumps({"type": "FeatureCollection", "features": [v.item for v in found]}))
+        typer.echo(json.dumps({"type": "FeatureCollection", "features": list(map(_alone, found))}))
         return
     for version in found:
         p = version.item["properties"]
@@ -96,6 +99,15 @@ def catalog_search(
         )
     if not found:
         typer.echo("No version meets this.")
+
+
+def _alone(version: Version) -> dict[str, Any]:
+    """Item as it is read away from its place: with absolute addresses of its files, and of itself for its links."""
+    from stsr_core.catalog.snapshot import place_of
+
+    own = {"rel": "self", "href": place_of(version.url), "type": "application/geo+json"}
+    files = {k: {**asset, "href": place_of(version.asset_url(k))} for k, asset in version.item["assets"].items()}
+    return {**version.item, "links": [own, *version.item["links"]], "assets": files}
 
 
 def _box(text: str | None) -> tuple[float, float, float, float] | None:

@@ -5,10 +5,15 @@ import json
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow.parquet as pq
+import pystac
 import pytest
 import shapely
+import xarray as xr
+from pystac.extensions.version import VersionExtension
+from typer.testing import CliRunner
 
 import stsr_core.catalog
 from stsr_core.catalog import Query
@@ -17,6 +22,7 @@ from stsr_core.catalog.index import KEYS, RECENT, _filled, _row, _table, _writte
 from stsr_core.catalog.items import Lineage, item
 from stsr_core.catalog.publish import Attempt, publish
 from stsr_core.catalog.snapshot import Loaded
+from stsr_core.cli import app
 from stsr_core.errors import ConfigurationError, StoreError
 from tests.catalog.made import (
     CHECKPOINT,
@@ -149,6 +155,16 @@ def test_versions_are_found_by_place_time_and_properties(many, query, versions):
 def test_a_query_that_cannot_be_meant_is_refused(many, query, message):
     with pytest.raises(ConfigurationError, match=message):
         found(many, **query)
+
+
+def test_items_that_the_command_prints_say_where_they_are(tmp_path, monkeypatch):
+    [publish_one(tmp_path / "to", value) for value in (1, 2)]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["catalog", "search", "--catalog", "to", "--json"])
+    newest, oldest = pystac.ItemCollection.from_dict(json.loads(done.output))
+    assert json.loads(Path(newest.self_href).read_text())["id"] == newest.id == "rain-v2"
+    assert xr.open_zarr(newest.assets["ensemble"].href)["precipitation"].max() == pytest.approx(0.02)
+    assert VersionExtension.ext(newest).predecessor.id == oldest.id
 
 
 def test_the_index_is_stac_geoparquet(many):
