@@ -273,22 +273,42 @@ class Hit:
     href: str
 
 
-def look_up(documents: Documents, product: str, collection: Document, query: Query) -> tuple[list[Hit], int]:
-    """Search the index of a product.
+def look_up(
+    documents: Documents, collections: Mapping[str, Document], query: Query
+) -> dict[str, tuple[list[Hit], int]]:
+    """Search the indexes of products; a property that only some of them have is null in the others.
+
+    Args:
+        documents: the catalogue.
+        collections: of the products, by name.
+        query: what to look for; its limit counts per product.
 
     Returns:
-        The hits that were asked for, and how many there are in all.
+        The hits that were asked for, and how many there are in all, of each product that has an index.
 
     Raises:
         ConfigurationError: the query is not understood.
-        StoreError: the index is damaged.
+        StoreError: an index is damaged.
     """
-    order = _order(query)
-    expression = parse(query.filter) if query.filter else None
-    table = read_index(documents, product, collection, _needed(expression, order, query))
-    if table is None:
-        _require_served(query)
-        return [], 0
+    _require_served(query)
+    needed = _needed(parse(query.filter) if query.filter else None, _order(query), query)
+    read = {name: read_index(documents, name, collection, needed) for name, collection in collections.items()}
+    tables = _alike({name: table for name, table in read.items() if table is not None})
+    return {name: _hits(table, query) for name, table in tables.items()}
+
+
+def _alike(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """Tables that all have the columns that any of them has."""
+    import pyarrow as pa
+
+    kinds = {field.name: field.type for table in tables.values() for field in table.schema}
+    found = dict(tables)
+    for name, column in [(n, c) for n, t in tables.items() for c in kinds.keys() - set(t.column_names)]:
+        found[name] = found[name].append_column(column, pa.nulls(found[name].num_rows, kinds[column]))
+    return found
+
+
+def _hits(table: pa.Table, query: Query) -> tuple[list[Hit], int]:
     rows, total = select(table, query)
     return [Hit(**row) for row in table.select(["id", "version", "href"]).take(rows).to_pylist()], total
 

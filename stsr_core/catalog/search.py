@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from stsr_core.errors import StoreError, WithdrawnWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import xarray as xr
 
     from stsr_core.catalog.documents import Document, Documents
-    from stsr_core.catalog.index import Hit, Query
+    from stsr_core.catalog.index import Query
     from stsr_core.catalog.withdrawal import Withdrawal
 
 READERS = 8  # items that are read at once
@@ -191,30 +191,29 @@ def search(
         StoreError: no catalogue, or a damaged one.
     """
     documents = _documents(catalog, storage_options)
-    found: list[tuple[str, Document, str]] = []
-    for name in [product] if product else _products(documents):
-        hits, collection = _hits(documents, name, query)
-        found += [(name, collection, hit.version) for hit in hits]
+    found = _found(documents, [product] if product else _products(documents), query)
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda p: _version(documents, *p), found))
 
 
-def _hits(documents: Documents, product: str, query: Query) -> tuple[list[Hit], Document]:
-    """Search one product, as of the collection that is returned.
+def _found(documents: Documents, products: Sequence[str], query: Query) -> list[tuple[str, Document, str]]:
+    """Versions that are found, each with its product and the collection of which it is.
 
-    Again where a publisher replaced the index meanwhile and a reconcile removed the old one.
+    Again where a publisher replaced an index meanwhile and a reconcile removed the old one.
     """
     from stsr_core.catalog.index import look_up
 
-    collection = _collection(documents, product)
+    before = None
     while True:
+        collections = {product: _collection(documents, product) for product in products}
         try:
-            return look_up(documents, product, collection, query)[0], collection
+            found = look_up(documents, collections, query)
         except StoreError:
-            newer = _collection(documents, product)
-            if newer.get("assets") == collection.get("assets"):
+            if before == collections:
                 raise
-            collection = newer
+            before = collections
+            continue
+        return [(name, collections[name], hit.version) for name, (hits, _) in found.items() for hit in hits]
 
 
 def open_version(

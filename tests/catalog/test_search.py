@@ -22,6 +22,7 @@ from stsr_core.catalog.index import KEYS, RECENT, _filled, _row, _table, _writte
 from stsr_core.catalog.items import Lineage, item
 from stsr_core.catalog.publish import Attempt, publish
 from stsr_core.catalog.snapshot import Loaded
+from stsr_core.catalog.withdrawal import withdraw
 from stsr_core.cli import app
 from stsr_core.errors import ConfigurationError, StoreError
 from tests.catalog.made import (
@@ -85,7 +86,7 @@ def many(tmp_path_factory):
 
 
 def found(many, **query):
-    hits, total = look_up(many[0], "rain", many[1], Query(**query))
+    hits, total = look_up(many[0], {"rain": many[1]}, Query(**query))["rain"]
     return [int(hit.version[1:]) for hit in hits], total
 
 
@@ -186,7 +187,7 @@ def test_a_damaged_or_foreign_index_is_refused(tmp_path):
     asset = collection["assets"]["index-recent"]
     foreign = {**collection, "assets": {"index-recent": {**asset, "href": "../../secret.parquet"}}}
     with pytest.raises(StoreError, match="outside it"):
-        look_up(documents, "rain", foreign, Query())
+        look_up(documents, {"rain": foreign}, Query())
     documents.write(f"rain/{asset['href']}", b"PAR1")
     with pytest.raises(StoreError, match="missing or not as published"):
         stsr_core.catalog.search(str(tmp_path), Query())
@@ -207,7 +208,7 @@ def test_search_and_publication_do_not_slow_down(many, tmp_path):
     """Measured: 10,000 versions are searched in 20 ms and published to in 1.4 times the time of ten."""
     query = Query(bbox=(0, 0, 5, 60), filter='"stsr:seed" = 3', sortby=("-start_datetime",))
     catalog = many[0].destination
-    [searching] = median_seconds(lambda: look_up(many[0], "rain", many[1], query))
+    [searching] = median_seconds(lambda: look_up(many[0], {"rain": many[1]}, query))
     few = grown(tmp_path, 10)[0].destination
     publish_one(few), publish_one(catalog)
     ready = {place: [(a, publication(a)) for a in (prepared(place) for _ in range(7))] for place in (few, catalog)}
@@ -223,7 +224,7 @@ def test_a_full_recent_index_moves_to_the_other(tmp_path):
     publish_one(tmp_path)
     collection, _ = documents.read("rain/collection.json")
     assert [collection["assets"][k]["stsr:rows"] for k in KEYS] == [2 * RECENT, 1]
-    assert look_up(documents, "rain", collection, Query())[1] == 2 * RECENT + 1
+    assert look_up(documents, {"rain": collection}, Query())["rain"][1] == 2 * RECENT + 1
 
 
 def test_rows_of_unlike_items_join():
@@ -262,6 +263,27 @@ def test_a_selection_may_be_written_in_any_way_by_any_version_of_any_product(tmp
     expected = {f"rain-v{n}": way for n, way in enumerate(ways, 1)} | {"snow-v1": {"number": [2, 3]}}
     assert selected(Documents(str(tmp_path))) == expected
     assert Loaded(Documents(str(tmp_path))).current().export(tmp_path / "to", "https://example.org") == 6
+
+
+@pytest.mark.parametrize("way", ["files", "memory"])
+def test_a_property_that_only_some_products_have_is_null_in_the_others(tmp_path, way):
+    [publish_selecting(tmp_path, product, {}) for product in ("hail", "rain", "rain", "snow")]
+    catalog = str(tmp_path)
+    withdraw("rain", "v1", "Too wet.", catalog)
+
+    def found(**query):
+        if way == "files":
+            return [v.item["id"] for v in stsr_core.catalog.search(catalog, Query(**query))]
+        return [x["id"] for x in Loaded(Documents(catalog)).current().search(Query(**query))[0]]
+
+    assert found(filter='"stsr:withdrawn" IS NOT NULL') == found(filter="\"stsr:withdrawn\" LIKE 'Too%'") == ["rain-v1"]
+    assert sorted(found(filter='"stsr:withdrawn" IS NULL', sortby=("stsr:withdrawn",))) == [
+        "hail-v1",
+        "rain-v2",
+        "snow-v1",
+    ]
+    with pytest.raises(ConfigurationError, match="no property 'stsr:withdrawm'"):
+        found(filter='"stsr:withdrawm" IS NULL')
 
 
 def test_an_index_that_holds_recipes_as_objects_is_gone_on_with(tmp_path):

@@ -197,12 +197,12 @@ def check_after_race(url, options, folder, withdrawn):
     assert len(by_attempt) == len(set(by_attempt))
     assert len([x for x in collection["links"] if x["rel"] == "item"]) == len(there)
     assert all(there[version] == f"data/{attempt}/{version}.json" for version, attempt in told)
-    rows, total = look_up(documents, "rain", collection, Query(limit=10_000))
+    rows, total = look_up(documents, {"rain": collection}, Query(limit=10_000))["rain"]
     assert total == len(there)
     assert {(row.version, row.href.removeprefix("./")) for row in rows} == set(there.items())
     assert set(withdrawals(collection)) == withdrawn
     if withdrawn:
-        rows, _ = look_up(documents, "rain", collection, Query(filter="deprecated = true", limit=10_000))
+        rows, _ = look_up(documents, {"rain": collection}, Query(filter="deprecated = true", limit=10_000))["rain"]
         assert {row.version for row in rows} == withdrawn
     removed = reconcile(url, "rain", options, grace=timedelta(0))
     items = {version: documents.read(f"rain/{href}")[0]["properties"] for version, href in there.items()}
