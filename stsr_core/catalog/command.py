@@ -136,6 +136,11 @@ def catalog_verify(
     from stsr_core.catalog.search import find
 
     url, name = where, None
+    if catalog is None and version != "latest":
+        raise ConfigurationError(
+            f"--version {version} is of a product, with --catalog; without it, {where} is the folder of one version. "
+            "Leave --version out, or name product and catalogue."
+        )
     if catalog is not None:
         url, _, name = find(where, version, catalog, storage_options=_options(catalog)).url.rpartition("/")
     verdict = verify_version(url, _options(url), item_name=name)

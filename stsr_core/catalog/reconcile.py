@@ -14,7 +14,7 @@ from stsr_core.catalog.index import named
 from stsr_core.catalog.items import Description, collection, stamp
 from stsr_core.catalog.publish import REMOVING, link_neighbours, link_product, listed, listed_attempts
 from stsr_core.catalog.withdrawal import settle_item, withdrawals
-from stsr_core.errors import PublicationError
+from stsr_core.errors import ConfigurationError, PublicationError
 
 if TYPE_CHECKING:
     from stsr_core.catalog.documents import Document, Options
@@ -53,6 +53,7 @@ def reconcile(
         What was removed, relative to the destination.
 
     Raises:
+        ConfigurationError: there is no such product.
         PublicationError: the collection is damaged, the store cannot be used, or something cannot be removed.
     """
     if not product or product != product.strip("./\\") or "/" in product:
@@ -60,6 +61,8 @@ def reconcile(
     documents = Documents.at(destination, options, sole_publisher=sole_publisher)
     path = f"{product}/collection.json"
     found = documents.read(path)
+    if found is None:
+        require_data(documents, product)
     current = found[0] if found is not None else {}
     dead = _dead(documents, product, current, datetime.now(UTC) - grace)
     if found is None:  # the folder may be anyone's
@@ -75,6 +78,18 @@ def reconcile(
     _forget(documents, path, {*map(_name, dead), *current.get(REMOVING, [])})
     _mend(documents, product, current)
     return [f"{product}/{d}" for d in dead]
+
+
+def require_data(documents: Documents, product: str) -> None:
+    """Refuse the name of a product that has no collection, unless it left data or claims.
+
+    Raises:
+        ConfigurationError: it did not.
+    """
+    if not any(documents.names(f"{product}/{folder}") for folder in ("data", FOLDER)):
+        raise ConfigurationError(
+            f"{documents.destination} has neither versions nor data of a product {product!r}. See `stsr catalog ls`."
+        )
 
 
 def unlisted(destination: str, options: Options | None = None) -> list[str]:

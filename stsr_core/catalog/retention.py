@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.index import created, without_rows
 from stsr_core.catalog.publish import listed
+from stsr_core.catalog.reconcile import require_data
 from stsr_core.catalog.withdrawal import latest_good, withdrawals
 from stsr_core.errors import PublicationError
 
@@ -41,10 +42,13 @@ def expiring(product: str, destination: str, options: Options | None = None, *, 
     """Versions of a product that retention lets go now, oldest first; see `expired`.
 
     Raises:
+        ConfigurationError: there is no such product.
         StoreError: the index is damaged.
     """
     documents = Documents.at(destination, options)
     found = documents.read(f"{product}/collection.json")
+    if found is None:
+        require_data(documents, product)
     collection = found[0] if found else {}
     made = created(documents, product, collection)
     return expired(made, keep=keep, age=age, now=datetime.now(UTC), withdrawn=withdrawals(collection))

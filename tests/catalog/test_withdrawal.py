@@ -222,3 +222,12 @@ def test_the_command_line_withdraws_says_so_restores_and_retires(three):
     assert run(*rule, "--dry-run") == "v1, v2 would leave the catalogue of rain.\n"
     assert run(*rule) == "v1, v2 left the catalogue of rain.\n"
     assert run("ls", *place) == "rain: v3\n"
+
+
+def test_the_command_line_refuses_products_that_are_not_there_and_options_that_do_nothing(three):
+    place = ("--catalog", three)
+    for command in (("retire", "rian", "--keep", "1", "--days", "0"), ("reconcile", "rian")):
+        assert "has neither versions nor data of a product 'rian'. See `stsr catalog ls`" in run(*command, *place)
+    folder = stsr_core.catalog.find("rain", "v2", three).folder
+    assert "--version v1 is of a product, with --catalog" in run("verify", folder, "--version", "v1")
+    assert "v2 is as published" in run("verify", folder)

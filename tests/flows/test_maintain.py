@@ -107,3 +107,9 @@ def test_the_version_that_readers_get_is_checked_where_the_newest_is_withdrawn(t
     with pytest.raises(StoreError, match=r"found: 1. rain v1: .* has no manifest.json"):
         module.maintain.fn("rain", destination=str(tmp_path), withdrawal=withdrawal)
     assert shown["rain"]["checked"] == "v1"
+
+
+def test_a_product_that_is_not_there_is_refused(tmp_path, shown):
+    publish_as(tmp_path, "rain")
+    with pytest.raises(StoreError, match=r"neither versions nor data of a product 'rian'"):
+        module.maintain.fn("rian", destination=str(tmp_path))
