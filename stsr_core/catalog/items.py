@@ -214,11 +214,12 @@ def _assets(side_files: Mapping[str, SideFile]) -> dict[str, Any]:
 
 
 def _links(provenance: Provenance, lineage: Lineage) -> list[dict[str, str]]:
+    source = {"rel": "derived_from", "href": provenance.source_url, "title": provenance.source_attribution}
     links = [
         {"rel": "root", "href": ROOT, "type": "application/json"},
         {"rel": "parent", "href": COLLECTION, "type": "application/json"},
         {"rel": "collection", "href": COLLECTION, "type": "application/json"},
-        {"rel": "derived_from", "href": provenance.source_url, "title": provenance.source_attribution},
+        *([source] if "://" in provenance.source_url else []),  # paths are relative to catalog.yaml, not to the item
         {"rel": "derived_from", "href": lineage.checkpoint, "type": "application/geo+json",
          "title": f"Checkpoint {provenance.checkpoint}"},
     ]  # fmt: skip

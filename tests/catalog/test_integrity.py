@@ -52,6 +52,11 @@ def test_a_version_and_its_copy_prove_themselves(catalog, copy):
         assert verdict.objects == sum(p.is_file() and p.name[0] != "." for p in copy.rglob("*")) - 2
 
 
+def test_a_version_on_a_web_server_is_checked_by_its_catalogue():
+    with pytest.raises(StoreError, match="plain http lists no files.*verify PRODUCT --catalog URL"):
+        verify_version("http://127.0.0.1:9/rain/data/0123456789ab")
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing", "truncated"])
 @pytest.mark.parametrize(
     "name", ["data.zarr/ensemble/precipitation/c/0/0/0/0", "data.zarr/coarse/zarr.json", "map.tif"]

@@ -236,6 +236,16 @@ def test_rows_of_unlike_items_join():
     assert table["stsr:scores"].to_pylist() == [{"crps": 0.5}, None]
 
 
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/in.nc", "https://host/in.nc", "data/in.nc", "/data/in.nc", "package:in.nc"]
+)
+def test_items_link_to_sources_that_their_readers_may_reach(url):
+    provenance = PROVENANCE.model_copy(update={"source_url": url})
+    made = item(DESCRIPTION, Lineage("v1", None, CHECKPOINT), LAYOUT, provenance, {}, [], START)
+    linked = [x["href"] for x in made["links"] if x["rel"] == "derived_from"]
+    assert linked == [*([url] if "://" in url else []), CHECKPOINT]
+
+
 def publish_selecting(destination, product, select):
     attempt = Attempt.begin(str(destination), product)
     write_stores(attempt, 7)
