@@ -88,8 +88,8 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
 def _item(documents: Documents, name: str | None) -> Document:
     if name is None and documents.destination.startswith(("http://", "https://")):
         raise StoreError(
-            f"{documents.destination} cannot be searched for an item, as plain http lists no files. Name the version by "
-            "its catalogue: stsr catalog verify PRODUCT --catalog URL --version VERSION."
+            f"{documents.destination} cannot be searched for an item, as plain http lists no files. Name the version "
+            "by its catalogue: stsr catalog verify PRODUCT --catalog URL --version VERSION."
         )
     names = [name] if name else sorted((n for n in documents.names("") if is_item(n)), key=lambda n: (len(n), n))
     found = documents.read(names[-1]) if names else None
