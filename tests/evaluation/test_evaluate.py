@@ -123,7 +123,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
         yield advance
 
     found = evaluate_checkpoint(
-        [Path(path)], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
+        [path], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
         checkpoints=tmp_path / "checkpoints", record=False, json_file=tmp_path / "s.json",
         html_file=tmp_path / "s.html", device="cpu", report=lines.append, watch=watch,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def test_data_without_rain_have_scores_that_are_undefined(tmp_path, checkpoints)
     dry["precipitation"][:] = 0.0
     dry.to_netcdf(path, mode="w")
     found = evaluate_checkpoint(
-        [Path(path)], 4, 3, Options(members=2, hours=6, cells=24, warming=True),
+        [path], 4, 3, Options(members=2, hours=6, cells=24, warming=True),
         checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
         device="cpu", report=lambda _: None,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def test_what_cannot_end_well_is_refused_before_the_work(tmp_path, checkpoints, 
         "device": "cpu", "report": begun.append, **change,
     }  # fmt: skip
     with pytest.raises(error, match=message):
-        evaluate_checkpoint([Path(write(tmp_path / "a.nc"))], 4, 3, **arguments)
+        evaluate_checkpoint([write(tmp_path / "a.nc")], 4, 3, **arguments)
     assert not begun
 
 
@@ -189,7 +189,7 @@ def test_recorded_scores_are_on_the_card(tmp_path, checkpoints):
     folder = shutil.copytree(checkpoints, tmp_path / "checkpoints")
     path = write(tmp_path / "a.nc", hours=6, cells=24)
     found = evaluate_checkpoint(
-        [Path(path)], 4, 3, Options(members=2, hours=6, cells=24),
+        [path], 4, 3, Options(members=2, hours=6, cells=24),
         checkpoints=folder, record=True, json_file=None, html_file=None, device="cpu", report=lambda _: None,
     )  # fmt: skip
     card = Library.open(folder).serving(FACTOR).card.serving(FACTOR).measured_here
@@ -205,7 +205,7 @@ def told_two_spacings(tmp_path, checkpoints, **options):
     (folder / "tiny.json").write_text(before)
     path, lines = write(tmp_path / "a.nc", hours=6, cells=48), []
     evaluate_checkpoint(
-        [Path(path)], 4, 3, Options(members=2, hours=6, **options),
+        [path], 4, 3, Options(members=2, hours=6, **options),
         checkpoints=folder, record=True, json_file=tmp_path / "s.json", html_file=None, device="cpu",
         report=lines.append,
     )  # fmt: skip
