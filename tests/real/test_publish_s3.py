@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +30,7 @@ from stsr_core.catalog.items import SideFile
 from stsr_core.catalog.publish import Attempt, Publication, listed, publish
 from stsr_core.catalog.reconcile import reconcile
 from stsr_core.catalog.withdrawal import withdraw, withdrawals
-from stsr_core.errors import PublicationError
+from stsr_core.errors import ConfigurationError, PublicationError
 from tests.catalog.made import (
     CHECKPOINT,
     DESCRIPTION,
@@ -164,7 +165,8 @@ def race(url, options, template, folder, seed):
     def clean():
         removed = 0
         while not ended.wait(1.0):
-            removed += len(reconcile(url, "rain", options, grace=GRACE))
+            with suppress(ConfigurationError):  # until the first publisher has written something
+                removed += len(reconcile(url, "rain", options, grace=GRACE))
         return removed
 
     with ThreadPoolExecutor(PUBLISHERS + 4) as pool:
