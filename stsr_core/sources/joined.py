@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import cftime
+import numpy as np
+
 from stsr_core.errors import SourceError
 from stsr_core.sources.bounds import bounds_of
 from stsr_core.sources.times import is_lead, is_start
@@ -36,6 +39,9 @@ def joined(found: list[xr.Dataset], paths: list[str], url: str) -> xr.Dataset:
     _check_bounds(found, paths)
     times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
     _check_one_calendar(times, paths)
+    if len({t.dtype.kind for t in times}) > 1:  # xarray has dates beyond 2262 as objects
+        found = [_with_objects(d) for d in found]
+        times = [_times(d, p) for d, p in zip(found, paths, strict=True)]
     same = all(len(t) == len(times[0]) and (t == times[0]).all() for t in times)
     dim = MEMBER if same else "time"
     if not same:
@@ -97,6 +103,17 @@ def _check_one_calendar(times: list[Any], paths: list[str]) -> None:
                 f"The files do not fit together: the calendar is {calendars[0]} in {paths[0]}, {calendar} in {path}. "
                 "Name files of one calendar."
             )
+
+
+def _with_objects(dataset: xr.Dataset) -> xr.Dataset:
+    """Make the dates of a file cftime objects."""
+
+    def objects(variable: xr.Variable) -> xr.Variable:
+        dates = variable.values.astype("datetime64[us]").astype(object)
+        made = [cftime.DatetimeGregorian(*d.timetuple()[:6], d.microsecond) for d in dates.flat]
+        return variable.copy(data=np.array(made, object).reshape(dates.shape))
+
+    return dataset.assign({n: objects(v) for n, v in dataset.variables.items() if v.dtype.kind == "M"})
 
 
 def _without_leads(found: list[xr.Dataset], paths: list[str]) -> list[xr.Dataset]:

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from datetime import timedelta
 
 import h5py
 import numpy as np
@@ -154,6 +155,18 @@ def test_files_whose_times_are_called_otherwise_join_along_them(tmp_path):
         days(first, 3).rename(time="valid_time").to_netcdf(tmp_path / f"{first}.nc")
     with open_dataset(str(tmp_path / "*.nc")) as opened:
         np.testing.assert_array_equal(read_coarse(opened, "pr", START).amount[:, 0, 0], np.arange(6))
+
+
+def test_files_on_both_sides_of_2262_join(tmp_path):
+    """Nanoseconds since 1970 end there, and xarray has later dates as other objects."""
+    for first in (0, 3):
+        data = days(0, 3).drop_vars("time").assign_coords(time=np.arange(first, first + 3))
+        data["time_bnds"] = (("time", "nv"), np.stack([data["time"].values, data["time"].values + 1], axis=1))
+        data["time"].attrs.update(units="days since 2262-04-09", bounds="time_bnds")
+        data.to_netcdf(tmp_path / f"{first}.nc")
+    with open_dataset(str(tmp_path / "*.nc")) as opened:
+        times = read_coarse(opened, "pr").times
+    assert (times.size, times.step, times.start.isoformat()) == (6, timedelta(days=1), "2262-04-09T00:00:00")
 
 
 def forecast_of_a_day(path, run, lead):
