@@ -157,6 +157,7 @@ def test_files_whose_times_are_called_otherwise_join_along_them(tmp_path):
         np.testing.assert_array_equal(read_coarse(opened, "pr", START).amount[:, 0, 0], np.arange(6))
 
 
+@pytest.mark.filterwarnings("ignore:Unable to decode time axis")
 def test_files_on_both_sides_of_2262_join(tmp_path):
     """Nanoseconds since 1970 end there, and xarray has later dates as other objects."""
     for first in (0, 3):
