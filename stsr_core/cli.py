@@ -60,6 +60,7 @@ DeclareOption = Annotated[
         "'select: {number: 0}'. Repeat it for more; `stsr inspect` says which are needed.",
     ),
 ]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where the networks run; default STSR_DEVICE, else auto.")]
 StaticOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,7 +93,7 @@ def demo(
     ),
     force: Annotated[bool, typer.Option("--force", help="Publish a new version though nothing is new.")] = False,
     members: Annotated[int | None, typer.Option(min=1, help="Members; without it those of the product.")] = None,
-    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    device: DeviceOption = None,
     workers: Annotated[int, typer.Option(min=0, help="Dask workers; 0 is one per core or GPU.")] = 0,
 ) -> None:
     """Run the nightly flow on the shipped ARPEGE forecast and publish it under ./stsr-demo.
@@ -100,8 +101,10 @@ def demo(
     A second run finds nothing new and publishes nothing; --force publishes version 2.
     """
     from flows.embedded import run_embedded
+    from stsr_core.settings import Settings
 
-    published = run_embedded(to, force=force, members=members, device=device.value, workers=workers)
+    chosen = _device(device, Settings())
+    published = run_embedded(to, force=force, members=members, device=chosen, workers=workers)
     if published is None:
         say(f"Nothing new since the last version under {to}; nothing was published. --force publishes it again.")
         return
@@ -184,7 +187,7 @@ def downscale(
     time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
     members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    device: DeviceOption = None,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,
     overwrite: Annotated[
@@ -203,7 +206,7 @@ def downscale(
     """Downscale a file without a catalogue.
 
     OUTPUT gets `precipitation` (member, time, y, x) in mm per fine step. The amount of an input cell is the sum
-    over its fine steps of the area mean of its fine cells. The same command again finishes what was interrupted.
+    over its fine steps of the mean of its fine cells. The same command again finishes what was interrupted.
     """
     from stsr_core.checkpoint import Library
     from stsr_core.configuration import Declarations
@@ -232,7 +235,9 @@ def downscale(
     if doubt := plan.strange(Library.open(settings.checkpoints).serving(downscaler.factor).card):
         say(doubt)
     total = sum(plan.evaluations(shard) for shard in plan.shards)
-    cluster = Cluster(settings.scheduler_address, device.value, workers or settings.workers, settings.precision)
+    cluster = Cluster(
+        settings.scheduler_address, _device(device, settings), workers or settings.workers, settings.precision
+    )
     with progress_bar("network evaluations", total) as advance:
         downscale_to_store(
             plan,
@@ -287,6 +292,10 @@ def _statics(lines: list[str] | None, settings: Any) -> Any:
     from stsr_core.statics import named_sources
 
     return named_sources(lines or [], choose_catalog(settings.catalog_file), settings.source_options)
+
+
+def _device(chosen: Device | None, settings: Any) -> Any:
+    return settings.device if chosen is None else chosen.value
 
 
 def _options(url: str, settings: Any) -> dict[str, object]:
@@ -374,7 +383,7 @@ def train(
             help="Train only what tells the networks of --start the fine spacing; at 1 km they stay as they are.",
         ),
     ] = False,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    device: DeviceOption = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of weights and patches.")] = 0,
     catalog_file: Annotated[
         Path | None, typer.Option(callback=at_home, help="catalog.yaml that names the archive.")
@@ -420,7 +429,7 @@ def train(
         start=start,
         start_share=start_share,
         only_spacing=only_spacing,
-        device=device.value,
+        device=_device(device, settings),
         seed=seed,
         report=say,
     )
@@ -456,7 +465,7 @@ def evaluate(
     ] = False,
     warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Threads; 0 is one per core.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    device: DeviceOption = None,
     checkpoints: Annotated[
         Path | None, typer.Option(callback=at_home, help="Folder of checkpoints; default the shipped ones.")
     ] = None,
@@ -488,8 +497,9 @@ def evaluate(
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         data, space, time, options,
-        checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file, device=device.value,
-        precision=settings.precision, report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
+        checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file,
+        device=_device(device, settings), precision=settings.precision,
+        report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, interval in evaluation.intervals.items():
@@ -503,7 +513,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Fine steps.")] = 24,
     members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
     workers: Annotated[list[int] | None, typer.Option(min=1, help="Local workers; several for several runs.")] = None,
-    device: Annotated[Device, typer.Option(help="Where the networks run.")] = Device.auto,
+    device: DeviceOption = None,
     output: Annotated[
         str | None, typer.Option(callback=at_home, help="Folder or s3://bucket/prefix to write to.")
     ] = None,
@@ -542,7 +552,7 @@ def bench(
     of = benchmark.Source(source or benchmark.SAMPLE, variable, declared, settings.source_options(source or ""))
     options = benchmark.Options(
         factor=Factor.of(*_factor(factor)), cells=cells, steps=steps, members=members,
-        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=device.value,
+        workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=_device(device, settings),
         precision=settings.precision, output=output, storage_options=_options(output or "", settings),
         source=of,
     )  # fmt: skip
@@ -551,7 +561,7 @@ def bench(
         return
     figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
     if training:
-        figures |= benchmark.bench_training(options.factor, preset="small", device=device.value)
+        figures |= benchmark.bench_training(options.factor, preset="small", device=_device(device, settings))
     _say_figures(figures, json_file)
 
 

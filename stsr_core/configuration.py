@@ -108,6 +108,8 @@ class Declarations(_Frozen):
                     raise ConfigurationError(f"{line!r} is no declaration. Write NAME: VALUE, as 'units: mm/h'.")
                 if isinstance(before := found.get("select"), dict) and isinstance(more := read.get("select"), dict):
                     read = {**read, "select": before | more}
+                elif other := [str(name) for name in read if name in found and read[name] != found[name]]:
+                    raise ConfigurationError(f"{other[0]} is declared twice, and otherwise. Declare it once.")
                 found |= read
             return cls.model_validate(found)
         except yaml.YAMLError as e:

@@ -35,8 +35,10 @@ def choose_device(wanted: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda".
 
     Raises:
-        ConfigurationError: "cuda" where torch sees no GPU.
+        ConfigurationError: another name, or "cuda" where torch sees no GPU.
     """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"{wanted!r} is no device. Name auto, cpu or cuda.")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
             "Device cuda is asked for, but torch sees no GPU here. Use --device auto or cpu, or mend the driver."

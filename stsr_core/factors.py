@@ -273,8 +273,8 @@ class Family:
                 return factor
         nearest = self.nearest(space, time, limit=math.inf).factor
         raise FactorError(
-            f"Factor ({space},{time}) is not served; served are {self}. The nearest is {nearest}: ask for it, or pass "
-            f"--nearest to regrid to it. {_instead(space, time)}"
+            f"Factor ({space},{time}) is not served; served are {self}. The nearest is {nearest}: ask for it. "
+            f"{_instead(space, time)}"
         )
 
     def __str__(self) -> str:

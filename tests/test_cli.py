@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 from click import unstyle
 from typer.testing import CliRunner
@@ -206,6 +207,15 @@ def test_downscale_tells_of_steps_that_the_networks_do_not_know(here, coarse, tm
     done = here("downscale", tmp_path / "daily.nc", tmp_path / "out.zarr", *request)
     assert done.returncode == 0, done.stderr
     assert "not trained on such a fine grid: steps of 24 h, not 1 h" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to take")
+def test_the_device_is_that_of_the_settings_unless_it_is_named(here, coarse, tmp_path, monkeypatch):
+    monkeypatch.delenv("STSR_SCHEDULER_ADDRESS")
+    monkeypatch.setenv("STSR_DEVICE", "cuda")
+    done = here("downscale", coarse, tmp_path / "o.zarr", *REQUEST)
+    assert done.returncode == 1
+    assert "cuda is asked for" in done.stderr
 
 
 def test_no_conserve_is_accepted(here, coarse, tmp_path):

@@ -98,6 +98,7 @@ def test_a_catalogue_that_names_something_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("time_label: end", "time_label is declared twice, and otherwise"),
         ("units", "no declaration"),
         ("unit: mm", "unit: .*There are units"),
         ("step_h: -1", "step_h"),
@@ -106,4 +107,4 @@ def test_a_catalogue_that_names_something_twice_is_refused(tmp_path):
 )
 def test_what_is_no_declaration_is_refused(line, message):
     with pytest.raises(ConfigurationError, match=message):
-        Declarations.of([line])
+        Declarations.of(["time_label: start", line])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.generate import Target, generate, remaining
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
 from stsr_core.ensemble.shard import make_shard
-from stsr_core.errors import StoreError
+from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
 from stsr_core.factors import Factor
+from stsr_core.grids import TimeLabel
 from stsr_core.regrid import regrid_to_factor
 from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import (
@@ -28,6 +29,7 @@ from stsr_core.store.layout import (
     PRECIPITATION,
     QUANTUM_MM,
     StoreLayout,
+    axis_attributes,
     coordinates,
     create_ensemble,
     finish,
@@ -43,10 +45,11 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-    from stsr_core.grids import TimeLabel
+    from stsr_core.grids import Grid
     from stsr_core.progress import Advance
     from stsr_core.sources.cube import Cube
 
+BEYOND_DEG = 1e-6  # that the edges of cells may lie beyond a pole by rounding
 ARRAY = "precipitation"  # name of the amounts in every store
 
 
@@ -91,7 +94,10 @@ def matched(
         FactorError: (space, time) is not served and `nearest` is off, or nothing near enough is.
     """
     if not nearest:
-        return cubes, library.family.exact(space, time)
+        try:
+            return cubes, library.family.exact(space, time)
+        except FactorError as e:
+            raise FactorError(f"{e} Or let it be regridded to the nearest, by --nearest or `nearest=True`.") from e
     factor = library.family.nearest(space, time).factor
     return tuple(regrid_to_factor(cube, (space, time), factor) for cube in cubes), factor
 
@@ -110,6 +116,7 @@ def prepared(
     statics: Mapping[str, StaticSource] = MappingProxyType({}),
 ) -> tuple[Plan, Downscaler]:
     """Plan an ensemble over the cubes of its driving members and load the networks it needs."""
+    _require_within_poles(cubes[0].grid)
     library = Library.open(checkpoints)
     cubes, factor = matched(cubes, space, time, library, nearest=nearest)
     checkpoint: Checkpoint = library.serving(factor)
@@ -120,6 +127,31 @@ def prepared(
     fields = static_fields(checkpoint.card.statics, statics, grid)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
     return Plan(cubes, recipe, fields), downscaler.told(served.configuration.spacing_km)
+
+
+def _require_within_poles(grid: Grid) -> None:
+    """Refuse cells beyond a pole, as around nodes at 90 degrees; raises GridError."""
+    beyond = float(np.abs(grid.y.edges).max()) - 90.0
+    if axis_attributes(grid)[0].get("standard_name") in ("latitude", "grid_latitude") and beyond > BEYOND_DEG:
+        raise GridError(
+            f"The rows of cells at the pole reach to {90 + beyond:g} degrees. Leave them out, or use a product, whose "
+            "target grid takes of them what there is."
+        )
+
+
+def _require_sensible(array: object, time_label: str | None, workers: int, **numbers: object) -> None:
+    """Refuse arguments from Python that the command line has no way to give; raises ConfigurationError."""
+    import xarray as xr
+
+    if not isinstance(array, xr.DataArray):
+        raise ConfigurationError(f"A {type(array).__name__} is given; an xarray.DataArray is needed, as ds['pr'].")
+    for name, number in {**numbers, "workers": workers}.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ConfigurationError(f"{name} is {number!r}; a whole number is needed.")
+    if workers < 0:
+        raise ConfigurationError(f"workers is {workers}; a number of threads is needed, or 0 for one per core.")
+    if time_label not in (None, *get_args(TimeLabel)):
+        raise ConfigurationError(f"time_label is {time_label!r}; start, middle or end is needed.")
 
 
 def downscale(
@@ -135,6 +167,7 @@ def downscale(
     checkpoints: str | None = None,
     workers: int = 0,
     time_label: TimeLabel | None = None,
+    step_h: float | None = None,
     statics: Mapping[str, StaticSource] = MappingProxyType({}),
 ) -> xr.DataArray:
     """Downscale an array of precipitation amounts to an ensemble, in memory.
@@ -153,17 +186,19 @@ def downscale(
         workers: threads on a CPU; 0 means one per core. The result does not depend on it.
         time_label: which point of its interval a time stamp names; None assumes the end and says so in the
             attribute `time_label_assumed`.
+        step_h: hours of a step, of an array that has only one.
         statics: where the static fields are that the checkpoint needs, by name.
 
     Returns:
         `precipitation`, (member, time, y, x), float32, mm per fine step: the amount of an input cell is the
-        sum over its `time` steps of the area mean of its `space` x `space` cells. `driving_member` along `member`
+        sum over its `time` steps of the mean of its `space` x `space` cells. `driving_member` along `member`
         says which input it is of, where the input has driving members.
 
     Raises:
         SourceError: the array cannot be read without guessing.
         FactorError: (space, time) is not served.
-        ConfigurationError: a number of members, a seed or a device that cannot be.
+        GridError: cells beyond a pole.
+        ConfigurationError: an argument that cannot be.
         StoreError: an amount beyond what 16 bits hold at 0.01 mm.
     """
     import xarray as xr
@@ -171,7 +206,8 @@ def downscale(
     from stsr_core.sources.declared import Declared
     from stsr_core.sources.harmonise import cubes_of
 
-    cubes = cubes_of(da, Declared(time_label=time_label or "end"))
+    _require_sensible(da, time_label, workers, space=space, time=time, members=members, seed=seed)
+    cubes = cubes_of(da, Declared(time_label=time_label or "end", step_h=step_h))
     if time_label is None:
         cubes = tuple(replace(c, attributes={**c.attributes, "time_label_assumed": "end"}) for c in cubes)
     plan, downscaler = prepared(

@@ -114,8 +114,8 @@ def _implausible(values: NDArray[np.floating], at: int, where: Where, why: str) 
         f"{same} values are the same: if they mark missing cells, declare `missing_values:` of the source in "
         "catalog.yaml (in the units of the file), or by --declare."
         if same > 1
-        else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed; "
-        "`max_negative_mm:` of the source in catalog.yaml, or by --declare, accepts more."
+        else "Is it an anomaly, an accumulation (`accumulated:`), or in other `units:`? Amounts per step are needed"
+        f"{'; `max_negative_mm:` of the source in catalog.yaml, or by --declare, accepts more.' if value < 0 else '.'}"
     )
     return f"{what}: {value:.4g} mm at step {where.first + step}, cell {cell}{where.member}, {why}. {hint}"
 

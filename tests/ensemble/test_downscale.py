@@ -19,7 +19,7 @@ from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, matched, prepared
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import _Block, _store, fill_missing, make_shard
-from stsr_core.errors import ConfigurationError, FactorError, StoreError
+from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor, NoiseCorrelation
 from stsr_core.factors import recipe as configured
@@ -322,6 +322,41 @@ def test_the_python_call_returns_the_fine_lattice(array, checkpoints):
     assert out["time_start"].values[0] == np.datetime64("2001-01-01T00:00")
     total = out.coarsen(y=4, x=4).mean().coarsen(time=3).sum()
     np.testing.assert_allclose(total.values, np.broadcast_to(array, total.shape), atol=QUANTUM_MM / 16 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "gpu"}, "'gpu' is no device. Name auto, cpu or cuda"),
+        ({"time_label": "begin"}, "time_label is 'begin'; start, middle or end"),
+        ({"workers": -1}, "workers is -1"),
+        ({"members": 2.0}, "members is 2.0; a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; a whole number"),
+        ({"da": xr.Dataset()}, "A Dataset is given; an xarray.DataArray is needed"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(array, checkpoints, change, message):
+    asked = {"da": array, "space": 4, "time": 1, "members": 1, "checkpoints": str(checkpoints)} | change
+    with pytest.raises(ConfigurationError, match=message):
+        stsr_core.downscale(**asked)
+
+
+def test_an_array_of_one_step_is_downscaled_when_its_length_is_given(array, checkpoints):
+    out = stsr_core.downscale(
+        array.isel(time=[0]), space=4, time=3, members=1, step_h=3.0, checkpoints=str(checkpoints)
+    )
+    assert dict(out.sizes)["time"] == 3
+    assert out["time_start"].values[0] == array["time"].values[0] - np.timedelta64(3, "h")
+
+
+def test_rows_beyond_a_pole_are_refused(checkpoints):
+    axes = {"lat": ("lat", 86.0 + np.arange(5), {"units": "degrees_north"}), "lon": ("lon", 4.0 * np.arange(5), {})}
+    axes["time"] = np.datetime64("2001-01-01T01", "ns") + np.arange(2) * np.timedelta64(1, "h")
+    polar = xr.DataArray(np.ones((2, 5, 5), np.float32), axes, ("time", "lat", "lon"), attrs={"units": "mm"})
+    with pytest.raises(GridError, match="rows of cells at the pole reach to 90.5 degrees. Leave them out"):
+        stsr_core.downscale(polar, space=4, time=1, members=1, checkpoints=str(checkpoints))
+    out = stsr_core.downscale(polar.isel(lat=slice(0, 4)), space=4, time=1, members=1, checkpoints=str(checkpoints))
+    assert float(out["y"].max()) < 90
 
 
 def test_an_unsupported_factor_names_the_nearest_and_nearest_regrids_to_it(array, checkpoints):
