@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, HomePath
+from flows.parameters import FactorParameter, HomePath, Place
 from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import evaluate_checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stsr_core.evaluation.evaluate import Table
     from stsr_core.progress import Advance
 
-Places = Annotated[list[str], Field(min_length=1)]
+Places = Annotated[list[Place], Field(min_length=1)]
 
 
 @flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)

@@ -19,6 +19,7 @@ ProductName = Annotated[str, Field(min_length=1)]
 Members = Annotated[int | None, Field(ge=1, le=10_000)]
 PublishAs = FreeName | None
 HomePath = Annotated[Path, AfterValidator(at_home)]
+Place = Annotated[str, AfterValidator(at_home)]  # a path, glob or URL
 CatalogFile = Annotated[Path | None, AfterValidator(at_home)]
 Destination = Annotated[str | None, AfterValidator(at_home)]
 SmokeMembers = Annotated[int, Field(ge=1, le=8)]

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, HomePath, Preset, RecipeName
+from flows.parameters import FactorParameter, HomePath, Place, Preset, RecipeName
 from flows.stages import patient
 from stsr_core.checkpoint import Checkpoint
 from stsr_core.configuration import choose_catalog
@@ -28,8 +28,8 @@ def train(
     factors: Factors,
     folder: HomePath,
     archive: str | None = None,
-    train_on: list[str] | None = None,
-    validate_on: list[str] | None = None,
+    train_on: list[Place] | None = None,
+    validate_on: list[Place] | None = None,
     name: Name = "stsr",
     preset: Preset = Preset.small,
     recipe: RecipeName = RecipeName.stsr,
