@@ -208,7 +208,21 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) -> None:
+def done(site: Site, deployment: str, **parameters: Any) -> str:
+    """Run a deployment by its form, to its good end."""
+    run = site.api.start(deployment, **parameters)
+    found = site.api.finished(run)
+    assert found["state_type"] == "COMPLETED", found["state"]["message"]
+    return run
+
+
+def test_what_was_published_is_looked_after_by_its_form(site: Site) -> None:
+    run = done(site, "maintain/maintain", product=PRODUCT, dry_run=True, retention={"keep": 1, "days": 0})
+    (row,) = json.loads(site.api.artifacts(run)["maintain"]["data"])
+    assert row["flaws"] == "none"
+
+
+def test_the_other_forms_train_and_score(site: Site) -> None:
     rain = np.random.default_rng(0).gamma(0.3, 3.0, (24, 160, 160)).astype(np.float32)
     axes = {name: (name, 1000.0 * np.arange(160), {"units": "m", "standard_name": f"projection_{name}_coordinate"})
             for name in "yx"}  # fmt: skip
@@ -218,12 +232,6 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
     for place in (path, other):
         fine.to_netcdf(place)
     factor = {"space": 4, "time": 1}
-
-    def done(deployment: str, **parameters: Any) -> str:
-        run = site.api.start(deployment, **parameters)
-        found = site.api.finished(run)
-        assert found["state_type"] == "COMPLETED", found["state"]["message"]
-        return run
 
     def steps(*numbers: int) -> dict[str, Any]:
         stages = ("mean_steps", "denoiser_steps", "distil_steps", "score_steps")
@@ -235,19 +243,16 @@ def test_the_other_forms_train_score_and_look_after_the_catalogue(site: Site) ->
             **dict(zip(stages, numbers, strict=True)),
         }
 
-    done("train/train", folder=str(folder), **steps(1, 1, 0, 0))
+    done(site, "train/train", folder=str(folder), **steps(1, 1, 0, 0))
     card = folder / "checkpoint" / "stsr.json"
-    run = done("train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps(0, 0, 1, 0))
+    run = done(site, "train/train", folder=f"{folder}-2", start=str(card), learning_rate=1e-5, **steps(0, 0, 1, 0))
     rows = {row["what"]: row["value"] for row in json.loads(site.api.artifacts(run)["checkpoint-stsr"]["data"])}
     assert rows["learning_rate"] == "1e-05"
     assert rows["start"] == Checkpoint.read(card).digest
-    run = done("evaluate/evaluate", data=[path], factor=factor, members=2, hours=4, cells=40)
+    run = done(site, "evaluate/evaluate", data=[path], factor=factor, members=2, hours=4, cells=40)
     shown = site.api.artifacts(run)
     assert "crps" in shown["scores-4x1"]["data"]
     assert [shown[f"progress-4x1-{part}"]["data"] for part in ("stsr", "scores")] == [100.0, 100.0]
-    run = done("maintain/maintain", product=PRODUCT, dry_run=True, retention={"keep": 1, "days": 0})
-    (row,) = json.loads(site.api.artifacts(run)["maintain"]["data"])
-    assert row["flaws"] == "none"
 
 
 def test_ctrl_c_stops_everything(site: Site) -> None:
