@@ -408,8 +408,8 @@ def train(
     train_checkpoint(
         Data.of(
             archive,
-            train or [],
-            validation or [],
+            [at_home(place) for place in train or []],
+            [at_home(place) for place in validation or []],
             choose_catalog(catalog_file or settings.catalog_file),
             static or [],
             settings.source_options,
@@ -496,7 +496,7 @@ def evaluate(
         reference=reference, warming=warming, statics=_statics(static, settings), options_of=settings.source_options,
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
-        data, space, time, options,
+        [at_home(place) for place in data], space, time, options,
         checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file,
         device=_device(device, settings), precision=settings.precision,
         report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
@@ -561,7 +561,7 @@ def bench(
         return
     figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
     if training:
-        figures |= benchmark.bench_training(options.factor, preset="small", device=_device(device, settings))
+        figures |= benchmark.bench_training(options.factor, preset="small", device=options.device)
     _say_figures(figures, json_file)
 
 

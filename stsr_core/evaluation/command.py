@@ -13,7 +13,6 @@ from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
 from stsr_core.evaluation.report import html_report, number_text
 from stsr_core.factors import authors_recipe
-from stsr_core.home import at_home
 from stsr_core.progress import Watch, unwatched
 
 RECORDED_WITHIN = 1.25  # ratio of a grid's spacing to the one told up to which the card has its scores under the latter
@@ -48,7 +47,7 @@ def evaluate_checkpoint(
         authors_recipe(factor)  # before hours of work
     checkpoint = library.serving(factor)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device), precision=precision)
-    evaluation = evaluate(checkpoint, downscaler, [at_home(url) for url in data], options, report=report, watch=watch)
+    evaluation = evaluate(checkpoint, downscaler, data, options, report=report, watch=watch)
     spacing, told = evaluation.truth.spacing_km, evaluation.told_km
     fitting = max(spacing / told, told / spacing) <= RECORDED_WITHIN
     if record and fitting:

@@ -15,7 +15,6 @@ from stsr_core.configuration import Configuration
 from stsr_core.downscaler import choose_device
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, authors_recipe, recipe
-from stsr_core.home import at_home
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import places_of
 from stsr_core.sources.location import OptionsOf, no_options
@@ -72,8 +71,7 @@ class Data:
             raise ConfigurationError("Name --archive, or --train and --validation; one of the two.")
         fields = named_sources(statics, catalog_file, options_of)
         if archive is None:
-            fitted, watched = ([at_home(url) for url in urls] for urls in (train, validation))
-            return cls(fitted, watched, statics=fields, options_of=options_of)
+            return cls(train, validation, statics=fields, options_of=options_of)
         found, base = Configuration.load(catalog_file).archive(archive), catalog_file.resolve().parent
         return cls(found.train, found.validation, found.variable, found.declared, base, archive, fields, options_of)
 
