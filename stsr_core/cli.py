@@ -186,6 +186,10 @@ def downscale(
     space: Annotated[int, typer.Option(min=1, help="Fine cells per input cell along x and y.")],
     time: Annotated[int, typer.Option(min=1, help="Fine steps per input step.")],
     members: Annotated[int, typer.Option(help="Members of the ensemble, of each driving member if INPUT has any.")] = 8,
+    bbox: Annotated[
+        str | None,
+        typer.Option(help="WEST,SOUTH,EAST,NORTH in degrees: only the input cells that this box touches."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     device: DeviceOption = None,
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
@@ -214,12 +218,13 @@ def downscale(
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
+    from stsr_core.sources.box import Box, degrees
     from stsr_core.sources.harmonise import read_cubes
     from stsr_core.sources.open import open_dataset
 
-    settings = Settings()
+    settings, near = Settings(), None if bbox is None else Box.of_degrees(*degrees(bbox))
     with open_dataset(source, storage_options=settings.source_options(source)) as dataset:
-        cubes = read_cubes(dataset, variable, Declarations.of(declare or []).declared)
+        cubes = read_cubes(dataset, variable, Declarations.of(declare or []).declared, near=near)
     plan, downscaler = prepared(
         cubes,
         space=space,

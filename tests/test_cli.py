@@ -197,6 +197,27 @@ def test_downscale_writes_a_store_that_opens_and_conserves(coarse, checkpoints, 
     assert "--overwrite" in again.stderr
 
 
+def test_downscale_takes_the_cells_that_a_box_touches(here, tmp_path, rain):
+    ny, nx = rain.shape[1:]
+    coords = {
+        "time": pd.date_range("2001-01-01 01:00", periods=len(rain), freq="1h"),
+        "lat": ("lat", 46.5 - 0.04 * np.arange(ny), {"units": "degrees_north"}),
+        "lon": ("lon", 5.02 + 0.04 * np.arange(nx), {"units": "degrees_east"}),
+    }
+    data = xr.Dataset({"rain": (("time", "lat", "lon"), rain, {"units": "mm"})}, coords)
+    data.to_netcdf(tmp_path / "in.nc")
+    box = "5.1,46.3,5.3,60"  # columns 2 to 7, rows 0 to 5
+    done = here("downscale", tmp_path / "in.nc", tmp_path / "out.zarr", *REQUEST, "--bbox", box)
+    assert done.returncode == 0, done.stderr
+    assert "8 steps, 24 x 24 cells" in done.stdout
+    total = xr.open_zarr(tmp_path / "out.zarr")["precipitation"].coarsen(y=4, x=4).mean().values
+    np.testing.assert_allclose(total, np.broadcast_to(rain[:, :6, 2:8], total.shape), atol=0.01 / 16 + 1e-5)
+    nothing = here("downscale", tmp_path / "in.nc", tmp_path / "none.zarr", *REQUEST, "--bbox", "50,10,51,11")
+    assert nothing.returncode == 1
+    assert "Choose another target grid or box" in nothing.stderr
+    assert not (tmp_path / "none.zarr").exists()
+
+
 def test_downscale_tells_of_steps_that_the_networks_do_not_know(here, coarse, tmp_path):
     daily = xr.open_dataset(coarse)
     first = daily["time"].values[0]

@@ -85,8 +85,10 @@ def catalog_search(
     """Find versions by place, time and properties."""
     from stsr_core.catalog.index import Query
     from stsr_core.catalog.search import search
+    from stsr_core.sources.box import degrees
 
-    query = Query(_box(bbox), datetime, filter_, tuple(sortby.split(",")) if sortby else (), limit)
+    box = None if bbox is None else degrees(bbox)
+    query = Query(box, datetime, filter_, tuple(sortby.split(",")) if sortby else (), limit)
     found = search(catalog, query, product=product, storage_options=_options(catalog))
     if as_json:
         typer.echo(json.dumps({"type": "FeatureCollection", "features": list(map(_alone, found))}))
@@ -108,16 +110,6 @@ def _alone(version: Version) -> dict[str, Any]:
     own = {"rel": "self", "href": place_of(version.url), "type": "application/geo+json"}
     files = {k: {**asset, "href": place_of(version.asset_url(k))} for k, asset in version.item["assets"].items()}
     return {**version.item, "links": [own, *version.item["links"]], "assets": files}
-
-
-def _box(text: str | None) -> tuple[float, float, float, float] | None:
-    if text is None:
-        return None
-    try:
-        west, south, east, north = (float(part) for part in text.split(","))
-    except ValueError as e:
-        raise ConfigurationError(f"Box {text!r} is no WEST,SOUTH,EAST,NORTH in degrees; write 4,43,8,46.") from e
-    return west, south, east, north
 
 
 @catalog_app.command("verify")

@@ -134,8 +134,8 @@ def _require_within_poles(grid: Grid) -> None:
     beyond = float(np.abs(grid.y.edges).max()) - 90.0
     if axis_attributes(grid)[0].get("standard_name") in ("latitude", "grid_latitude") and beyond > BEYOND_DEG:
         raise GridError(
-            f"The rows of cells at the pole reach to {90 + beyond:g} degrees. Leave them out, or use a product, whose "
-            "target grid takes of them what there is."
+            f"The rows of cells at the pole reach to {90 + beyond:g} degrees. Leave them out, by --bbox or a slice of "
+            "the array, or use a product, whose target grid takes of them what there is."
         )
 
 

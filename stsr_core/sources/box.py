@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.errors import GridError
+from stsr_core.errors import ConfigurationError, GridError
 from stsr_core.grids import Axis, Cells, Grid
 
 if TYPE_CHECKING:
@@ -16,19 +16,50 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pyproj import CRS
 
-MARGIN_CELLS = 2  # source cells kept around a box
+MARGIN_CELLS = 2  # source cells kept around the box of a target
+ROUNDING = 1e-6  # of a cell, by which edges of cells and of a box may differ where they are meant to be one
 FULL_CIRCLE = 360.0
+
+
+def degrees(text: str) -> tuple[float, float, float, float]:
+    """Read WEST,SOUTH,EAST,NORTH.
+
+    Raises:
+        ConfigurationError: no four numbers.
+    """
+    try:
+        west, south, east, north = (float(part) for part in text.split(","))
+    except ValueError as e:
+        raise ConfigurationError(f"Box {text!r} is no WEST,SOUTH,EAST,NORTH in degrees; write 4,43,8,46.") from e
+    return west, south, east, north
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in a CRS (WKT)."""
+    """A rectangle in a CRS (WKT), near which are the cells that it touches and `margin` more on every side."""
 
     x_min: float
     y_min: float
     x_max: float
     y_max: float
     crs_wkt: str
+    margin: int = MARGIN_CELLS
+
+    @classmethod
+    def of_degrees(cls, west: float, south: float, east: float, north: float) -> Box:
+        """Return a box of longitudes and latitudes, without a margin; west may be above east across 180 degrees.
+
+        Raises:
+            ConfigurationError: degrees that make no box.
+        """
+        from pyproj import CRS
+
+        sides = (west, south, east, north)
+        if not (all(map(math.isfinite, sides)) and -90 <= south < north <= 90 and west != east):
+            raise ConfigurationError(
+                f"Box {sides} has no inside. West, south, east and north are needed, in degrees: 4,43,8,46."
+            )
+        return cls(west, south, east + FULL_CIRCLE * (east < west), north, CRS("OGC:CRS84").to_wkt(), margin=0)
 
     @classmethod
     def around(cls, grid: Grid) -> Box:
@@ -121,18 +152,18 @@ def _part_of_grid(grid: Grid, near: Box) -> Part:
 
     crs = CRS.from_wkt(crs_of(grid))
     west, south, east, north = near.bounds_in(crs)
-    first, stop = _reach(grid.y, south, north)
+    first, stop = _reach(grid.y, south, north, near.margin)
     rows = (max(0, first), min(grid.y.size, stop))
     if crs.is_geographic:
-        x_axis, columns = _around(grid.x, west, east)
+        x_axis, columns = _around(grid.x, west, east, near.margin)
     else:
-        low, high = _reach(grid.x, west, east)
+        low, high = _reach(grid.x, west, east, near.margin)
         low, high = max(0, low), min(grid.x.size, high)
         x_axis, columns = grid.x.isel(low, max(low, high)), (slice(low, high),)
     if rows[1] <= rows[0] or x_axis.size == 0:
         raise GridError(
-            f"The source covers x {_span(grid.x)} and y {_span(grid.y)}; the target needs x {west:.4f} to {east:.4f} "
-            f"and y {south:.4f} to {north:.4f}, all of it uncovered. Choose another target grid in catalog.yaml, or a "
+            f"The source covers x {_span(grid.x)} and y {_span(grid.y)}; x {west:.4f} to {east:.4f} and y "
+            f"{south:.4f} to {north:.4f} is needed, all of it uncovered. Choose another target grid or box, or a "
             "larger source."
         )
     return Part(Grid(grid.y.isel(*rows), x_axis, grid.crs_wkt), slice(*rows), columns)
@@ -156,24 +187,24 @@ def _span(axis: Axis) -> str:
     return f"{axis.edges.min():.4f} to {axis.edges.max():.4f}"
 
 
-def _reach(axis: Axis, low: float, high: float) -> tuple[int, int]:
+def _reach(axis: Axis, low: float, high: float, margin: int) -> tuple[int, int]:
     """Cells from..to that a stretch touches, with a margin; may lie outside the axis."""
-    position = sorted(((low - axis.edges[0]) / axis.step, (high - axis.edges[0]) / axis.step))
-    return math.floor(position[0]) - MARGIN_CELLS, math.ceil(position[1]) + MARGIN_CELLS
+    first, last = sorted(((low - axis.edges[0]) / axis.step, (high - axis.edges[0]) / axis.step))
+    return math.floor(first + ROUNDING) - margin, math.ceil(last - ROUNDING) + margin
 
 
-def _around(axis: Axis, west: float, east: float) -> tuple[Axis, tuple[slice, ...]]:
+def _around(axis: Axis, west: float, east: float, margin: int) -> tuple[Axis, tuple[slice, ...]]:
     """The part of a longitude axis between two meridians, joined across the seam of a global axis; of the turns by
     which a regional axis may lie off them, the one that covers most.
     """
     turn = FULL_CIRCLE / abs(axis.step)
     cyclic = abs(axis.size - turn) < 1e-3
     if not cyclic:
-        ways = [_reach(axis, west + FULL_CIRCLE * k, east + FULL_CIRCLE * k) for k in (-2, -1, 0, 1, 2)]
+        ways = [_reach(axis, west + FULL_CIRCLE * k, east + FULL_CIRCLE * k, margin) for k in (-2, -1, 0, 1, 2)]
         low, high = max(ways, key=lambda w: min(axis.size, w[1]) - max(0, w[0]))
         low, high = max(0, low), min(axis.size, high)
         return axis.isel(low, max(low, high)), (slice(low, high),)
-    low, high = _reach(axis, west, east)
+    low, high = _reach(axis, west, east, margin)
     if high - low >= axis.size:
         return axis, (slice(None),)
     start, stop = low % axis.size, low % axis.size + high - low
@@ -199,8 +230,8 @@ def _part_of_cells(cells: Cells, shape: tuple[int, ...], near: Box) -> Part:
     found = np.flatnonzero(touches)
     if found.size == 0:
         raise GridError(
-            f"No cell of the source is near the target, x {west:.4f} to {east:.4f} and y {south:.4f} to {north:.4f}. "
-            "Choose another target grid in catalog.yaml, or another source."
+            f"No cell of the source is near x {west:.4f} to {east:.4f} and y {south:.4f} to {north:.4f}, which is "
+            "needed. Choose another target grid or box, or another source."
         )
     corners = np.stack((x[found], np.where(np.isfinite(cells.corners[found, :, 0]), y[found], np.nan)), axis=-1)
     kept = Cells(corners, cells.crs_wkt)

@@ -68,9 +68,11 @@ def read_cube(
     return _regular(read_coarse(dataset, variable, declared, near=near), variable)
 
 
-def read_cubes(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING) -> tuple[Cube, ...]:
+def read_cubes(
+    dataset: xr.Dataset, variable: str, declared: Declared = NOTHING, *, near: Box | None = None
+) -> tuple[Cube, ...]:
     """Read a variable as coarse cubes on a regular grid, one for each driving member; raises like `read_cube`."""
-    return tuple(_regular(one, variable) for one in find(dataset, variable, declared).read_all())
+    return tuple(_regular(one, variable) for one in find(dataset, variable, declared, near=near).read_all())
 
 
 def _regular(coarse: Coarse, variable: str) -> Cube:
