@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TimeLabel = Literal["start", "middle", "end"]
 EPOCH_YEAR = 1850  # origin of the time lattice; any fixed year would do
+NANOSECONDS = np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us")  # what datetime64[ns] holds
 
 
 @dataclass(frozen=True)
@@ -151,16 +152,19 @@ class TimeAxis:
                 positions.shape
             )
         offsets = np.round(positions * (self.step / timedelta(microseconds=1))).astype("timedelta64[us]")
-        return (np.datetime64(self.start, "us") + offsets).astype("datetime64[ns]")
+        dates = np.datetime64(self.start, "us") + offsets
+        if dates.size and (dates.min() < NANOSECONDS[0] or dates.max() > NANOSECONDS[1]):
+            return dates
+        return dates.astype("datetime64[ns]")
 
     @property
     def labels(self) -> NDArray[np.generic]:
-        """The time coordinate, (size,), datetime64[ns] or cftime objects."""
+        """The time coordinate, (size,), cftime objects or datetime64[ns], which beyond its centuries is [us]."""
         return self._at(np.arange(self.size, dtype=np.float64) + {"start": 0.0, "middle": 0.5, "end": 1.0}[self.label])
 
     @property
     def bounds(self) -> NDArray[np.generic]:
-        """Start and end of every interval, (size, 2), datetime64[ns] or cftime objects."""
+        """Start and end of every interval, (size, 2), as `labels`."""
         return self._at(np.arange(self.size, dtype=np.float64)[:, None] + np.array([0.0, 1.0]))
 
     def refine(self, parts: int) -> TimeAxis:

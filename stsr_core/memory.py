@@ -16,12 +16,18 @@ KEPT = {M_TRIM_THRESHOLD: 128 << 20, M_MMAP_THRESHOLD: 32 << 20}
 
 
 def available(container: Path = CONTAINER) -> int:
-    """Return the bytes that the machine, and the container where it has a limit, have left."""
+    """Return the bytes that the machine, and the container where it has a limit, have left.
+
+    What a container caches of files counts as used there, and is given back when it is needed.
+    """
     free = int(psutil.virtual_memory().available)
     limit, used = container / "memory.max", container / "memory.current"
     if not limit.exists() or (most := limit.read_text().strip()) == "max":
         return free
-    return max(0, min(free, int(most) - int(used.read_text())))
+    statistics = container / "memory.stat"
+    found = (line.split() for line in statistics.read_text().splitlines()) if statistics.exists() else ()
+    cached = next((int(value) for name, value in found if name == "inactive_file"), 0)
+    return max(0, min(free, int(most) - int(used.read_text()) + cached))
 
 
 def keep_freed() -> None:

@@ -76,6 +76,13 @@ def test_labels_name_start_middle_or_end():
         assert axis.labels[0] == np.datetime64(f"2000-01-01T{hour:02d}")
 
 
+@pytest.mark.parametrize("year", [850, 1600, 2290])
+def test_dates_beyond_the_centuries_of_nanoseconds_are_right(year):
+    axis = TimeAxis(datetime(year, 1, 1), timedelta(hours=6), 3)
+    assert axis.labels.tolist() == [datetime(year, 1, 1, hour) for hour in (6, 12, 18)]
+    assert axis.bounds[0].tolist() == [datetime(year, 1, 1), datetime(year, 1, 1, 6)]
+
+
 def test_coarse_total_sums_over_time_and_averages_over_area():
     # Two steps of 1 mm everywhere and 4 mm in one of four cells: 1 + (1 + 1 + 1 + 4) / 4 = 2.75 mm.
     fine = np.ones((2, 2, 2), np.float32)

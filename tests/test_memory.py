@@ -29,6 +29,13 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
     assert available(tmp_path) > 5_000_000
 
 
+def test_what_a_container_caches_of_files_is_free(tmp_path):
+    (tmp_path / "memory.current").write_text("4900000\n")
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.stat").write_text("anon 900000\nfile 4000000\nactive_file 1000000\ninactive_file 3000000\n")
+    assert available(tmp_path) == 3_100_000
+
+
 def cleared() -> float:
     """Share of the pages of tensors, made one after the other, that the system cleared anew."""
     import torch

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
 from typing import TYPE_CHECKING, get_args
@@ -16,7 +17,7 @@ import torch
 from stsr_core.checkpoint import Checkpoint, Library
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.ensemble.generate import Target, generate, remaining
+from stsr_core.ensemble.generate import Target, generate, remaining, require_receipts
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
 from stsr_core.ensemble.shard import make_shard
 from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
@@ -274,7 +275,7 @@ def downscale_to_store(
     Args:
         plan: what to make.
         downscaler: the plan's networks, on the CPU.
-        output: folder or URL of the store.
+        output: folder or URL of the store; a folder is that of the driver's working directory on every worker.
         cluster: where to make it.
         overwrite: replace the store that is there.
         extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
@@ -285,7 +286,7 @@ def downscale_to_store(
         StoreError: `output` is whole already, holds another ensemble or something else than a store of this code, or
             cannot be reached or written.
     """
-    options = storage_options or {}
+    options, output = storage_options or {}, _absolute(output)
     require_answer(output, options)
     require_own(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)
@@ -298,17 +299,23 @@ def downscale_to_store(
             remove_store(output, options)
         elif whole:
             reopen(output, options)
-        create_ensemble(output, layout, array=ARRAY, options=options)
+        create_ensemble(output, layout, array=ARRAY, options=options, keep=len(shards) < len(plan.shards))
         generate(
             plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
             progress=progress,
         )  # fmt: skip
+    require_receipts(plan, target)
     finish(output, layout.attributes, options)
+
+
+def _absolute(output: str) -> str:
+    """Address that means the same on every worker; with a slash at its end objects would have two names."""
+    return output.rstrip("/") if "://" in output else str(Path(output).absolute())
 
 
 def _check_whole(output: str, found: tuple[int, ...], wanted: tuple[int, ...], *, damage: bool, extend: bool) -> None:
     """Refuse to touch a whole store unless it is damaged, or may grow and does."""
-    if found == wanted:
+    if not found or found == wanted:
         if not damage:
             raise StoreError(f"{output} is there and whole. Name another output, or pass --overwrite to replace it.")
         return

@@ -76,6 +76,11 @@ class Networks(WorkerPlugin):
             for _ in range(AT_ONCE):
                 self.streams.put(torch.cuda.Stream(self.downscaler.device))
 
+    @property
+    def made_on(self) -> str:
+        """Device and precision, on which the last digits of amounts depend."""
+        return f"{self.downscaler.device.type} {str(self.downscaler.precision).removeprefix('torch.')}"
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Give a shard its own stream on a GPU, which works for one while the thread of another prepares or waits."""
@@ -92,11 +97,16 @@ class Networks(WorkerPlugin):
 
 @dataclass(frozen=True)
 class _Run:
-    """What all shards of one call have in common: the worker's plugin, the topic of progress, the store."""
+    """What all shards of one call have in common: its name, which no other call has, the worker's plugin, the store."""
 
+    name: str
     plugin: str
-    topic: str
     target: Target
+
+    @property
+    def topic(self) -> str:
+        """Dask's name for the messages about its progress."""
+        return f"stsr-progress-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ def _on_worker(task: ShardTask, run: _Run) -> _Outcome:
             result = make_shard(task, plugin.downscaler, progress)
         progress.tell()
         secede()
-        return _written(task, result, run.target)
+        return _written(task, result, run.target, plugin.made_on)
     except StsrError as e:
         return _Failed(worker.address, e)
     except Exception as e:
@@ -161,7 +171,7 @@ def _raise_if_cancelled(worker: Worker, key: Key) -> None:
         raise ShardError(f"{key} was cancelled.")
 
 
-def _written(task: ShardTask, result: ShardResult, target: Target) -> Receipt:
+def _written(task: ShardTask, result: ShardResult, target: Target, made_on: str) -> Receipt:
     """Write a shard, then its receipt."""
     factor = task.recipe.served.configuration.factor
     region = task.shard.region(factor.space, factor.time)
@@ -172,6 +182,7 @@ def _written(task: ShardTask, result: ShardResult, target: Target) -> Receipt:
         bytes_digest=digest,
         closure_quanta=result.closure_quanta,
         network_evaluations=result.evaluations,
+        made_on=made_on,
         **result.counts,
         sums=result.sums,
     )
@@ -223,9 +234,28 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
     return [shard for shard in plan.shards if shard.key not in kept]
 
 
+def require_receipts(plan: Plan, target: Target) -> None:
+    """Make sure that every shard of a plan has its receipt, before a store is called whole.
+
+    Raises:
+        ShardError: some have none.
+    """
+    receipts = read_receipts(target.url, target.array, target.options)
+    digests = {key: receipt.plan_digest for key, receipt in receipts.items()}
+    lost = [task.shard.key for task in plan.tasks() if digests.get(task.shard.key) != task.digest]
+    if lost:
+        raise ShardError(
+            f"{len(lost)} shards of {target.url} (first {lost[0]}) were lost while others were made. Does something "
+            "else write there? The same command makes them again."
+        )
+
+
 def _holds_part(plan: Plan, target: Target) -> bool:
     """Whether a store holds the ensemble with fewer members or steps, all of whose shards grow."""
-    members, steps, *_ = whole_shape(target.url, target.array, target.options)
+    shape = whole_shape(target.url, target.array, target.options)
+    if not shape or any(there > wanted for there, wanted in zip(shape, plan.fine_shape, strict=True)):
+        return False
+    members, steps = shape[:2]
     before = plan.part(max(1, members // len(plan.cubes)), steps // plan.time)
     if before.fine_shape[:2] != (members, steps) or before.member_block != plan.member_block:
         return False
@@ -265,7 +295,7 @@ def generate(
     """
     plugin = Networks(plan.recipe.checkpoint_digest, downscaler, device, precision)
     client.register_plugin(plugin)
-    run = _Run(plugin.name, f"stsr-progress-{uuid.uuid4().hex}", target)
+    run = _Run(uuid.uuid4().hex, plugin.name, target)
     with _reported(client, run.topic, progress):
         flight = _Flight(client, (plan.task(shard) for shard in shards), run)
         pool = as_completed(flight.more())
@@ -332,7 +362,8 @@ class _Flight:
     def _submit(self, task: ShardTask) -> Future[_Outcome]:
         shunned = self.shunned.get(task.shard.key, [])
         others = [a for a, offer in self._offers().items() if offer and a not in shunned] if shunned else []
-        key = f"shard-{task.shard.key}-{task.digest[:12]}-{len(shunned)}"
+        # Dask takes tasks of one key for the same, whoever submits them: another run would get what this one wrote.
+        key = f"shard-{task.shard.key}-{self.run.name[:12]}-{len(shunned)}"
         self.tasks[key] = task
         return self.client.submit(
             _on_worker, task, self.run, resources={RESOURCE: SLOT}, pure=False, key=key, workers=others or None,

@@ -372,6 +372,8 @@ def grown(box: Box, by: int) -> Box:
 
 
 def _padded(amount: NDArray[np.float32], read: Box) -> NDArray[np.float32]:
-    """Cut `read` out of the cube; indices outside it repeat the edge."""
+    """Cut `read` out of the cube; indices outside it repeat the edge. Every NaN has the same bits, for digests."""
     indices = [np.clip(np.arange(a, b), 0, n - 1) for (a, b), n in zip(read, amount.shape, strict=True)]
-    return amount[np.ix_(*indices)]
+    cut = amount[np.ix_(*indices)]
+    cut[np.isnan(cut)] = np.nan
+    return cut

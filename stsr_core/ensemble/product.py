@@ -76,6 +76,8 @@ def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:
         plan.recipe.identity(), plan.task(plan.shards[0]).digest,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(identity, default=str).encode())
+    if plan.statics is not None:
+        name.update(np.ascontiguousarray(plan.statics, dtype="<f4").tobytes())
     for cube in plan.cubes:
         name.update(cube.driving.encode())
         name.update(np.ascontiguousarray(cube.amount, dtype="<f4").tobytes())

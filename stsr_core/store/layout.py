@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import cftime
 import numpy as np
@@ -49,6 +49,7 @@ LENGTHS = {"metre": "m", "kilometre": "km", "foot": "foot", "US survey foot": "U
 
 MARK = "stsr.json"  # object that tells a group of this code, begun or whole, from whatever else lies at an address
 MARK_CONTENT = b'{"written_by": "stsr"}\n'
+GROUP = "zarr.json"  # metadata of a group, or an array
 BEFORE = "before.json"  # metadata of a group that was whole and is added to, until it is whole again
 
 DRIVING = "driving_member"  # coordinate along members
@@ -89,17 +90,25 @@ class StoreLayout:
 
     @property
     def shard(self) -> tuple[int, int, int, int]:
-        """Shape of a shard; those at the far edges hold less."""
-        return self.member_block, self.time_block, *self.tile
+        """Shape of a shard, in whole chunks; those at the far edges hold less."""
+        rows, columns = (-(-cells // chunk) * chunk for cells, chunk in zip(self.tile, self.chunk[2:], strict=True))
+        return self.member_block, self.time_block, rows, columns
 
     @property
     def chunk(self) -> tuple[int, int, int, int]:
         """Shape of a chunk: all members and steps of the shard, so that a point series is few requests."""
-        return self.member_block, self.time_block, _divisor(self.tile[0]), _divisor(self.tile[1])
+        rows, columns = (_chunk_cells(*sizes) for sizes in zip(self.tile, self.grid.shape, strict=True))
+        return self.member_block, self.time_block, rows, columns
 
 
-def _divisor(size: int) -> int:
-    return max(d for d in range(1, min(size, CHUNK_CELLS) + 1) if size % d == 0)
+def _chunk_cells(tile: int, cells: int) -> int:
+    """Cells of a chunk along one axis of a grid; what divides a tile, unless it is the only one and need not end there.
+
+    A grid of 131 cells has no divisor but 1, and a store of such chunks is a hundred times as slow.
+    """
+    if tile < cells:
+        return max(d for d in range(1, min(tile, CHUNK_CELLS) + 1) if tile % d == 0)
+    return -(-tile // -(-tile // CHUNK_CELLS))
 
 
 def filesystem(url: str, options: Options | None = None) -> tuple[AbstractFileSystem, str]:
@@ -306,10 +315,19 @@ def mapped(attributes: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
     return {**attributes, **({"grid_mapping": "crs"} if grid.crs_wkt is not None else {})}
 
 
-def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Options | None = None) -> None:
+def create_ensemble(
+    url: str, layout: StoreLayout, *, array: str, options: Options | None = None, keep: bool = False
+) -> None:
     """Write the metadata and coordinates of an ensemble, but not its group: it does not open yet.
 
     Where one was begun that grows to this one, its shards stay; one with other shards or attributes is removed.
+
+    Args:
+        url: of the group.
+        layout: of the ensemble.
+        array: name of its array.
+        options: of the filesystem.
+        keep: shards are there that count, so attributes that differ are written anew and nothing is removed.
 
     Raises:
         StoreError: something else is there, or the place cannot be written.
@@ -319,8 +337,13 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
     try:
         begun = _begun(url, array, options)
         if begun is not None and (begun.shards, dict(begun.attrs)) != (layout.shard, attributes):
-            remove_store(url, options)  # another command began it, and was stopped before its first shard
-            begun = None
+            if keep:
+                begun.attrs.put(attributes)  # as of a CRS that only one of the two commands was told
+            else:
+                remove_store(url, options)  # another command began it, and was stopped before its first shard
+                begun = None
+        if not is_whole(url, options):
+            _drop(f"{url}/{GROUP}", options)  # of a run that was stopped while it finished
         write_coordinates(url, layout.times, layout.grid, options)
         write_members(url, layout, options)
         if begun is not None:
@@ -339,37 +362,53 @@ def create_ensemble(url: str, layout: StoreLayout, *, array: str, options: Optio
 def _begun(url: str, array: str, options: Options | None) -> zarr.Array[Any] | None:
     """The array of an ensemble that was begun, or None."""
     fs, path = filesystem(url, options)
-    if not fs.exists(f"{path}/{array}/zarr.json"):
+    if not fs.exists(f"{path}/{array}/{GROUP}"):  # opened to be written, zarr would make its folder
         return None
+    return open_array(url, array, options, mode="r+")
+
+
+def open_array(url: str, array: str, options: Options | None = None, *, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
+    """Open the array of an ensemble.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StoreError: its metadata is damaged.
+    """
     try:
-        return zarr.open_array(open_store(f"{url}/{array}", options), mode="r+")
+        return zarr.open_array(open_store(f"{url}/{array}", options), mode=mode)
+    except FileNotFoundError:  # which zarr makes a ValueError too
+        raise
     except ValueError as e:
-        raise StoreError(f"{url}/{array}/zarr.json is damaged ({e}). Start over with --overwrite.") from e
+        raise StoreError(f"{url}/{array}/{GROUP} is damaged ({e}). Start over with --overwrite.") from e
 
 
 def finish(url: str, attributes: Mapping[str, str], options: Options | None = None) -> None:
     """Write the group's metadata, consolidated: from now on the store opens and counts as whole.
 
     Another run of the same plan may have done so already.
+
+    Raises:
+        StoreError: it cannot be written.
     """
     store = open_store(url, options)
     if isinstance(store, LocalStore):
         for begun in store.root.rglob("*.partial"):  # by zarr, whose writer was killed
             begun.unlink(missing_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})
-        zarr.consolidate_metadata(store)
-    fs, path = filesystem(url, options)
-    if fs.exists(f"{path}/{BEFORE}"):
-        fs.rm(f"{path}/{BEFORE}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZarrUserWarning)
+            zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})
+            zarr.consolidate_metadata(store)
+        _drop(f"{url}/{BEFORE}", options)
+    except OSError as e:
+        raise StoreError(f"{url} cannot be finished ({e}). Check free space and permissions; go on then.") from e
 
 
 def reopen(url: str, options: Options | None = None) -> None:
     """Put the group's metadata aside: the store no longer counts as whole, until `finish`."""
     fs, path = filesystem(url, options)
-    fs.pipe_file(f"{path}/{BEFORE}", fs.cat_file(f"{path}/zarr.json"))
-    fs.rm(f"{path}/zarr.json")
+    fs.pipe_file(f"{path}/{BEFORE}", fs.cat_file(f"{path}/{GROUP}"))
+    fs.rm(f"{path}/{GROUP}")
 
 
 def whole_shape(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
@@ -377,23 +416,33 @@ def whole_shape(url: str, array: str, options: Options | None = None) -> tuple[i
     fs, path = filesystem(url, options)
     if is_whole(url, options) or not fs.exists(f"{path}/{BEFORE}"):
         return shape_of(url, array, options)
-    return tuple(json.loads(fs.cat_file(f"{path}/{BEFORE}"))["consolidated_metadata"]["metadata"][array]["shape"])
+    try:
+        return tuple(json.loads(fs.cat_file(f"{path}/{BEFORE}"))["consolidated_metadata"]["metadata"][array]["shape"])
+    except ValueError:  # written in part, so the group is still as it was
+        return shape_of(url, array, options)
 
 
 def shape_of(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
-    """Shape of an array that is there."""
-    return zarr.open_array(open_store(f"{url}/{array}", options), mode="r").shape
+    """Shape of an array; of one that is lost, none.
+
+    Raises:
+        StoreError: its metadata is damaged.
+    """
+    try:
+        return open_array(url, array, options, mode="r").shape
+    except FileNotFoundError:
+        return ()
 
 
 def is_whole(url: str, options: Options | None = None) -> bool:
     """Whether the store at a URL was finished."""
     fs, path = filesystem(url, options)
     try:
-        return "consolidated_metadata" in json.loads(fs.cat_file(f"{path}/zarr.json"))
+        return "consolidated_metadata" in json.loads(fs.cat_file(f"{path}/{GROUP}"))
     except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError as e:
-        raise StoreError(f"{url}/zarr.json is damaged ({e}). Remove the store, or write it again.") from e
+        raise StoreError(f"{url}/{GROUP} is damaged ({e}). Remove the store, or write it again.") from e
 
 
 def remove_store(url: str, options: Options | None = None) -> None:
@@ -455,14 +504,18 @@ def write_shard(
         raise StoreError(f"Values {values.dtype} {values.shape} do not fill region {expected} of uint16.")
     address = shard_path(url, array, shard, region)
     try:
-        _remove(address, options)  # zarr merges an edge shard into what is there, which may be damaged
-        target[region] = values
+        try:
+            target[region] = values
+        except (ValueError, RuntimeError):  # zarr merges a shard at the edge into what is there, which may be damaged
+            _drop(address, options)
+            target[region] = values
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check free space and permissions.") from e
     return hashlib.sha256(read_object(address, options)).hexdigest()
 
 
-def _remove(url: str, options: Options | None) -> None:
+def _drop(url: str, options: Options | None) -> None:
+    """Remove an object that may be there."""
     fs, path = filesystem(url, options)
     if fs.exists(path):
         fs.rm(path)

@@ -7,9 +7,11 @@ objects, with which no dataset can be saved as NetCDF.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import zarr
@@ -37,8 +39,11 @@ QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step
 MAP_CELLS = 1024  # cells along a chunk: the map of one step is one request, or few
 LEVEL_CELLS = 256  # cells along an edge of the coarsest level, at most
+SHARD_VALUES = 2**25  # of a shard, 128 MB in memory while it is written
 
 Statistics = dict[str, "NDArray[np.float32]"]
+Part: TypeAlias = tuple[slice, slice, slice]
+"""Steps, rows and columns."""
 
 
 def over_members(quanta: NDArray[np.uint16]) -> Statistics:
@@ -65,19 +70,18 @@ def write_overview(
 ) -> None:
     """Compute the overview of a finished ensemble block by block, and write it as a group of its own."""
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
-    targets = _create_level(url, layout, options)
-    for part in _blocks(layout):
+    finest = _create_level(url, layout, options)
+    for part in _blocks(layout.shape[1:], layout.shard[1:]):
         for name, values in _statistics_of(source, part).items():
-            targets[name][(..., *part)] = values
+            finest[name][(..., *part)] = values
     levels: list[str] = []
-    while max(layout.grid.shape) > LEVEL_CELLS:
-        layout = replace(layout, grid=halved_grid(layout.grid))
+    while max(layout.grid.shape) > LEVEL_CELLS * 2 ** len(levels):
         levels.append(str(len(levels) + 1))
-        targets = _write_level(targets, f"{url}/{levels[-1]}", layout, options)
+        _write_level(finest, f"{url}/{levels[-1]}", layout, 2 ** len(levels), options)
     finish(url, {**layout.attributes, **({"levels": " ".join(levels)} if levels else {})}, options)
 
 
-def _statistics_of(source: zarr.Array[Any], part: tuple[slice, slice, slice]) -> Statistics:
+def _statistics_of(source: zarr.Array[Any], part: Part) -> Statistics:
     """Statistics of a block, chunk by chunk, for all members of all of it may be much."""
     t, y, x = part
     rows, columns = ([slice(a, min(p.stop, a + n)) for a in range(p.start, p.stop, n)]
@@ -105,44 +109,54 @@ def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dic
 
 
 def _write_level(
-    finer: Mapping[str, zarr.Array[Any]], url: str, layout: StoreLayout, options: Options | None
-) -> dict[str, zarr.Array[Any]]:
-    """Write the level below one, shard by shard in time."""
-    targets = _create_level(url, layout, options)
-    for name, target in targets.items():
-        for start in range(0, layout.times.size, layout.time_block):
-            steps = range(start, min(layout.times.size, start + layout.time_block))
-            maps = [halved(np.asarray(finer[name][..., step, :, :])) for step in steps]  # large maps, so one at a time
-            target[..., steps.start : steps.stop, :, :] = np.stack(maps, axis=-3)
+    finest: Mapping[str, zarr.Array[Any]], url: str, layout: StoreLayout, parts: int, options: Options | None
+) -> None:
+    """Write a level of cells of `parts` x `parts` of the finest, shard by shard: memory does not grow with the map."""
+    level = replace(layout, grid=coarser_grid(layout.grid, parts))
+    for name, target in _create_level(url, level, options).items():
+        for part in _blocks(target.shape[-3:], (target.shards or target.chunks)[-3:]):
+            target[(..., *part)] = _level_of(finest[name], part, parts)
     finish(url, layout.attributes, options)
-    return targets
 
 
-def halved(fields: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Means of 2 x 2 cells, (..., Y, X) to (..., ceil(Y/2), ceil(X/2)), of those that are there; NaN where none is."""
+def _level_of(finest: zarr.Array[Any], part: Part, parts: int) -> NDArray[np.float32]:
+    """A part of a level, of which one map and one chunk of the finest are read at a time."""
+    t, y, x = part
+    edge = max(1, MAP_CELLS // parts)
+    level = np.empty((*finest.shape[:-3], *(p.stop - p.start for p in part)), np.float32)
+    for step, rows, columns in _blocks(level.shape[-3:], (1, edge, edge)):
+        below = (slice((p.start + o.start) * parts, (p.start + o.stop) * parts)
+                 for p, o in ((y, rows), (x, columns)))  # fmt: skip
+        fields = np.asarray(finest[(..., t.start + step.start, *below)])
+        level[..., step.start, rows, columns] = averaged(fields, parts)
+    return level
+
+
+def averaged(fields: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
+    """Means of parts x parts cells, (..., Y, X) to (..., ceil(Y/parts), ceil(X/parts)), of those that are there.
+
+    NaN where none is.
+    """
     *lead, ny, nx = fields.shape
-    padded = np.pad(fields, [(0, 0)] * len(lead) + [(0, ny % 2), (0, nx % 2)], constant_values=np.nan)
-    blocks = padded.reshape(*lead, -(-ny // 2), 2, -(-nx // 2), 2)
+    rows, columns = -(-ny // parts), -(-nx // parts)
+    beyond = [(0, rows * parts - ny), (0, columns * parts - nx)]
+    padded = np.pad(fields, [(0, 0)] * len(lead) + beyond, constant_values=np.nan)
+    blocks = padded.reshape(*lead, rows, parts, columns, parts)
     there = (~np.isnan(blocks)).sum(axis=(-3, -1))
     total = np.nansum(blocks, axis=(-3, -1), dtype=np.float64)
     return np.where(there > 0, total / np.maximum(there, 1), np.nan).astype(np.float32)
 
 
-def halved_grid(grid: Grid) -> Grid:
-    """Grid of the cells of `halved`; the last of an odd number reaches beyond the grid."""
-    y, x = (Axis(a.first + a.step / 2, 2 * a.step, -(-a.size // 2)) for a in (grid.y, grid.x))
+def coarser_grid(grid: Grid, parts: int) -> Grid:
+    """Grid of the cells of `averaged`; the last ones may reach beyond the grid."""
+    y, x = (Axis(a.first + a.step * (parts - 1) / 2, parts * a.step, -(-a.size // parts)) for a in (grid.y, grid.x))
     return Grid(y, x, grid.crs_wkt)
 
 
-def _blocks(layout: StoreLayout) -> list[tuple[slice, slice, slice]]:
-    _, nt, ny, nx = layout.shape
-    _, bt, by, bx = layout.shard
-    return [
-        (slice(t, min(nt, t + bt)), slice(y, min(ny, y + by)), slice(x, min(nx, x + bx)))
-        for t in range(0, nt, bt)
-        for y in range(0, ny, by)
-        for x in range(0, nx, bx)
-    ]
+def _blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[Part]:
+    """Blocks of an array (T, Y, X), in order."""
+    axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))
+    return product(*axes)
 
 
 def _create(
@@ -151,9 +165,10 @@ def _create(
     size = {"quantile": len(QUANTILES), "threshold": len(THRESHOLDS_MM)}.get(leading or "")
     extra = (size,) if size else ()
     plane = tuple(min(n, MAP_CELLS) for n in layout.grid.shape)
+    steps = min(layout.time_block, max(1, SHARD_VALUES // math.prod((*extra, *plane))))
     return zarr.create_array(
         open_store(url, options), shape=(*extra, *layout.shape[1:]), dtype="float32",
-        chunks=(*extra, 1, *plane), shards=(*extra, layout.time_block, *plane), compressors=ZstdCodec(level=3),
+        chunks=(*extra, 1, *plane), shards=(*extra, steps, *plane), compressors=ZstdCodec(level=3),
         fill_value=np.nan, dimension_names=((leading,) if leading else ()) + ("time", "y", "x"),
         attributes=mapped(attributes, layout.grid), overwrite=True,
     )  # fmt: skip

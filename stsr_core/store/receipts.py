@@ -22,6 +22,7 @@ class Receipt(BaseModel):
         bytes_digest: sha256 of the stored object.
         closure_quanta: largest absolute closure of a coarse cell, in storage quanta.
         network_evaluations: evaluations on windows that it took.
+        made_on: kind of device, and precision of the networks; receipts of early versions do not say.
         wet: cells above 0.1 mm, over all members.
         missing: missing cells, over all members.
         sum_mm: sum over all cells [mm].
@@ -38,6 +39,7 @@ class Receipt(BaseModel):
     bytes_digest: str
     closure_quanta: int
     network_evaluations: int
+    made_on: str = ""
     wet: int
     missing: int
     sum_mm: float

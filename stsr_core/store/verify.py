@@ -13,7 +13,7 @@ import zarr
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
-from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_store, read_object, shard_path
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_array, open_store, read_object, shard_path
 from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def damaged(url: str, array: str, shards: Sequence[StoredShard], options: Option
     """Keys of shards whose stored bytes are not those of their receipts: changed, truncated or missing."""
     if not shards:
         return []
-    opened = zarr.open_array(open_store(f"{url}/{array}", options), mode="r")
+    try:
+        opened = open_array(url, array, options, mode="r")
+    except FileNotFoundError:
+        return [shard.key for shard in shards]
     shape = opened.shards or opened.chunks
 
     def digest(shard: StoredShard) -> str:

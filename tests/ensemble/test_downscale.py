@@ -1,4 +1,6 @@
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -10,13 +12,15 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from pyproj import CRS
 
 import stsr_core
 from stsr_core.checkpoint import Library, Served
 from stsr_core.conservation import CEILING_MM
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.ensemble.downscale import downscale_to_store, ensemble_quanta, matched, prepared
+from stsr_core.ensemble.downscale import _absolute, downscale_to_store, ensemble_quanta, matched, prepared
+from stsr_core.ensemble.generate import ShardError, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import _Block, _store, fill_missing, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
@@ -26,6 +30,7 @@ from stsr_core.factors import recipe as configured
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.cube import Cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
+from stsr_core.store.receipts import read_receipts
 from tests.conftest import random_checkpoint
 
 CPU = choose_device("cpu")
@@ -279,6 +284,15 @@ def test_a_digest_covers_all_that_a_shard_is_made_from(library, rain, monkeypatc
     monkeypatch.setattr("stsr_core.ensemble.plan.code_version", lambda: "another")
     several.append(digest())
     assert len(set(several)) == len(several)
+
+
+def test_a_missing_amount_is_the_same_in_a_digest_whatever_its_bits(library, rain):
+    holes = [rain.copy(), rain.copy()]
+    for hole, nan in zip(holes, (np.nan, -np.float32(np.nan)), strict=True):
+        hole[2, 3, 4] = nan
+    assert holes[0].tobytes() != holes[1].tobytes()
+    first, second = (plan_of(library, cube_of(hole))[0] for hole in holes)
+    assert first.task(first.shards[0]).digest == second.task(second.shards[0]).digest
 
 
 def test_blocks_of_the_same_input_have_digests_of_their_own(library):
@@ -593,6 +607,87 @@ def test_a_store_begun_with_other_arguments_is_refused(rain, checkpoints, cluste
     (tmp_path / "out" / "zarr.json").unlink()
     with pytest.raises(StoreError, match="made from other input, arguments or code.*--overwrite"):
         to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, seed=9)
+
+
+def test_two_runs_at_once_on_one_scheduler_fill_their_own_stores(rain, checkpoints, cluster, tmp_path):
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(to_store, cube_of(rain), checkpoints, out, cluster, members=24) for out in outputs]
+        assert [run.exception() for run in runs] == [None, None]
+    assert not xr.open_zarr(outputs[0])["precipitation"].isnull().any()
+    assert files_of(outputs[0]) == files_of(outputs[1])
+
+
+def test_a_store_grows_with_a_crs_that_it_was_not_told_before(rain, checkpoints, cluster, tmp_path):
+    cube = cube_of(rain)
+    placed = replace(cube, grid=replace(cube.grid, crs_wkt=CRS.from_epsg(2154).to_wkt()))
+    to_store(cube, checkpoints, tmp_path / "grown", cluster, members=4)
+    to_store(placed, checkpoints, tmp_path / "grown", cluster, members=8, extend=True)
+    to_store(placed, checkpoints, tmp_path / "fresh", cluster, members=8)
+    assert files_of(tmp_path / "grown") == files_of(tmp_path / "fresh")
+
+
+def test_a_store_that_lost_a_receipt_meanwhile_is_not_called_whole(rain, checkpoints, cluster, tmp_path, monkeypatch):
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, members=4)
+
+    def losing(*args, **kwargs):
+        generate(*args, **kwargs)
+        (tmp_path / "out" / "precipitation" / "receipts" / "m0-t0-y0-x0.json").unlink()
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ShardError, match=r"1 shards of .* \(first m0-t0-y0-x0\) were lost"),
+    ):
+        patch.setattr("stsr_core.ensemble.downscale.generate", losing)
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, members=8, extend=True)
+    assert not (tmp_path / "out" / "zarr.json").exists()
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, members=8, extend=True)
+    assert not xr.open_zarr(tmp_path / "out")["precipitation"].isnull().any()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_lost_metadata_of_the_array_is_made_again_and_what_is_cut_is_told(rain, checkpoints, cluster, tmp_path, whole):
+    out, cube = tmp_path / "out", cube_of(rain)
+    to_store(cube, checkpoints, out, cluster)
+    before, metadata = files_of(out), out / "precipitation" / "zarr.json"
+    if not whole:
+        (out / "zarr.json").unlink()
+    metadata.write_text("{")
+    with pytest.raises(StoreError, match=r"zarr.json is damaged .* Start over with --overwrite"):
+        to_store(cube, checkpoints, out, cluster)
+    metadata.unlink()
+    to_store(cube, checkpoints, out, cluster)
+    assert files_of(out) == before
+
+
+def test_a_store_whose_finish_was_cut_short_does_not_open_while_it_grows(rain, checkpoints, cluster, tmp_path, killed):
+    out, cube = tmp_path / "out", cube_of(rain)
+    to_store(cube, checkpoints, out, cluster, members=4)
+    root = json.loads((out / "zarr.json").read_text())
+    del root["consolidated_metadata"]
+    (out / "zarr.json").write_text(json.dumps(root))
+    with killed():
+        to_store(cube, checkpoints, out, cluster, members=8, extend=True)
+    assert not (out / "zarr.json").exists()
+
+
+def test_a_shorter_input_does_not_shrink_a_store(rain, checkpoints, cluster, tmp_path):
+    to_store(cube_of(np.tile(rain, (7, 1, 1))), checkpoints, tmp_path / "out", cluster)
+    with pytest.raises(StoreError, match="--overwrite"):
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, extend=True)
+
+
+def test_receipts_say_what_a_shard_was_made_on(rain, checkpoints, cluster, tmp_path):
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster)
+    found = read_receipts(str(tmp_path / "out"), "precipitation")
+    assert {receipt.made_on for receipt in found.values()} == {"cpu float32"}
+
+
+def test_an_output_is_the_same_place_for_every_worker(rain, checkpoints, cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the workers of `cluster` are elsewhere
+    to_store(cube_of(rain), checkpoints, Path("relative"), cluster)
+    assert not xr.open_zarr(tmp_path / "relative")["precipitation"].isnull().any()
+    assert _absolute("s3://bucket/a.zarr/") == "s3://bucket/a.zarr"
 
 
 def test_a_place_that_cannot_be_written_is_refused(rain, checkpoints, cluster, tmp_path):

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from stsr_core.cli import app
 from stsr_core.ensemble.plan import Plan, Recipe
-from stsr_core.ensemble.product import Cost
+from stsr_core.ensemble.product import Cost, attempt_name
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
@@ -32,6 +32,15 @@ def test_the_cost_counts_shards_evaluations_and_bytes(library):
     more = Cost.of(plan(library, members=10), device_rate=1e6)
     assert more.device_hours > 1.5 * cost.device_hours
     assert ("cost", f"{2 * cost.device_hours:.2f}") in cost.rows(price_per_device_hour=2.0)
+
+
+def test_the_name_of_an_attempt_covers_the_static_fields_of_all_shards(library):
+    bare = plan(library)
+    fields = np.zeros((1, *bare.fine_shape[2:]), np.float32)
+    other = fields.copy()
+    other[0, -1, -1] = 1.0
+    names = {attempt_name(p, "f", "v1") for p in (bare, replace(bare, statics=fields), replace(bare, statics=other))}
+    assert len(names) == 3
 
 
 @pytest.mark.parametrize(("hours", "shown"), [(0.03341, "0.0334"), (1234.5, "1230"), (0.0, "0")])

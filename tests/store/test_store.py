@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -38,9 +39,10 @@ from stsr_core.store.layout import (
     finish,
     is_whole,
     remove_store,
+    shard_path,
     write_shard,
 )
-from stsr_core.store.overview import halved_grid, write_overview
+from stsr_core.store.overview import coarser_grid, write_overview
 from stsr_core.store.pictures import summary, thumbnail
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.series import write_series
@@ -373,16 +375,70 @@ def test_the_overview_has_levels_for_maps(store, tmp_path, monkeypatch):
     write_overview(store, "precipitation", url, LAYOUT)
     base = xr.open_zarr(url)
     assert base.attrs["levels"] == "1 2"
-    finer = base
+    width = float(base["x"][1] - base["x"][0])
     for level in base.attrs["levels"].split():
-        data = xr.open_zarr(f"{url}/{level}")  # consolidated: opens over plain http
-        expected = finer.coarsen(y=2, x=2, boundary="pad").mean()  # of the cells that are there
+        data, parts = xr.open_zarr(f"{url}/{level}"), 2 ** int(level)  # consolidated: opens over plain http
+        # Of all cells of the finest that are there: means of means would count those at a border or a hole for more.
+        expected = base.coarsen(y=parts, x=parts, boundary="pad").mean()
         for name in ("mean", "quantile_amount", "exceedance_probability"):
             np.testing.assert_allclose(data[name], expected[name], rtol=1e-6)
-        step = 2 * float(finer["x"][1] - finer["x"][0])
-        assert float(data["x"][0]) == float(finer["x"][0]) + step / 4
-        finer = data
-    assert finer["mean"].shape == (4, 2, 2)
+        assert float(data["x"][1] - data["x"][0]) == parts * width
+        assert float(data["x"][0]) == float(base["x"][0]) + (parts - 1) * width / 2
+    assert data["mean"].shape == (4, 2, 2)
+
+
+def test_levels_are_made_of_a_chunk_of_one_map_at_a_time(store, tmp_path, monkeypatch):
+    finish(store, {})
+    monkeypatch.setattr(overview_module, "LEVEL_CELLS", 2)
+    write_overview(store, "precipitation", str(tmp_path / "o.zarr"), LAYOUT)
+    read, averaged = [], overview_module.averaged
+
+    def watched(fields, parts):
+        read.append(fields.shape)
+        return averaged(fields, parts)
+
+    monkeypatch.setattr(overview_module, "averaged", watched)
+    monkeypatch.setattr(overview_module, "MAP_CELLS", 4)
+    write_overview(store, "precipitation", str(tmp_path / "p.zarr"), LAYOUT)
+    assert {max(shape[-2:]) for shape in read} == {4}
+    for level in ("1", "2"):
+        one, other = (xr.open_zarr(tmp_path / name / level).load() for name in ("o.zarr", "p.zarr"))
+        xr.testing.assert_equal(one, other)
+
+
+def test_a_grid_without_divisors_has_chunks_of_many_cells(tmp_path):
+    grid = Grid(Axis(130.5, -1.0, 131), Axis(0.5, 1.0, 257))
+    layout = replace(LAYOUT, grid=grid, tile=grid.shape)
+    assert layout.chunk[2:] == (66, 86)
+    url, quanta = str(tmp_path / "p.zarr"), np.zeros(layout.shape, np.uint16)
+    quanta[..., -1] = 7
+    create_ensemble(url, layout, array="precipitation")
+    for t in (0, 2):
+        region = (slice(0, 3), slice(t, t + 2), slice(0, 131), slice(0, 257))
+        write_shard(url, "precipitation", region, quanta[region])
+    np.testing.assert_array_equal(zarr.open_array(f"{url}/precipitation", mode="r")[:], quanta)
+    assert replace(LAYOUT, grid=Grid(Axis(0.5, 1.0, 900), Axis(0.5, 1.0, 250)), tile=(500, 250)).shard[2:] == (500, 250)
+
+
+def test_a_shard_that_is_there_stays_until_its_successor_is(store, quanta, monkeypatch):
+    region = REGIONS[2]  # at the edge of the grid
+    address = shard_path(store, "precipitation", LAYOUT.shard, region)
+    before = Path(address).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", Mock(side_effect=AssertionError))
+        patch.setattr(LocalFileSystem, "rm", Mock(side_effect=AssertionError))
+        write_shard(store, "precipitation", region, quanta[region])
+    assert Path(address).read_bytes() == before
+    Path(address).write_bytes(before[: len(before) // 2])
+    write_shard(store, "precipitation", region, quanta[region])
+    assert Path(address).read_bytes() == before
+
+
+def test_a_full_disk_is_told_when_a_store_is_finished(store, monkeypatch):
+    monkeypatch.setattr(zarr, "consolidate_metadata", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(StoreError, match=r"cannot be finished .*No space left.* Check free space"):
+        finish(store, {})
+    assert not is_whole(store)
 
 
 def files_of(folder):
@@ -473,13 +529,13 @@ def test_members_conserve_the_totals_of_their_own_driving_member(tmp_path):
             write_shard(f"{url}/ensemble", "precipitation", part, values)
     finish(f"{url}/ensemble", layout.attributes)
     for labels, worst in ((("a", "b"), 0), (("b", "a"), 400)):
-        write_coarse(f"{url}/coarse", amounts, layout.times, halved_grid(layout.grid), {}, driving=labels)
+        write_coarse(f"{url}/coarse", amounts, layout.times, coarser_grid(layout.grid, 2), {}, driving=labels)
         assert closure_of_version(str(tmp_path), None, conserved=True)[0] == worst
         with xr.open_zarr(f"{url}/coarse") as totals:
             assert totals["precipitation"].dims == ("driving", "time", "y", "x")
             assert totals["driving_member"].values.tolist() == list(labels)
         shutil.rmtree(f"{url}/coarse")
-    write_coarse(f"{url}/coarse", amounts[:1], layout.times, halved_grid(layout.grid), {}, driving=("a",))
+    write_coarse(f"{url}/coarse", amounts[:1], layout.times, coarser_grid(layout.grid, 2), {}, driving=("a",))
     with pytest.raises(StoreError, match="members .* are of driving members a, b; there are coarse totals of a"):
         closure_of_version(str(tmp_path), None, conserved=True)
     write_series(f"{url}/ensemble", "precipitation", f"{url}/series", layout)
