@@ -39,7 +39,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step
 MAP_CELLS = 1024  # cells along a chunk: the map of one step is one request, or few
 LEVEL_CELLS = 256  # cells along an edge of the coarsest level, at most
-SHARD_VALUES = 2**25  # of a shard, 128 MB in memory while it is written
+SHARD_VALUES = 2**25  # of a shard at most, 128 MB in memory while it is written
 
 Statistics = dict[str, "NDArray[np.float32]"]
 Part: TypeAlias = tuple[slice, slice, slice]
@@ -59,7 +59,7 @@ def over_members(quanta: NDArray[np.uint16]) -> Statistics:
     amount = quanta * np.float32(QUANTUM_MM)
     result = {
         "mean": amount.mean(axis=0, dtype=np.float64),
-        "quantile": np.quantile(amount, QUANTILES, axis=0),
+        "quantile": np.quantile(quanta, QUANTILES, axis=0) * QUANTUM_MM,
         "exceedance": np.stack([(amount > h).mean(axis=0) for h in THRESHOLDS_MM]),
     }
     return {name: np.where(missing, np.nan, values).astype(np.float32) for name, values in result.items()}
@@ -71,7 +71,7 @@ def write_overview(
     """Compute the overview of a finished ensemble block by block, and write it as a group of its own."""
     source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
     finest = _create_level(url, layout, options)
-    for part in _blocks(layout.shape[1:], layout.shard[1:]):
+    for part in _blocks(layout.shape[1:], _shard_of(finest["mean"])):
         for name, values in _statistics_of(source, part).items():
             finest[name][(..., *part)] = values
     levels: list[str] = []
@@ -81,16 +81,24 @@ def write_overview(
     finish(url, {**layout.attributes, **({"levels": " ".join(levels)} if levels else {})}, options)
 
 
+def _shard_of(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Steps, rows and columns of a shard; written whole, as zarr reads what it adds to."""
+    return (array.shards or array.chunks)[-3:]
+
+
 def _statistics_of(source: zarr.Array[Any], part: Part) -> Statistics:
     """Statistics of a block, chunk by chunk, for all members of all of it may be much."""
     t, y, x = part
-    rows, columns = ([slice(a, min(p.stop, a + n)) for a in range(p.start, p.stop, n)]
-                     for p, n in ((y, source.chunks[2]), (x, source.chunks[3])))  # fmt: skip
-    bands = [[over_members(np.asarray(source[:, t, row, column])) for column in columns] for row in rows]
-    return {
-        name: np.concatenate([np.concatenate([one[name] for one in band], axis=-1) for band in bands], axis=-2)
-        for name in bands[0][0]
-    }
+    size = tuple(p.stop - p.start for p in part)
+    lead: dict[str, tuple[int, ...]] = {
+        "mean": (), "quantile": (len(QUANTILES),), "exceedance": (len(THRESHOLDS_MM),)
+    }  # fmt: skip
+    found = {name: np.empty((*many, *size), np.float32) for name, many in lead.items()}
+    for _, rows, columns in _blocks(size, (size[0], *source.chunks[2:])):
+        place = (slice(p.start + o.start, p.start + o.stop) for p, o in ((y, rows), (x, columns)))
+        for name, values in over_members(np.asarray(source[(slice(None), t, *place)])).items():
+            found[name][..., rows, columns] = values
+    return found
 
 
 def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dict[str, zarr.Array[Any]]:
@@ -114,7 +122,7 @@ def _write_level(
     """Write a level of cells of `parts` x `parts` of the finest, shard by shard: memory does not grow with the map."""
     level = replace(layout, grid=coarser_grid(layout.grid, parts))
     for name, target in _create_level(url, level, options).items():
-        for part in _blocks(target.shape[-3:], (target.shards or target.chunks)[-3:]):
+        for part in _blocks(target.shape[-3:], _shard_of(target)):
             target[(..., *part)] = _level_of(finest[name], part, parts)
     finish(url, layout.attributes, options)
 
@@ -165,7 +173,8 @@ def _create(
     size = {"quantile": len(QUANTILES), "threshold": len(THRESHOLDS_MM)}.get(leading or "")
     extra = (size,) if size else ()
     plane = tuple(min(n, MAP_CELLS) for n in layout.grid.shape)
-    steps = min(layout.time_block, max(1, SHARD_VALUES // math.prod((*extra, *plane))))
+    most = max(len(QUANTILES), len(THRESHOLDS_MM))  # so that shards of all arrays lie alike
+    steps = min(layout.time_block, max(1, SHARD_VALUES // (most * math.prod(plane))))
     return zarr.create_array(
         open_store(url, options), shape=(*extra, *layout.shape[1:]), dtype="float32",
         chunks=(*extra, 1, *plane), shards=(*extra, steps, *plane), compressors=ZstdCodec(level=3),
