@@ -12,7 +12,7 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
-from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
+from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def _wettest(
     for run in fine_runs(url, variable, storage_options=storage_options):
         nt = min(hours, run.steps) // factor.time * factor.time
         if nt:
-            rain = np.concatenate([_rain(run, first) for first in range(0, run.steps, READ_STEPS)])
-            sums = np.convolve(rain, np.ones(nt), "valid")
+            sums = np.convolve(_rain(run), np.ones(nt), "valid")
             if best is None or float(sums.max()) > best[0]:
                 best = float(sums.max()), run, int(sums.argmax()), nt
     if best is None:
@@ -134,9 +133,15 @@ def _wettest(
     return run, run.read(start, start + nt)
 
 
-def _rain(run: FineRun, first: int) -> NDArray[np.float64]:
-    """Rain of some steps, summed over the cells."""
-    return np.nansum(run.read(first, first + READ_STEPS), axis=(1, 2), dtype=np.float64)
+def _rain(run: FineRun) -> NDArray[np.float64]:
+    """Rain of every step, summed over the cells; steps without a value count as less than dry, to be avoided."""
+    rain = np.concatenate(
+        [
+            np.where(np.isnan(amount).all(axis=(1, 2)), np.nan, np.nansum(amount, axis=(1, 2), dtype=np.float64))
+            for _, amount in run.blocks()
+        ]
+    )
+    return np.where(np.isnan(rain), -1.0 - np.nanmean(rain), rain)
 
 
 def _middle(fine: NDArray[np.float32], cells: int, factor: Factor, url: str) -> NDArray[np.float32]:

@@ -79,6 +79,19 @@ def test_the_wettest_hours_stay_inside_one_run(tmp_path):
     np.testing.assert_allclose(sorted(truth.fine[0, :, 0, 0]), [0.1, 0.1, 9, 9])
 
 
+@pytest.mark.parametrize(("missing", "first"), [(slice(0, 50), 50), (slice(0, 1), 48), (slice(52, 100), 48)])
+def test_the_wettest_hours_avoid_steps_without_a_value(tmp_path, missing, first):
+    path = write(tmp_path / "a.nc", hours=100, cells=8)
+    data = xr.load_dataset(path)
+    data["precipitation"][:] = 0.0
+    data["precipitation"][50:52] = data["precipitation"][60] = 1.0
+    data["precipitation"][missing] = np.nan
+    data.to_netcdf(path, mode="w")
+    expected = data["precipitation"].to_numpy()[first : first + 4, :, :8]
+    truth = read_truth([path], Factor(space=4, time=1), hours=4, cells=8, variable="precipitation")
+    np.testing.assert_array_equal(truth.fine[0], expected)
+
+
 def test_missing_truth_makes_whole_coarse_cells_missing(tmp_path):
     path = write(tmp_path / "a.nc", hours=3)
     data = xr.load_dataset(path)
