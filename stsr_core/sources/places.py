@@ -57,9 +57,10 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
     if len(dims) == 1:
         return Place(dims, _mesh(dataset, array, dims[0]))
     y, x = _ordered(dataset, dims)
-    dataset = _with_axis(_with_axis(dataset, y, _is_latitude), x, _is_longitude)
+    stated = _stated_crs(dataset, array, declared)
+    dataset = _with_axis(_with_axis(dataset, y, _is_latitude, stated), x, _is_longitude, stated)
     flat = _latitude_longitude(dataset, array, (y, x))
-    crs = _crs(dataset, array, y, x, declared)
+    crs = _crs_of_axes(dataset, y, x) if stated is None else stated
     if y in dataset.coords and x in dataset.coords and (crs is not None or flat is None):
         grid = _rectilinear(dataset, y, x, crs)
         if crs is not None and flat is not None and declared is None:
@@ -84,12 +85,41 @@ def repeating(dataset: xr.Dataset, dims: tuple[str, ...]) -> str | None:
     return None
 
 
-def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool]) -> xr.Dataset:
-    """Give a dimension without coordinate the latitude or longitude that lies along it under another name."""
-    found = [n for n in dataset.variables if dataset[n].dims == (dim,) and is_axis(dataset[n])]
-    if dim in dataset.coords or len(found) != 1:
+def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool], crs: CRS | None) -> xr.Dataset:
+    """Give a dimension the latitude or longitude that lies along it under another name, where it has no coordinate.
+
+    A coordinate that does not say what it is, as numbers of rows do not, is none where the CRS is not projected.
+
+    Raises:
+        GridError: one that says so puts cells elsewhere.
+    """
+    along = (dataset[n] for n in dataset.variables if n != dim and dataset[n].dims == (dim,))
+    found = [c for c in along if c.dtype.kind in "fiu" and is_axis(c)]
+    if len(found) != 1:
         return dataset
-    return dataset.assign_coords({dim: dataset[found[0]].variable})
+    if dim in dataset.coords and dataset[dim].dtype.kind in "fiu":
+        attributes = dataset[dim].attrs
+        if _is_length(str(attributes.get("units", ""))) or (crs is not None and crs.is_projected):
+            return dataset
+        if attributes.keys() & {"units", "standard_name", "axis"}:
+            _check_beside(dataset[dim], found[0])
+            return dataset
+    return dataset.assign_coords({dim: found[0].variable})
+
+
+def _is_length(units: str) -> bool:
+    return length_in(units, 1.0) is not None
+
+
+def _check_beside(axis: xr.DataArray, beside: xr.DataArray) -> None:
+    """Refuse an axis that is half a cell off the latitudes or longitudes that lie along it under another name."""
+    own, other = _degrees(axis, axis), _degrees(beside, beside)
+    off = np.abs((other - own + 180.0) % 360.0 - 180.0).max()
+    if off > np.abs(np.diff(own)).min(initial=np.inf) / 2:
+        raise GridError(
+            f"Axis {axis.name} runs from {own[0]:.6g} to {own[-1]:.6g}, and {beside.name} along it from "
+            f"{other[0]:.6g} to {other[-1]:.6g}. Remove the wrong one of the two."
+        )
 
 
 def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
@@ -169,7 +199,8 @@ def _still(coordinate: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
     return first.transpose(*dims)
 
 
-def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str | None) -> CRS | None:
+def _stated_crs(dataset: xr.Dataset, array: xr.DataArray, declared: str | None) -> CRS | None:
+    """The CRS that is declared, else that of the grid mapping."""
     from pyproj import CRS
     from pyproj.exceptions import CRSError
 
@@ -190,6 +221,13 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
         raise GridError(
             f"{what} is not understood ({why}). Declare `crs:` of the source in catalog.yaml, or by --declare."
         ) from e
+    return None
+
+
+def _crs_of_axes(dataset: xr.Dataset, y: str, x: str) -> CRS | None:
+    """The CRS of axes that are latitude and longitude."""
+    from pyproj import CRS
+
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)
     return None
