@@ -12,7 +12,7 @@ import numpy as np
 from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Axis, Cells, Grid
 from stsr_core.sources.bounds import bounds_of
-from stsr_core.sources.units import length_in
+from stsr_core.sources.units import length_in, radians_in
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing", "south_north", "nlat", "j")
 X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting", "west_east", "nlon", "i")
-Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
-X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
+Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate", "projection_y_angular_coordinate")
+X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate", "projection_x_angular_coordinate")
 LATITUDES, LONGITUDES = ("lat", "latitude", "rlat"), ("lon", "longitude", "rlon")
 LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
@@ -31,6 +31,7 @@ REPEATED = 0.01  # distance of places that are the same, in steps of their axis
 GEOGRAPHIC = 4326
 CRS_DEGREES = f"EPSG:{GEOGRAPHIC}"
 POLE = 90.0 + 1e-6
+SATELLITE_HEIGHT = "satellite height"  # the parameter of geostationary projections, as PROJ names it
 
 
 @dataclass(frozen=True)
@@ -306,23 +307,43 @@ def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.f
     coordinate = dataset[name]
     if coordinate.ndim != 1 or not np.issubdtype(coordinate.dtype, np.number):
         raise SourceError(f"Coordinate {name} is no list of numbers, but {coordinate.dtype} {coordinate.shape}.")
-    values = _degrees(coordinate, coordinate)
+    values = _in_crs(coordinate, coordinate, crs)
     if not np.isfinite(values).all():
         raise GridError(f"Axis {name} holds missing or infinite values. Every cell needs its place.")
     if crs is not None and crs.is_geographic and not _is_latitude(coordinate):
         return np.asarray(np.unwrap(values, period=360.0), dtype=np.float64) if values.size > 1 else values
-    return values * _axis_scale(coordinate, crs)
+    return values
 
 
-def _axis_scale(coordinate: xr.DataArray, crs: CRS | None) -> float:
-    """What one unit of the coordinate is in units of a projected CRS; coordinates without units are in those."""
+def _in_crs(values: xr.DataArray, coordinate: xr.DataArray, crs: CRS | None) -> NDArray[np.float64]:
+    """Values in the units of a coordinate as numbers in those of the CRS, in degrees without one."""
+    if crs is None or not crs.is_projected:
+        return _degrees(values, coordinate)
+    return np.asarray(values.values, dtype=np.float64) * _axis_scale(coordinate, crs)
+
+
+def _axis_scale(coordinate: xr.DataArray, crs: CRS) -> float:
+    """What one unit of the coordinate is in units of a projected CRS; coordinates without units are in those.
+
+    Angles that a geostationary satellite scans, as CF has them, are lengths over its height.
+    """
     units = str(coordinate.attrs.get("units", ""))
-    if crs is None or not crs.is_projected or not units:
+    if not units:
         return 1.0
-    scale = length_in(units, float(crs.axis_info[0].unit_conversion_factor))
+    metres, height, angle = float(crs.axis_info[0].unit_conversion_factor), _satellite_height_m(crs), radians_in(units)
+    if height is not None and angle is not None:
+        return angle * height / metres
+    scale = length_in(units, metres)
     if scale is None:
         raise GridError(f"Axis {coordinate.name} is in {units!r}, which is no length, but its CRS is projected.")
     return scale
+
+
+def _satellite_height_m(crs: CRS) -> float | None:
+    """Height of the satellite of a geostationary projection [m]; None of other projections."""
+    parameters = [] if crs.coordinate_operation is None else crs.coordinate_operation.params
+    found = [p.value * p.unit_conversion_factor for p in parameters if p.name.lower() == SATELLITE_HEIGHT]
+    return float(found[0]) if found else None
 
 
 def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
@@ -333,7 +354,7 @@ def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CR
     pairs = dataset[bounds].transpose(name, ...)
     if pairs.shape[1] != 2:
         return None
-    values = _degrees(pairs, dataset[name]) * _axis_scale(dataset[name], crs)
+    values = _in_crs(pairs, dataset[name], crs)
     if crs is not None and crs.is_geographic and not _is_latitude(dataset[name]):
         values = centres[:, None] + (values - centres[:, None] + 180.0) % 360.0 - 180.0
         if centres.size == 1 or np.any(values[:, 1] == values[:, 0]):

@@ -516,3 +516,27 @@ def test_axes_in_radians_are_in_radians():
     grid = read_coarse(data, "pr").grid
     np.testing.assert_allclose(grid.y.centres, lat)
     np.testing.assert_allclose(grid.x.centres, lon)
+
+
+@pytest.mark.parametrize("units", ["radian", "rad", "microradian"])
+@pytest.mark.parametrize("names", [("axis", "Y", "X"), ("standard_name", "projection_{}_angular_coordinate", "")])
+def test_angles_that_a_geostationary_satellite_scans_are_lengths_over_its_height(units, names):
+    height, size = 35_785_831.0, 1e-6 if units == "microradian" else 1.0
+    mapping = {"grid_mapping_name": "geostationary", "perspective_point_height": height, "sweep_angle_axis": "x",
+               "longitude_of_projection_origin": -75.0, "latitude_of_projection_origin": 0.0,
+               "semi_major_axis": 6378137.0, "semi_minor_axis": 6356752.31414}  # fmt: skip
+    angle, step = {"y": 0.08 - 5.6e-5 * np.arange(6), "x": -0.03 + 5.6e-5 * np.arange(7)}, 5.6e-5
+    attribute, *words = names
+    coords = {}
+    for dim, word in zip("yx", words, strict=True):
+        said = {attribute: (word or words[0]).format(dim), "units": units, "bounds": f"{dim}_bnds"}
+        coords[dim] = (dim, angle[dim] / size, said)
+        coords[f"{dim}_bnds"] = ((dim, "nv"), (angle[dim][:, None] + [-step / 2, step / 2]) / size)
+    data = timed({"pr": (("time", "y", "x"), rain(2, 6, 7), {"grid_mapping": "m"}), "m": ((), 0, mapping)}, coords)
+    grid = read_coarse(data, "pr").grid
+    assert CRS.from_wkt(grid.crs_wkt) == CRS.from_cf(mapping)
+    np.testing.assert_allclose(grid.y.centres, angle["y"] * height)
+    np.testing.assert_allclose(grid.x.centres, angle["x"] * height)
+    data["x"].attrs["units"] = "1"
+    with pytest.raises(GridError, match="Axis x is in '1', which is no length"):
+        read_coarse(data, "pr")
