@@ -31,6 +31,7 @@ from stsr_core.sources.plausible import (
     check_seam,
     largest_amount,
     mask_invalid,
+    mask_marked,
 )
 from stsr_core.sources.remote import patiently
 from stsr_core.sources.times import Steps
@@ -399,8 +400,7 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
     mask_invalid(records, layout.array, declared)
-    for mark in declared.missing_values:  # as written, or as a float32 file holds it
-        records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
+    mask_marked(records, declared.missing_values)
     if np.isinf(records).any():
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
     kind, scale = measured(layout.units)
