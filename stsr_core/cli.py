@@ -508,7 +508,7 @@ def evaluate(
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, interval in evaluation.intervals.items():
-        say(f"CRPS over {name}: 95 % interval {interval_text(interval) or 'unknown, as it hardly rains'}")
+        say(f"CRPS over {name}: 95 % interval {interval_text(interval, evaluation.blocks)}")
 
 
 @app.command()

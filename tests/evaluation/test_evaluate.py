@@ -148,15 +148,16 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     stsr = found.table["stsr"]
     assert stsr["closure_quanta"] == 0
     assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
-    low, high = found.intervals["linear"]
-    assert low <= stsr["crps_over_linear"] <= high
+    assert np.isnan(found.intervals["linear"]).all()  # of one block
     assert found.ranks.sum() == pytest.approx(1.0)
     for raised in ("1.07", "1.2"):  # conservation carries the signal of the mean through
         assert found.signal[raised]["mean"] == pytest.approx(float(raised), rel=1e-3)
     numbers = json.loads((tmp_path / "s.json").read_text())
     defined = {name: value if math.isfinite(value) else None for name, value in stsr.items()}
     assert numbers["scores"]["stsr"] == pytest.approx(defined)
+    assert (numbers["crps_ratio_intervals_95"]["linear"], numbers["crps_ratio_blocks"]) == ([None, None], 1)
     page = (tmp_path / "s.html").read_text()
+    assert "unknown: 6 blocks of 6 steps and 128 cells are needed, not 1" in page
     assert len(re.findall('src="data:image/png;base64,', page)) == 2
     assert "http" not in page.replace("http-equiv", "")
     assert {"closure_quanta", "crps_over_rainfarm"} <= {name for name, *_ in bars(found)}
@@ -164,6 +165,18 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     assert any("members done" in line for line in lines)
     assert done == begun
     assert {*found.table, "input x 1.2", "scores"} - {"even", "linear"} <= set(begun)
+
+
+def test_an_evaluation_of_enough_hours_and_places_has_intervals(tmp_path, checkpoints):
+    data = xr.load_dataset(write(tmp_path / "a.nc", hours=36, cells=8))
+    data.to_netcdf(tmp_path / "b.nc")
+    found = evaluate_checkpoint(
+        [str(tmp_path / "a.nc"), str(tmp_path / "b.nc")], 4, 3, Options(members=2, hours=18, cells=8),
+        checkpoints=checkpoints, record=False, json_file=None, html_file=None, device="cpu", report=lambda _: None,
+    )  # fmt: skip
+    assert found.blocks == 6
+    low, high = found.intervals["linear"]
+    assert low < found.table["stsr"]["crps_over_linear"] < high
 
 
 def test_data_without_rain_have_scores_that_are_undefined(tmp_path, checkpoints):
