@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.errors import SourceError
+from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
@@ -63,9 +63,11 @@ def read_truth(
     filesystem of a URL.
 
     Raises:
+        ConfigurationError: less than a coarse cell or step is asked for.
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run; files of which no
             coarse cell is whole, or whose cells or steps differ.
     """
+    _check_asked(hours, cells, factor)
     places = places_of(urls, options_of=options_of)
     runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
     spacings, step_h = _alike(places, [run for run, _ in runs])
@@ -94,6 +96,16 @@ def read_truth(
     )
     spacing = coarser * float(np.mean(spacings))
     return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing, step_h)
+
+
+def _check_asked(hours: int, cells: int, factor: Factor) -> None:
+    """Refuse hours (fine steps) or cells that hold no coarse step or cell of a factor; raises ConfigurationError."""
+    for asked, needed, what in ((hours, factor.time, "hours"), (cells, factor.space, "cells")):
+        if asked < needed:
+            raise ConfigurationError(
+                f"--{what} {asked} is less than the {needed} of a coarse cell of factor {factor}. Ask for --{what} "
+                f"{needed} or more."
+            )
 
 
 def _alike(places: Sequence[str], runs: Sequence[FineRun]) -> tuple[list[float], float]:

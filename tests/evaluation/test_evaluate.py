@@ -107,6 +107,10 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
     path = write(tmp_path / "a.nc", hours=2)
     with pytest.raises(SourceError, match="no gap-free run of 3 steps"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="precipitation")
+    with pytest.raises(ConfigurationError, match="--hours 2 is less than the 3 of a coarse cell .* Ask for --hours 3"):
+        read_truth([path], FACTOR, hours=2, cells=40, variable="precipitation")
+    with pytest.raises(ConfigurationError, match="--cells 3 is less than the 4 of a coarse cell .* Ask for --cells 4"):
+        read_truth([path], FACTOR, hours=24, cells=3, variable="precipitation")
     with pytest.raises(SourceError, match="no variable 'rain'; it has .'precipitation'"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="rain")
     data = xr.load_dataset(path)
@@ -117,7 +121,8 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
     ):
         read_truth([path], Factor(space=4, time=1), hours=2, cells=40, variable="precipitation")
     with pytest.raises(SourceError, match="no whole coarse cell"):
-        read_truth([path], Factor(space=25, time=1), hours=2, cells=20, variable="precipitation")
+        read_truth([write(tmp_path / "b.nc", cells=20)], Factor(space=25, time=1), hours=2, cells=40,
+                   variable="precipitation")  # fmt: skip
 
 
 def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path):
