@@ -342,8 +342,8 @@ def _axis_scale(coordinate: xr.DataArray, crs: CRS) -> float:
 def _satellite_height_m(crs: CRS) -> float | None:
     """Height of the satellite of a geostationary projection [m]; None of other projections."""
     parameters = [] if crs.coordinate_operation is None else crs.coordinate_operation.params
-    found = [p.value * p.unit_conversion_factor for p in parameters if p.name.lower() == SATELLITE_HEIGHT]
-    return float(found[0]) if found else None
+    found = [float(p.value) * p.unit_conversion_factor for p in parameters if p.name.lower() == SATELLITE_HEIGHT]
+    return found[0] if found else None
 
 
 def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
