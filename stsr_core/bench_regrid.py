@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 STEPS_PER_YEAR = 1460  # 6-hourly, without leap days
 CHUNK_STEPS = 120
 ROUNDS = 3
+MEASURED = ("raw", "read", "regrid")
 SPACING_DEGREES = 0.1
 SPACING_M = 10_000.0
 LAEA = "EPSG:3035"
@@ -37,9 +38,9 @@ def bench_regridding(years: float, *, cells: int = 200, report: Report = print) 
 
     Every measurement has a process of its own, which has imported what it needs. `raw` reads the values and nothing
     else; `read` makes amounts of them with all checks; `regrid` also regrids them. Seconds and peak memory are those of
-    a tenth of the period and of all of it, and their difference says what goes on and what is done once; what is
-    regridded is not kept. All is measured in ROUNDS, one after the other; the shortest time of each counts, which
-    others on the machine lengthened least.
+    a tenth of the period and of all of it, and their difference says what goes on, from a year on, and what is done
+    once; what is regridded is not kept. All is measured in ROUNDS, one after the other; the shortest time of each
+    counts, which others on the machine lengthened least.
 
     Returns:
         Seconds, bytes and ratios, ready for json.dump.
@@ -52,9 +53,7 @@ def bench_regridding(years: float, *, cells: int = 200, report: Report = print) 
         for part, size in (("tenth", steps // 10), ("all", steps)):
             for name, seconds, peak in _rounds(store, size, cells):
                 found |= {f"{name}_seconds_{part}": seconds, f"{name}_peak_memory_{part}": peak}
-        for name in ("raw", "read", "regrid"):
-            later = found[f"{name}_seconds_all"] - found[f"{name}_seconds_tenth"]
-            found[f"{name}_seconds_each_year"] = later * STEPS_PER_YEAR / (steps - steps // 10)
+        found |= _each_year(found, steps)
         for name in ("raw", "read"):
             found[f"regrid_over_{name}"] = found["regrid_seconds_all"] / found[f"{name}_seconds_all"]
         found["stored_bytes"] = sum(f.stat().st_size for f in Path(store).rglob("*") if f.is_file())
@@ -62,17 +61,31 @@ def bench_regridding(years: float, *, cells: int = 200, report: Report = print) 
         f"{steps} steps of {cells} x {cells} ({found['bytes'] / 1e9:.2f} GB): read {found['raw_seconds_all']:.1f} s, "
         f"with checks {found['read_seconds_all']:.1f} s, regridded {found['regrid_seconds_all']:.1f} s "
         f"({found['regrid_over_read']:.2f} times reading with checks, {found['regrid_over_raw']:.2f} times without); "
-        f"each further year takes {found['raw_seconds_each_year']:.2f}, {found['read_seconds_each_year']:.2f} and "
-        f"{found['regrid_seconds_each_year']:.2f} s; "
-        f"peak memory {found['regrid_peak_memory_tenth'] / 1e9:.2f} GB for a tenth of it, "
+        + _each_year_text(found)
+        + f"peak memory {found['regrid_peak_memory_tenth'] / 1e9:.2f} GB for a tenth of it, "
         f"{found['regrid_peak_memory_all'] / 1e9:.2f} GB for all"
     )
     return found
 
 
+def _each_year(found: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Seconds that a further year takes; none of less than a year, where they are smaller than what others add."""
+    if steps < STEPS_PER_YEAR:
+        return {}
+    later = {name: found[f"{name}_seconds_all"] - found[f"{name}_seconds_tenth"] for name in MEASURED}
+    return {f"{name}_seconds_each_year": s * STEPS_PER_YEAR / (steps - steps // 10) for name, s in later.items()}
+
+
+def _each_year_text(found: Mapping[str, float]) -> str:
+    if f"{MEASURED[0]}_seconds_each_year" not in found:
+        return ""
+    raw, read, regridded = (found[f"{name}_seconds_each_year"] for name in MEASURED)
+    return f"each further year takes {raw:.2f}, {read:.2f} and {regridded:.2f} s; "
+
+
 def _rounds(store: str, steps: int, cells: int) -> list[tuple[str, float, float]]:
     """Name, seconds and peak memory [bytes] of every measurement, see `bench_regridding`."""
-    actions = {"raw": _read_raw, "read": _read, "regrid": _regrid}
+    actions = dict(zip(MEASURED, (_read_raw, _read, _regrid), strict=True))
     rounds = [[_alone(action, store, steps, cells) for action in actions.values()] for _ in range(ROUNDS)]
     each = zip(*rounds, strict=True)
     return [(name, min(r[0] for r in runs), max(r[1] for r in runs)) for name, runs in zip(actions, each, strict=True)]

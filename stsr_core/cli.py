@@ -508,11 +508,12 @@ def evaluate(
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, interval in evaluation.intervals.items():
-        say(f"CRPS over {name}: 95 % interval {interval_text(interval) or 'unknown, as it hardly rains'}")
+        say(f"CRPS over {name}: 95 % interval {interval_text(interval, evaluation.blocks)}")
 
 
 @app.command()
 def bench(
+    context: typer.Context,
     factor: Annotated[str, typer.Option("--factor", help="Factor SPACExTIME.")] = "10x1",
     cells: Annotated[int, typer.Option(min=1, help="Fine cells along the square.")] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Fine steps.")] = 24,
@@ -537,7 +538,7 @@ def bench(
 ) -> None:
     """Measure the engine on this machine: throughput, scaling, memory, bytes, share outside the networks.
 
-    --regrid measures what comes before it: reading and regridding `--cells` x `--cells` of input.
+    --regrid measures what comes before it, and nothing else: reading and regridding `--cells` x `--cells` of input.
     """
     from stsr_core import bench as benchmark
     from stsr_core.bench_regrid import bench_regridding
@@ -550,6 +551,7 @@ def bench(
     if profile and (json_file or output or training):
         raise ConfigurationError("--profile prints text and nothing else. Leave out --json, --output and --training.")
     if regrid is not None:
+        _require_only(context, "regrid", "cells", "json_file")
         _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
         return
     settings = Settings()
@@ -568,6 +570,20 @@ def bench(
     if training:
         figures |= benchmark.bench_training(options.factor, preset="small", device=options.device)
     _say_figures(figures, json_file)
+
+
+def _require_only(context: typer.Context, kept: str, *others: str) -> None:
+    """Refuse options beside one, but for some others, that would be ignored; raises ConfigurationError."""
+    names = {str(p.name): p.opts[0] for p in context.command.params}
+    ignored = [option for name, option in names.items() if name not in (kept, *others) and _is_given(context, name)]
+    if ignored:
+        with_it = " and ".join(names[name] for name in others)
+        raise ConfigurationError(f"{names[kept]} goes with {with_it} only. Leave out {', '.join(ignored)}.")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"  # Typer has an enumeration of its own, or that of Click
 
 
 def _say_figures(figures: Mapping[str, object], json_file: Path | None) -> None:

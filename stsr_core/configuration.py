@@ -159,6 +159,9 @@ class Static(_Frozen):
     url: str = Field(description="Path (relative to catalog.yaml), fsspec URL, or package:FILE for shipped files.")
     variable: str
     crs: str | None = Field(default=None, description="EPSG code, PROJ string or WKT, where the file is silent.")
+    missing_values: tuple[float, ...] = Field(
+        default=(), strict=False, description="Values that mark missing cells and that the file does not name."
+    )
     description: str
     license: str = Field(description="SPDX identifier or name of the licence.")
     attribution: str

@@ -208,22 +208,35 @@ class Match:
     distance: float
 
 
-def _instead(space: float, time: float) -> str:
-    """What to do about a factor (space, time) that is not served."""
+def _instead(space: float, time: float, served: Sequence[Factor], limit: float) -> str:
+    """What to do about a factor (space, time) that is not served within a ratio of `limit`."""
     whole = max(1, round(space)), max(1, round(time))
-    if whole[0] <= LARGEST[0] and whole[1] <= LARGEST[1]:
+    if min(space, time) * limit < 1:
+        changes = _changes(min(1.0, space), min(1.0, time))
         return (
-            f"Train ({whole[0]},{whole[1]}) with `stsr train --space {whole[0]} --time {whole[1]}`, or ask for another "
-            "spacing or cadence."
+            f"The source is finer than the target grid, and no factor averages: the target grid needs {changes}, or "
+            "the source must be coarser."
         )
-    wider, longer = max(1.0, space / LARGEST[0]), max(1.0, time / LARGEST[1])
-    changes = [f"a spacing {wider:.3g} times as wide"] * (wider > 1) + [f"steps {longer:.3g} times as long"] * (
-        longer > 1
-    )
+    if whole[0] > LARGEST[0] or whole[1] > LARGEST[1]:
+        changes = _changes(max(1.0, space / LARGEST[0]), max(1.0, time / LARGEST[1]))
+        return (
+            f"No factor goes beyond ({LARGEST[0]},{LARGEST[1]}), so none can be trained: the target grid needs "
+            f"{changes}, or the source must be finer."
+        )
+    if whole == (1, 1):
+        return "(1,1) refines nothing: ask for a narrower spacing or shorter steps."
+    if whole in [(factor.space, factor.time) for factor in served]:
+        return "Ask for another spacing or cadence, or allow a larger ratio (STSR_MATCH_LIMIT)."
     return (
-        f"No factor goes beyond ({LARGEST[0]},{LARGEST[1]}), so none can be trained: the target grid needs "
-        f"{' and '.join(changes)}, or the source must be finer."
+        f"Train ({whole[0]},{whole[1]}) with `stsr train --space {whole[0]} --time {whole[1]}`, or ask for another "
+        "spacing or cadence."
     )
+
+
+def _changes(wider: float, longer: float) -> str:
+    """What a target grid needs of these, where they are not 1."""
+    changes = (f"a spacing {wider:.3g} times as wide", wider), (f"steps {longer:.3g} times as long", longer)
+    return " and ".join(text for text, times in changes if times != 1)
 
 
 @dataclass(frozen=True)
@@ -258,7 +271,7 @@ class Family:
         if max(abs(d) for d in off(best)) > math.log(limit) + 1e-9:
             raise FactorError(
                 f"Factor ({space:.3g},{time:.3g}) is asked for; the nearest that is served is {best}, further than "
-                f"a ratio of {limit:g} on an axis. Served: {self}. {_instead(space, time)}"
+                f"a ratio of {limit:g} on an axis. Served: {self}. {_instead(space, time, self.factors, limit)}"
             )
         return Match(space, time, best, math.hypot(*off(best)))
 
@@ -274,7 +287,7 @@ class Family:
         nearest = self.nearest(space, time, limit=math.inf).factor
         raise FactorError(
             f"Factor ({space},{time}) is not served; served are {self}. The nearest is {nearest}: ask for it. "
-            f"{_instead(space, time)}"
+            f"{_instead(space, time, self.factors, 1.0)}"
         )
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import shapely
-from pyproj import CRS, Geod, Transformer
+from pyproj import CRS, Transformer
 from scipy import sparse
 
 from stsr_core.errors import GridError
@@ -73,22 +73,21 @@ def reach(target: TargetGrid) -> Box:
 def native_factor(coarse: Coarse | Reading, target: TargetGrid) -> tuple[float, float]:
     """Factor (space, time) that a source would need as it is: its cell size and cadence over those of the target.
 
-    The cell size is the root of the area of the source cell that holds the middle of the target box, else the nearest.
+    The cell size is the root of the area that the source cell in the middle of the target box, else the nearest, has in
+    the target's CRS, where fine cells are counted; 0 where no source cell has a place there.
 
     Raises:
         GridError: the source has no CRS.
     """
-    x, y = (target.x_min + target.x_max) / 2, (target.y_min + target.y_max) / 2
     crs = CRS.from_user_input(target.crs)
-    middle = Box(x - 1, y - 1, x + 1, y + 1, crs.to_wkt())
     place = place_of(coarse)
     nearby = part_of(place, _shape(place), Box.around(_box_grid(target, crs)))
-    corners = cells_of(nearby.grid).corners
-    source = CRS.from_wkt(crs_of(place))
-    west, south, _, _ = middle.bounds_in(source)
-    inside = shapely.distance(shapely.polygons(_filled(corners)), shapely.Point(west, south))
+    outlines = _moved(nearby.grid, crs)
+    cells = shapely.polygons(_filled(outlines))
+    middle = shapely.Point((target.x_min + target.x_max) / 2, (target.y_min + target.y_max) / 2)
+    distance = np.where(np.isfinite(outlines).any(axis=(1, 2)), shapely.distance(cells, middle), np.inf)
     return (
-        math.sqrt(_area_m2(corners[int(np.argmin(inside))], source)) / target.spacing_m,
+        math.sqrt(cells[int(np.argmin(distance))].area) / target.spacing_m,
         coarse.times.step / timedelta(hours=target.fine_step_h),
     )
 
@@ -96,15 +95,6 @@ def native_factor(coarse: Coarse | Reading, target: TargetGrid) -> tuple[float, 
 def _box_grid(target: TargetGrid, crs: CRS) -> Grid:
     width, height = target.x_max - target.x_min, target.y_max - target.y_min
     return Grid(Axis(target.y_min + height / 2, height, 1), Axis(target.x_min + width / 2, width, 1), crs.to_wkt())
-
-
-def _area_m2(ring: NDArray[np.float64], crs: CRS) -> float:
-    ring = ring[np.isfinite(ring).all(axis=1)]
-    if crs.is_geographic:
-        geod = crs.get_geod() or Geod(ellps="WGS84")
-        return float(abs(geod.polygon_area_perimeter(ring[:, 0], ring[:, 1])[0]))
-    metres = float(crs.axis_info[0].unit_conversion_factor)
-    return float(shapely.Polygon(ring).area) * metres**2
 
 
 def place_of(coarse: Coarse | Reading) -> Grid | Cells:
@@ -116,17 +106,6 @@ def place_of(coarse: Coarse | Reading) -> Grid | Cells:
 
 def _shape(place: Grid | Cells) -> tuple[int, ...]:
     return (place.size,) if isinstance(place, Cells) else place.shape
-
-
-def cells_of(grid: Grid | Cells) -> Cells:
-    """Cells of a grid, row by row.
-
-    Raises:
-        GridError: it has no CRS.
-    """
-    if isinstance(grid, Cells):
-        return grid
-    return Cells(_around_nodes(_nodes(grid)), crs_of(grid))
 
 
 def _nodes(grid: Grid) -> NDArray[np.float64]:
@@ -219,10 +198,26 @@ def _weights(pair: _Pair) -> sparse.csr_matrix:
 
 
 def _outlines(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
-    """Corners (N, V, 2) of cells in another CRS, straight between them; those of cells without a place there are 0.
+    """Corners (N, V, 2) of cells in another CRS, see `_moved`; those of cells without a place there are 0.
 
     Raises:
         GridError: outlines that cross themselves.
+    """
+    moved = _moved(place, crs)
+    corners = _filled(moved)
+    bent = ~shapely.is_valid(shapely.polygons(corners)) & np.isfinite(moved).any(axis=(1, 2))
+    if bent.any():
+        raise GridError(
+            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
+            "its cells in order?"
+        )
+    return corners
+
+
+def _moved(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
+    """Corners (N, V, 2) of cells in another CRS, straight between them, NaN where a cell has fewer.
+
+    All are NaN of cells that have no place there, or only a part of one, as beyond the limb that a satellite sees.
     """
     source = CRS.from_wkt(crs_of(place))
     to_crs = Transformer.from_crs(source, crs, always_xy=True).transform
@@ -230,15 +225,12 @@ def _outlines(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
     if isinstance(place, Cells) and source.is_geographic and not crs.is_geographic:
         places = _along_parallels(places)
     moved = np.stack(to_crs(places[..., 0], places[..., 1]), axis=-1)
+    lost = np.isfinite(places) & ~np.isfinite(moved)
     moved[~np.isfinite(moved)] = np.nan
-    corners = _filled(moved if isinstance(place, Cells) else _around_nodes(moved))
-    bent = ~shapely.is_valid(shapely.polygons(corners))
-    if bent.any():
-        raise GridError(
-            f"{int(bent.sum())} source cells near the target have outlines that cross themselves. Are the corners of "
-            "its cells in order?"
-        )
-    return corners
+    if isinstance(place, Grid):
+        moved, lost = _around_nodes(moved), _around_nodes(lost)
+    moved[lost.any(axis=(1, 2))] = np.nan
+    return moved
 
 
 def _along_parallels(corners: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from stsr_core.sources.cube import CellCube, Cube
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.places import place_of, repeating
+from stsr_core.sources.plausible import mask_marked, mask_outside, valid_range
 from stsr_core.sources.remote import patiently
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class StaticSource:
         url: path, URL or package:FILE, as for sources.
         variable: name of the field, (y, x) or on the cells of a mesh.
         crs: CRS where the file does not say.
+        missing_values: values that mark missing cells, beside those that the file names.
         base: folder that relative paths start from.
         options: of the filesystem.
     """
@@ -46,6 +48,7 @@ class StaticSource:
     url: str
     variable: str
     crs: str | None = None
+    missing_values: tuple[float, ...] = ()
     base: Path | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
@@ -74,6 +77,8 @@ class StaticSource:
             ordered = array.transpose(*place.dims)
             part = part_of(place.grid, ordered.shape, Box.around(grid))
             values = patiently(lambda: part.take(ordered.expand_dims("time"), np.float32), "the values")
+            mask_outside(values, *valid_range(array))
+        mask_marked(values, self.missing_values)
         if isinstance(part.grid, Grid):
             found = regrid(Cube(values.reshape(1, *part.grid.shape), ONCE, part.grid, {}), grid).amount[0]
         else:
@@ -153,7 +158,10 @@ def configured_sources(
     statics: Mapping[str, Static], base: Path, options_of: OptionsOf = no_options
 ) -> dict[str, StaticSource]:
     """Where the static fields of catalog.yaml are; `options_of` gives the filesystem options of a URL."""
-    return {name: StaticSource(s.url, s.variable, s.crs, base, options_of(s.url)) for name, s in statics.items()}
+    return {
+        name: StaticSource(s.url, s.variable, s.crs, s.missing_values, base, options_of(s.url))
+        for name, s in statics.items()
+    }
 
 
 def named_sources(

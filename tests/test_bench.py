@@ -97,6 +97,26 @@ def test_reading_and_regridding_are_measured_against_reading(tmp_path, monkeypat
     assert figures["bytes"] == 4 * 292 * 60 * 60
     assert 0 < figures["raw_seconds_all"] < 60
     assert figures["regrid_peak_memory_all"] < 2e9
+    assert "each further year" not in done.output
+    assert not any("each_year" in name for name in figures)
+
+
+def test_a_further_year_is_what_nine_tenths_of_a_year_and_more_took():
+    seconds = {"raw": (1.0, 2.8), "read": (1.0, 3.7), "regrid": (2.0, 5.6)}
+    found = {
+        f"{n}_seconds_{part}": s for n, both in seconds.items() for part, s in zip(("tenth", "all"), both, strict=True)
+    }
+    assert bench_regrid._each_year(found, 1459) == {}
+    years = bench_regrid._each_year(found, 2920)
+    assert years == pytest.approx({f"{n}_seconds_each_year": s for n, s in (("raw", 1), ("read", 1.5), ("regrid", 2))})
+    assert bench_regrid._each_year_text(found | years) == "each further year takes 1.00, 1.50 and 2.00 s; "
+
+
+def test_what_reading_and_regridding_would_ignore_is_refused(tmp_path):
+    others = ("--training", "--factor=5x1", f"--output={tmp_path}", "--profile", "--steps=24", "--input=a.nc")
+    for other in others:
+        with pytest.raises(ConfigurationError, match=f"with --cells and --json only. Leave out {other.split('=')[0]}"):
+            CliRunner().invoke(app, ["bench", "--regrid", "0.2", "--cells", "60", other], catch_exceptions=False)
 
 
 def test_training_steps_are_measured(monkeypatch):

@@ -43,6 +43,20 @@ def test_a_request_that_no_factor_could_serve_is_told_what_target_grid_it_needs(
         FAMILY.nearest(2, 8)
 
 
+def test_nobody_is_told_to_train_what_is_served_or_refines_nothing():
+    with pytest.raises(FactorError, match=r"the target grid needs steps 0.5 times as long, or the source must be co"):
+        FAMILY.nearest(10, 0.5)
+    with pytest.raises(FactorError, match=r"needs a spacing 0.6 times as wide, or the source must be coarser"):
+        FAMILY.nearest(0.6, 1)
+    with pytest.raises(FactorError, match=r"needs a spacing 0.5 times as wide and steps 0.25 times as long, or"):
+        FAMILY.nearest(0.5, 0.25)
+    with pytest.raises(FactorError, match=r"is \(10,1\), further .* \(25,6\). Ask for another .*STSR_MATCH_LIMIT"):
+        FAMILY.nearest(9.6, 1, limit=1.02)
+    for refused in (lambda: FAMILY.nearest(0.8, 1.2), lambda: FAMILY.exact(1, 1)):
+        with pytest.raises(FactorError, match=r"\(1,1\) refines nothing: ask for a narrower spacing or shorter steps"):
+            refused()
+
+
 def test_an_unsupported_factor_names_the_nearest():
     with pytest.raises(FactorError, match=r"\(9,1\) is not served.*The nearest is \(10,1\)"):
         FAMILY.exact(9, 1)

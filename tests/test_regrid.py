@@ -1,4 +1,5 @@
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from stsr_core.configuration import TargetGrid
 from stsr_core.errors import GridError
 from stsr_core.factors import Factor
 from stsr_core.grids import Axis, Cells, Grid, TimeAxis
-from stsr_core.regrid import cells_of, coarse_grid, native_factor, reach, regrid, regrid_time, regrid_to_factor
+from stsr_core.regrid import coarse_grid, native_factor, reach, regrid, regrid_time, regrid_to_factor
 from stsr_core.sources.cube import CellCube, Cube
 
 LATLON = CRS.from_epsg(4326).to_wkt()
@@ -101,6 +102,53 @@ def test_native_factor_is_cell_size_and_cadence_over_the_targets():
     assert time == 3
 
 
+@pytest.mark.parametrize("x_min", [-490_000.0, -510_000.0])
+def test_the_native_factor_is_that_of_the_cell_in_the_middle_across_the_line_of_dates_too(x_min):
+    # Uneven longitudes, 0.05 degrees wide west of 177 E and 1 degree east of it; those east of 180 are above 180.
+    edges = np.concatenate((165 + 0.05 * np.arange(240), 177 + np.arange(16)))
+    south = np.arange(-30, -3, 0.5)
+    corners = np.array([[[w, s + 0.5], [e, s + 0.5], [e, s], [w, s]] for s in south for w, e in pairwise(edges)])
+    times = TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 1)
+    cells = CellCube(np.ones((1, len(corners)), np.float32), times, Cells(corners, LATLON), {})
+    target = TargetGrid(
+        crs="+proj=laea +lat_0=-17 +lon_0=180 +datum=WGS84", spacing_m=10_000.0, x_min=x_min, x_max=x_min + 1e6,
+        y_min=-5e5, y_max=5e5,
+    )  # fmt: skip
+    # 1 x 0.5 degrees at 16.75 S: 106.6 km by 55.3 km.
+    assert native_factor(cells, target)[0] == pytest.approx(7.68, abs=0.01)
+
+
+def test_the_native_factor_counts_cells_as_the_target_does():
+    crs = CRS.from_epsg(3857).to_wkt()  # whose lengths at 44 N are 1.4 times those on the ground
+    grid = Grid(Axis(5.6e6, -8000.0, 60), Axis(4.0e5, 8000.0, 80), crs)
+    cube = Cube(np.ones((1, 60, 80), np.float32), TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 1), grid, {})
+    assert native_factor(cube, TARGET)[0] == pytest.approx(8.0 * np.cos(np.deg2rad(44.3)), rel=0.01)
+    same = TargetGrid(crs="EPSG:3857", spacing_m=1000.0, x_min=6.0e5, x_max=7.0e5, y_min=5.3e6, y_max=5.4e6)
+    assert native_factor(cube, same)[0] == pytest.approx(8.0, rel=1e-6)
+
+
+GEOSTATIONARY = CRS.from_user_input("+proj=geos +h=35785831 +lon_0=0 +sweep=y +a=6378169 +b=6356583.8")
+
+
+@pytest.mark.parametrize(("lat_0", "covered"), [(50.0, True), (78.0, False), (88.0, False)])
+def test_cells_beyond_the_limb_that_a_satellite_sees_cover_nothing(lat_0, covered):
+    grid = Grid(Axis(5.5e6, -1e4, 1101), Axis(-5.5e6, 1e4, 1101), GEOSTATIONARY.to_wkt())
+    cube = Cube(
+        np.full((1, *grid.shape), 2.0, np.float32), TimeAxis(datetime(2018, 5, 1), timedelta(hours=1), 1), grid, {}
+    )
+    target = TargetGrid(
+        crs=f"+proj=laea +lat_0={lat_0} +lon_0=0 +datum=WGS84", spacing_m=2000.0, x_min=-3e5, x_max=3e5, y_min=-3e5,
+        y_max=3e5,
+    )  # fmt: skip
+    lattice = coarse_grid(target, Factor(space=25, time=1))
+    if covered:
+        np.testing.assert_allclose(regrid(cube, lattice).amount, 2.0, rtol=1e-6)
+        assert native_factor(cube, target)[0] > 5.0 * 1.2  # 10 km below the satellite, the more the further away
+    else:
+        with pytest.raises(GridError, match="of 144 target cells are not covered|no place in the CRS of the source"):
+            regrid(cube, lattice)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([0.5, 1.0, 2.0, 3.0, 4.0, 6.0]), st.integers(0, 2**32 - 1))
 def test_changing_the_cadence_keeps_the_sum(hours, seed):
@@ -176,7 +224,8 @@ def test_regridding_to_the_nearest_factor_begins_where_the_cube_does_and_keeps_i
 def test_cells_that_lie_on_each_other_or_cross_themselves_are_refused():
     lattice = coarse_grid(TARGET, Factor(space=10, time=1))
     cube = cube_of(np.ones((1, 30, 40)))
-    corners = cells_of(cube.grid).corners
+    y, x = cube.grid.y.edges, cube.grid.x.edges
+    corners = np.array([[[w, n], [e, n], [e, s], [w, s]] for n, s in pairwise(y) for w, e in pairwise(x)])
 
     def of(rings):
         return CellCube(np.ones((1, len(rings)), np.float32), cube.times, Cells(rings, LATLON), {})

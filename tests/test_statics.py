@@ -190,6 +190,25 @@ def test_what_is_lacking_or_does_not_fit_is_said(folder, checkpoints, tmp_path):
         plan_with(tmp_path, checkpoints, "sea.nc")
 
 
+def test_what_marks_missing_cells_is_no_height(tmp_path):
+    height = projected(np.full((20, 20), 300.0, np.float32), 1000.0, units="m")
+    height[:2, 3:6] = -9999.0
+    grid = Grid(Axis(10_000.0, 2000.0, 5), Axis(10_000.0, 2000.0, 5), pyproj.CRS(CRS).to_wkt())
+    away = replace(grid, y=Axis(3000.0, 2000.0, 5))
+    near = replace(grid, y=Axis(1000.0, 2000.0, 5), x=Axis(3000.0, 2000.0, 5))
+
+    def read(where, marks=(), **attributes):
+        height.assign_attrs(attributes).to_dataset(name="z").to_netcdf(tmp_path / "z.nc")
+        return StaticSource(str(tmp_path / "z.nc"), "z", CRS, marks).read(where)
+
+    assert read(near).min() < -5000  # of which nobody says that it is no height
+    limits = ({"valid_min": -500.0}, {"valid_range": np.array([-500.0, 9000.0])}, {"valid_min": -500, "valid_max": 300})
+    for marks, stated in (((-9999.0,), {}), *(((), limit) for limit in limits)):
+        with pytest.raises(SourceError, match="is missing in 2 of 25 cells"):
+            read(near, marks, **stated)
+        np.testing.assert_array_equal(read(away, marks, **stated), 300.0)
+
+
 def test_a_field_that_the_networks_do_not_see_is_refused(folder, checkpoints):
     statics = {"orography": source(folder), "slope": source(folder)}
     with pytest.raises(ConfigurationError, match="does not see the static fields slope; it was trained with orography"):
@@ -200,12 +219,13 @@ def test_a_field_that_the_networks_do_not_see_is_refused(folder, checkpoints):
 
 def test_fields_are_named_by_file_or_by_catalog(tmp_path):
     catalog = yaml.safe_load(shipped_catalog().read_text(encoding="utf-8"))
-    static = {"url": "z.nc", "variable": "z", "crs": CRS, "description": "", "license": "", "attribution": ""}
+    static = {"url": "z.nc", "variable": "z", "crs": CRS, "description": "", "license": "", "attribution": "",
+              "missing_values": [-9999.0]}  # fmt: skip
     path = tmp_path / "catalog.yaml"
     path.write_text(yaml.safe_dump({**catalog, "statics": {"orography": static}}), encoding="utf-8")
     found = named_sources(["orography", "slope=s.nc"], path)
     assert found == {
-        "orography": StaticSource("z.nc", "z", CRS, tmp_path, {}),
+        "orography": StaticSource("z.nc", "z", CRS, (-9999.0,), tmp_path, {}),
         "slope": StaticSource("s.nc", "slope"),
     }
     with pytest.raises(ConfigurationError, match=r"No static field 'slope' in catalog.yaml; there are orography"):

@@ -43,10 +43,10 @@ def without_rainfarm(coarse_shape: tuple[int, ...]) -> str | None:
     if importlib.util.find_spec("pysteps") is None:
         return "install it with pip install 'stsr[evaluate]'."
     rows, columns = coarse_shape[-2:]
-    if max(rows, columns) < RAINFARM_CELLS:
+    if max(rows, columns) < RAINFARM_CELLS or min(rows, columns) < 2:
         return (
             f"it fits the slope of a spectrum, and {rows} x {columns} coarse cells have none; {RAINFARM_CELLS} along "
-            "one side are needed. Ask for more cells."
+            "one side and 2 along the other are needed. Ask for more cells."
         )
     return None
 
@@ -96,9 +96,16 @@ def rainfarm(
     return conserve(torch.from_numpy(fields), torch.from_numpy(amount), factor, exact).numpy()
 
 
+def _spread(frame: NDArray[np.float64], space: int) -> NDArray[np.float32]:
+    return frame.repeat(space, 0).repeat(space, 1).astype(np.float32)
+
+
 def _frame(method: object, frame: NDArray[np.float64], space: int) -> NDArray[np.float32]:
     if space == 1 or not (frame > 0).any():
-        return frame.repeat(space, 0).repeat(space, 1).astype(np.float32)
-    with np.errstate(all="ignore"):
-        fine = method.downscale(frame, ds_factor=space, threshold=0.0)  # type: ignore[attr-defined]
+        return _spread(frame, space)
+    try:
+        with np.errstate(all="ignore"):
+            fine = method.downscale(frame, ds_factor=space, threshold=0.0)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):  # what pysteps ends with where too few wavenumbers have power to fit a slope to
+        return _spread(frame, space)
     return np.nan_to_num(fine, posinf=0.0, neginf=0.0).clip(min=0.0).astype(np.float32)

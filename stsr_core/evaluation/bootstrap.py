@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 BLOCK_STEPS = 6  # steps of a block; rain an hour later is no new evidence
 BLOCK_CELLS = 128  # cells along a block
 RESAMPLES = 2000
+# An interval lies within the range of its blocks, and that of n holds the middle of their law with 1 - 2^(1-n): with
+# less than 95 % where there are fewer than these, whatever is resampled.
+LEAST_BLOCKS = 6
 
 
 def sums_by_block(crps: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -28,10 +31,13 @@ def sums_by_block(crps: NDArray[np.float32]) -> NDArray[np.float64]:
 def ratio_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the ratio of two means over the same cells, from their sums over blocks; NaN where none has a ratio.
+    """Interval of the ratio of two means over the same cells, from their sums over blocks.
 
-    Resamples in which both are zero, as where it hardly rains, have none and are left out.
+    Resamples in which both are zero, as where it hardly rains, have none and are left out. NaN where none has a ratio,
+    and of fewer blocks than LEAST_BLOCKS.
     """
+    if len(first) < LEAST_BLOCKS:
+        return math.nan, math.nan
     index = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)))
     above, below = first[index].sum(axis=1), second[index].sum(axis=1)
     known = (above > 0) | (below > 0)

@@ -91,7 +91,8 @@ class Evaluation:
         truth: what was scored against.
         told_km: spacing of the fine grids as the networks were told it.
         table: scores by method and name.
-        intervals: 95 % interval of the CRPS ratio of `stsr` over each other method.
+        intervals: 95 % interval of the CRPS ratio of `stsr` over each other method, NaN where it is unknown.
+        blocks: number of blocks of hours and places that the intervals are of.
         ranks: rank histogram of `stsr`, (M + 1,).
         spectra: radially averaged power by method, truth included.
         fields: ensembles by method, (M, P, T, Y, X), for pictures.
@@ -104,6 +105,7 @@ class Evaluation:
     told_km: int
     table: Table
     intervals: dict[str, tuple[float, float]]
+    blocks: int
     ranks: NDArray[np.float64]
     spectra: dict[str, NDArray[np.float64]]
     fields: dict[str, NDArray[np.float32]]
@@ -122,6 +124,7 @@ class Evaluation:
             "scores": self.table,
             "statistics": self.statistics,
             "crps_ratio_intervals_95": self.intervals,
+            "crps_ratio_blocks": self.blocks,
             "rank_histogram": self.ranks.tolist(),
             "warming": self.signal,
         }
@@ -279,6 +282,7 @@ def evaluate(
         told_km=told,
         table=table,
         intervals={name: ratio_interval(blocks[OURS], blocks[name]) for name in others},
+        blocks=len(blocks[OURS]),
         ranks=rank_histogram(fields[OURS], truth.fine),
         spectra={"truth": power_spectrum(truth.fine), **{name: power_spectrum(f) for name, f in fields.items()}},
         fields=fields,

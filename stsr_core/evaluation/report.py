@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stsr_core.evaluation.bootstrap import BLOCK_CELLS, BLOCK_STEPS, LEAST_BLOCKS
 from stsr_core.evaluation.evaluate import BASELINES, OURS, Evaluation
 
 if TYPE_CHECKING:
@@ -84,9 +85,15 @@ def number_text(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
-    """`low to high`, nothing for what is undefined."""
-    return "" if interval is None or math.isnan(interval[0]) else " to ".join(map(number_text, interval))
+def interval_text(interval: tuple[float, float] | None, blocks: int) -> str:
+    """`low to high`, or why it is unknown from so many blocks of the bootstrap; nothing without an interval."""
+    if interval is None:
+        return ""
+    if not math.isnan(interval[0]):
+        return " to ".join(map(number_text, interval))
+    if blocks < LEAST_BLOCKS:
+        return f"unknown: {LEAST_BLOCKS} blocks of {BLOCK_STEPS} steps and {BLOCK_CELLS} cells are needed, not {blocks}"
+    return "unknown, as it hardly rains"
 
 
 def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
@@ -102,7 +109,7 @@ def _cell(text: str, css: str = "") -> str:
 def _bar_table(evaluation: Evaluation) -> str:
     rows = []
     for name, found, (low, high), met in bars(evaluation):
-        between = interval_text(evaluation.intervals.get(name.removeprefix("crps_over_")))
+        between = interval_text(evaluation.intervals.get(name.removeprefix("crps_over_")), evaluation.blocks)
         needed = f"{low:g} to {high:g}"
         rows.append(
             [

@@ -12,6 +12,7 @@ import numpy as np
 import scoringrules
 from scipy.ndimage import uniform_filter
 
+from stsr_core.store.layout import QUANTUM_MM
 from stsr_core.store.statistics import WET_MM
 
 if TYPE_CHECKING:
@@ -119,9 +120,12 @@ def _count(parts: list[NDArray[np.float32]]) -> int:
 
 
 def rank_histogram(ensemble: Ensemble, truth: Field, seed: int = 0) -> NDArray[np.float64]:
-    """Share of each rank of the truth among the members, (M + 1,), where any of them is wet; ties by lot."""
+    """Share of each rank of the truth among the members, (M + 1,), where any of them is wet; ties by lot.
+
+    Amounts are compared in whole quanta, for the same number of millimetres may differ in its last binary digit.
+    """
     wet = (truth > WET_MM) | (ensemble > WET_MM).any(axis=0)
-    members, observed = ensemble[:, wet], truth[wet]
+    members, observed = (np.rint(part / np.float32(QUANTUM_MM)) for part in (ensemble[:, wet], truth[wet]))
     below, equal = (members < observed).sum(axis=0), (members == observed).sum(axis=0)
     rank = below + np.random.default_rng(seed).integers(0, equal + 1)
     return np.bincount(rank, minlength=len(ensemble) + 1) / max(1, rank.size)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.errors import SourceError
+from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
-from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
+from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def read_truth(
     filesystem of a URL.
 
     Raises:
+        ConfigurationError: less than a coarse cell or step is asked for.
         SourceError: a file without the variable, or smaller than one coarse cell in a gap-free run; files of which no
             coarse cell is whole, or whose cells or steps differ.
     """
+    _check_asked(hours, cells, factor)
     places = places_of(urls, options_of=options_of)
     runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
     spacings, step_h = _alike(places, [run for run, _ in runs])
@@ -96,6 +98,16 @@ def read_truth(
     return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing, step_h)
 
 
+def _check_asked(hours: int, cells: int, factor: Factor) -> None:
+    """Refuse hours (fine steps) or cells that hold no coarse step or cell of a factor; raises ConfigurationError."""
+    for asked, needed, what in ((hours, factor.time, "hours"), (cells, factor.space, "cells")):
+        if asked < needed:
+            raise ConfigurationError(
+                f"--{what} {asked} is less than the {needed} of a coarse cell of factor {factor}. Ask for --{what} "
+                f"{needed} or more."
+            )
+
+
 def _alike(places: Sequence[str], runs: Sequence[FineRun]) -> tuple[list[float], float]:
     """Spacing of each place [km] and the step of all [h]; raises SourceError where they cannot be one sample."""
     spacings, steps = [run.grid.spacing_km for run in runs], [run.step_h for run in runs]
@@ -124,8 +136,7 @@ def _wettest(
     for run in fine_runs(url, variable, storage_options=storage_options):
         nt = min(hours, run.steps) // factor.time * factor.time
         if nt:
-            rain = np.concatenate([_rain(run, first) for first in range(0, run.steps, READ_STEPS)])
-            sums = np.convolve(rain, np.ones(nt), "valid")
+            sums = np.convolve(_rain(run), np.ones(nt), "valid")
             if best is None or float(sums.max()) > best[0]:
                 best = float(sums.max()), run, int(sums.argmax()), nt
     if best is None:
@@ -134,9 +145,15 @@ def _wettest(
     return run, run.read(start, start + nt)
 
 
-def _rain(run: FineRun, first: int) -> NDArray[np.float64]:
-    """Rain of some steps, summed over the cells."""
-    return np.nansum(run.read(first, first + READ_STEPS), axis=(1, 2), dtype=np.float64)
+def _rain(run: FineRun) -> NDArray[np.float64]:
+    """Rain of every step, summed over the cells; steps without a value count as less than dry, to be avoided."""
+    rain = np.concatenate(
+        [
+            np.where(np.isnan(amount).all(axis=(1, 2)), np.nan, np.nansum(amount, axis=(1, 2), dtype=np.float64))
+            for _, amount in run.blocks()
+        ]
+    )
+    return np.where(np.isnan(rain), -1.0 - np.nanmean(rain), rain)
 
 
 def _middle(fine: NDArray[np.float32], cells: int, factor: Factor, url: str) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.geotiff import NAME
-from stsr_core.sources.harmonise import read_cube
+from stsr_core.sources.harmonise import read_cube, read_grid
 from stsr_core.sources.location import Location, OptionsOf, no_options
 from stsr_core.sources.open import GLOB, open_dataset
 from stsr_core.sources.period import overlap
@@ -62,12 +62,31 @@ class FineRun:
     @property
     def grid(self) -> Grid:
         """Grid of the cells; raises like `read_cube`."""
-        return read_cube(self.dataset.isel(time=slice(0, 1)), self.variable, self.declared).grid
+        return read_grid(self.dataset.isel(time=slice(0, 1)), self.variable, self.declared)
 
     def read(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Amounts of some steps [mm per step], (T, Y, X), NaN where missing; raises like `read_cube`."""
         part = self.dataset.isel(time=slice(first, last))
-        return read_cube(part, self.variable, self.declared).amount
+        return read_cube(part, self.variable, self.declared, some_values=False).amount
+
+    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Read all steps, READ_STEPS at a time: which these are, and their amounts, see `read`.
+
+        Raises:
+            SourceError: not one value in the whole run, or what `read` refuses.
+        """
+        some = False
+        for first in range(0, self.steps, READ_STEPS):
+            steps = slice(first, min(first + READ_STEPS, self.steps))
+            amount = self.read(steps.start, steps.stop)
+            some = some or not np.isnan(amount).all()
+            yield steps, amount
+        if not some:
+            stamps = stamps_of(self.dataset["time"])
+            raise SourceError(
+                f"All values of {self.name} from {stamps[0]} to {stamps[-1]} are missing. Check its fill value, or "
+                "leave these steps out."
+            )
 
 
 def fine_runs(

@@ -31,6 +31,7 @@ from stsr_core.sources.plausible import (
     check_seam,
     largest_amount,
     mask_invalid,
+    mask_marked,
 )
 from stsr_core.sources.remote import patiently
 from stsr_core.sources.times import Steps
@@ -58,14 +59,23 @@ def read_cube(
     declared: Declared = NOTHING,
     *,
     near: Box | None = None,
+    some_values: bool = True,
 ) -> Cube:
-    """Read a variable of a dataset as a coarse cube on a regular grid, see `read_coarse`.
+    """Read a variable of a dataset as a coarse cube on a regular grid, see `find` and `Reading.read`.
 
     Raises:
         SourceError: what cannot be read without guessing, or several driving members.
         GridError: places that make no regular grid.
     """
-    return _regular(read_coarse(dataset, variable, declared, near=near), variable)
+    return _regular(find(dataset, variable, declared, near=near, some_values=some_values).read(), variable)
+
+
+def read_grid(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING) -> Grid:
+    """Find the regular grid of a variable without reading its values; raises like `read_cube`."""
+    place = find(dataset, variable, declared).place
+    if isinstance(place, Cells):
+        raise GridError(_irregular(place, variable))
+    return place
 
 
 def read_cubes(
@@ -77,11 +87,15 @@ def read_cubes(
 
 def _regular(coarse: Coarse, variable: str) -> Cube:
     if isinstance(coarse, CellCube):
-        raise GridError(
-            f"The {coarse.cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: "
-            "declare it as a source of a product in catalog.yaml."
-        )
+        raise GridError(_irregular(coarse.cells, variable))
     return coarse
+
+
+def _irregular(cells: Cells, variable: str) -> str:
+    return (
+        f"The {cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: declare it as a "
+        "source of a product in catalog.yaml."
+    )
 
 
 def read_coarse(
@@ -104,6 +118,7 @@ def find(
     near: Box | None = None,
     days: tuple[date, date] | None = None,
     first_steps: int | None = None,
+    some_values: bool = True,
 ) -> Reading:
     """Find out all about precipitation that needs none of its values.
 
@@ -114,6 +129,7 @@ def find(
         near: only cells near this box are read; None reads all.
         days: only steps that lie wholly within these days are read, the last one included; None reads all.
         first_steps: only so many steps are read; None reads all.
+        some_values: whether reading refuses a source without any value; a part of a longer one may lack them.
 
     Raises:
         SourceError: no such variable, units, dimensions or time axis that can be read safely.
@@ -134,7 +150,7 @@ def find(
         if one.steps.axis != found[0].steps.axis or _key(one.part.grid) != _key(found[0].part.grid):
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
-    return Reading(tuple(found), declared, attributes)
+    return Reading(tuple(found), declared, attributes, some_values)
 
 
 def names_of(dataset: xr.Dataset, variable: str) -> list[str]:
@@ -196,11 +212,13 @@ class Reading:
         variables: the variables that add up.
         declared: what the file does not say itself.
         attributes: provenance, as in `Cube`.
+        some_values: whether a driving member without any value is refused.
     """
 
     variables: tuple[_Variable, ...]
     declared: Declared
     attributes: Mapping[str, str]
+    some_values: bool = True
 
     @property
     def times(self) -> TimeAxis:
@@ -282,7 +300,7 @@ class Reading:
         for (first, stop), (out, negatives) in zip(spans, _ahead(self._amount, spans), strict=True):
             if not known.all():
                 known |= ~np.isnan(out).all(axis=(1, 2))
-            if stop == self.times.size and not known.all():
+            if self.some_values and stop == self.times.size and not known.all():
                 member = self._of(int(known.argmin()))
                 raise SourceError(f"All values are missing{member}. Check the fill value and the period.")
             if first < SAMPLE_STEPS:
@@ -382,8 +400,7 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     records = patiently(lambda: part.take(array, dtype), "the values")
     records = records.reshape(len(layout.labels), *records.shape[-2:])
     mask_invalid(records, layout.array, declared)
-    for mark in declared.missing_values:  # as written, or as a float32 file holds it
-        records[np.abs(records - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
+    mask_marked(records, declared.missing_values)
     if np.isinf(records).any():
         raise SourceError(f"{int(np.isinf(records).sum())} values are infinite. Mark missing cells as NaN.")
     kind, scale = measured(layout.units)

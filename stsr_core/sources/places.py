@@ -12,7 +12,7 @@ import numpy as np
 from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Axis, Cells, Grid
 from stsr_core.sources.bounds import bounds_of
-from stsr_core.sources.units import length_in
+from stsr_core.sources.units import length_in, radians_in
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 Y_NAMES = ("y", "lat", "latitude", "rlat", "projection_y_coordinate", "northing", "south_north", "nlat", "j")
 X_NAMES = ("x", "lon", "longitude", "rlon", "projection_x_coordinate", "easting", "west_east", "nlon", "i")
-Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate")
-X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate")
+Y_STANDARD = ("latitude", "grid_latitude", "projection_y_coordinate", "projection_y_angular_coordinate")
+X_STANDARD = ("longitude", "grid_longitude", "projection_x_coordinate", "projection_x_angular_coordinate")
 LATITUDES, LONGITUDES = ("lat", "latitude", "rlat"), ("lon", "longitude", "rlon")
 LATITUDE_UNITS = ("degrees_north", "degree_north", "degree_n", "degrees_n")
 LONGITUDE_UNITS = ("degrees_east", "degree_east", "degree_e", "degrees_e")
@@ -31,6 +31,7 @@ REPEATED = 0.01  # distance of places that are the same, in steps of their axis
 GEOGRAPHIC = 4326
 CRS_DEGREES = f"EPSG:{GEOGRAPHIC}"
 POLE = 90.0 + 1e-6
+SATELLITE_HEIGHT = "satellite height"  # the parameter of geostationary projections, as PROJ names it
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def place_of(dataset: xr.Dataset, array: xr.DataArray, dims: tuple[str, ...], de
     if len(dims) == 1:
         return Place(dims, _mesh(dataset, array, dims[0]))
     y, x = _ordered(dataset, dims)
-    dataset = _with_axis(_with_axis(dataset, y, _is_latitude), x, _is_longitude)
+    stated = _stated_crs(dataset, array, declared)
+    dataset = _with_axis(_with_axis(dataset, y, _is_latitude, stated), x, _is_longitude, stated)
     flat = _latitude_longitude(dataset, array, (y, x))
-    crs = _crs(dataset, array, y, x, declared)
+    crs = _crs_of_axes(dataset, y, x) if stated is None else stated
     if y in dataset.coords and x in dataset.coords and (crs is not None or flat is None):
         grid = _rectilinear(dataset, y, x, crs)
         if crs is not None and flat is not None and declared is None:
@@ -84,12 +86,41 @@ def repeating(dataset: xr.Dataset, dims: tuple[str, ...]) -> str | None:
     return None
 
 
-def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool]) -> xr.Dataset:
-    """Give a dimension without coordinate the latitude or longitude that lies along it under another name."""
-    found = [n for n in dataset.variables if dataset[n].dims == (dim,) and is_axis(dataset[n])]
-    if dim in dataset.coords or len(found) != 1:
+def _with_axis(dataset: xr.Dataset, dim: str, is_axis: Callable[[xr.DataArray], bool], crs: CRS | None) -> xr.Dataset:
+    """Give a dimension the latitude or longitude that lies along it under another name, where it has no coordinate.
+
+    A coordinate that does not say what it is, as numbers of rows do not, is none where the CRS is not projected.
+
+    Raises:
+        GridError: one that says so puts cells elsewhere.
+    """
+    along = (dataset[n] for n in dataset.variables if n != dim and dataset[n].dims == (dim,))
+    found = [c for c in along if c.dtype.kind in "fiu" and is_axis(c)]
+    if len(found) != 1:
         return dataset
-    return dataset.assign_coords({dim: dataset[found[0]].variable})
+    if dim in dataset.coords and dataset[dim].dtype.kind in "fiu":
+        attributes = dataset[dim].attrs
+        if _is_length(str(attributes.get("units", ""))) or (crs is not None and crs.is_projected):
+            return dataset
+        if attributes.keys() & {"units", "standard_name", "axis"}:
+            _check_beside(dataset[dim], found[0])
+            return dataset
+    return dataset.assign_coords({dim: found[0].variable})
+
+
+def _is_length(units: str) -> bool:
+    return length_in(units, 1.0) is not None
+
+
+def _check_beside(axis: xr.DataArray, beside: xr.DataArray) -> None:
+    """Refuse an axis that is half a cell off the latitudes or longitudes that lie along it under another name."""
+    own, other = _degrees(axis, axis), _degrees(beside, beside)
+    off = np.abs((other - own + 180.0) % 360.0 - 180.0).max()
+    if off > np.abs(np.diff(own)).min(initial=np.inf) / 2:
+        raise GridError(
+            f"Axis {axis.name} runs from {own[0]:.6g} to {own[-1]:.6g}, and {beside.name} along it from "
+            f"{other[0]:.6g} to {other[-1]:.6g}. Remove the wrong one of the two."
+        )
 
 
 def _ordered(dataset: xr.Dataset, dims: tuple[str, ...]) -> tuple[str, str]:
@@ -169,7 +200,8 @@ def _still(coordinate: xr.DataArray, dims: tuple[str, ...]) -> xr.DataArray:
     return first.transpose(*dims)
 
 
-def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str | None) -> CRS | None:
+def _stated_crs(dataset: xr.Dataset, array: xr.DataArray, declared: str | None) -> CRS | None:
+    """The CRS that is declared, else that of the grid mapping."""
     from pyproj import CRS
     from pyproj.exceptions import CRSError
 
@@ -190,6 +222,13 @@ def _crs(dataset: xr.Dataset, array: xr.DataArray, y: str, x: str, declared: str
         raise GridError(
             f"{what} is not understood ({why}). Declare `crs:` of the source in catalog.yaml, or by --declare."
         ) from e
+    return None
+
+
+def _crs_of_axes(dataset: xr.Dataset, y: str, x: str) -> CRS | None:
+    """The CRS of axes that are latitude and longitude."""
+    from pyproj import CRS
+
     if y in dataset.coords and x in dataset.coords and _is_latitude(dataset[y]) and _is_longitude(dataset[x]):
         return CRS.from_epsg(GEOGRAPHIC)
     return None
@@ -268,23 +307,43 @@ def _coordinate(dataset: xr.Dataset, name: str, crs: CRS | None) -> NDArray[np.f
     coordinate = dataset[name]
     if coordinate.ndim != 1 or not np.issubdtype(coordinate.dtype, np.number):
         raise SourceError(f"Coordinate {name} is no list of numbers, but {coordinate.dtype} {coordinate.shape}.")
-    values = _degrees(coordinate, coordinate)
+    values = _in_crs(coordinate, coordinate, crs)
     if not np.isfinite(values).all():
         raise GridError(f"Axis {name} holds missing or infinite values. Every cell needs its place.")
     if crs is not None and crs.is_geographic and not _is_latitude(coordinate):
         return np.asarray(np.unwrap(values, period=360.0), dtype=np.float64) if values.size > 1 else values
-    return values * _axis_scale(coordinate, crs)
+    return values
 
 
-def _axis_scale(coordinate: xr.DataArray, crs: CRS | None) -> float:
-    """What one unit of the coordinate is in units of a projected CRS; coordinates without units are in those."""
+def _in_crs(values: xr.DataArray, coordinate: xr.DataArray, crs: CRS | None) -> NDArray[np.float64]:
+    """Values in the units of a coordinate as numbers in those of the CRS, in degrees without one."""
+    if crs is None or not crs.is_projected:
+        return _degrees(values, coordinate)
+    return np.asarray(values.values, dtype=np.float64) * _axis_scale(coordinate, crs)
+
+
+def _axis_scale(coordinate: xr.DataArray, crs: CRS) -> float:
+    """What one unit of the coordinate is in units of a projected CRS; coordinates without units are in those.
+
+    Angles that a geostationary satellite scans, as CF has them, are lengths over its height.
+    """
     units = str(coordinate.attrs.get("units", ""))
-    if crs is None or not crs.is_projected or not units:
+    if not units:
         return 1.0
-    scale = length_in(units, float(crs.axis_info[0].unit_conversion_factor))
+    metres, height, angle = float(crs.axis_info[0].unit_conversion_factor), _satellite_height_m(crs), radians_in(units)
+    if height is not None and angle is not None:
+        return angle * height / metres
+    scale = length_in(units, metres)
     if scale is None:
         raise GridError(f"Axis {coordinate.name} is in {units!r}, which is no length, but its CRS is projected.")
     return scale
+
+
+def _satellite_height_m(crs: CRS) -> float | None:
+    """Height of the satellite of a geostationary projection [m]; None of other projections."""
+    parameters = [] if crs.coordinate_operation is None else crs.coordinate_operation.params
+    found = [float(p.value) * p.unit_conversion_factor for p in parameters if p.name.lower() == SATELLITE_HEIGHT]
+    return found[0] if found else None
 
 
 def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CRS | None) -> NDArray[np.float64] | None:
@@ -295,7 +354,7 @@ def _pairs(dataset: xr.Dataset, name: str, centres: NDArray[np.float64], crs: CR
     pairs = dataset[bounds].transpose(name, ...)
     if pairs.shape[1] != 2:
         return None
-    values = _degrees(pairs, dataset[name]) * _axis_scale(dataset[name], crs)
+    values = _in_crs(pairs, dataset[name], crs)
     if crs is not None and crs.is_geographic and not _is_latitude(dataset[name]):
         values = centres[:, None] + (values - centres[:, None] + 180.0) % 360.0 - 180.0
         if centres.size == 1 or np.any(values[:, 1] == values[:, 0]):

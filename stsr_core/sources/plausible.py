@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,9 +39,9 @@ def mask_invalid(records: NDArray[np.floating], array: xr.DataArray, declared: D
     Raises:
         SourceError: cells are missing because 0 marks them, which is also what dry cells hold.
     """
-    high = _valid_max(array)
+    _, high = valid_range(array)
     if high < np.inf:
-        records[(records > high + FLOAT32_ROUNDING * abs(high)) & np.isfinite(records)] = np.nan
+        mask_outside(records, -np.inf, high)
     marks = np.concatenate([np.ravel(array.encoding.get(key, np.nan)) for key in ("_FillValue", "missing_value")])
     if 0 in marks and _packing(array)[1] == 0.0 and 0.0 not in declared.missing_values and np.isnan(records).any():
         raise SourceError(
@@ -54,21 +55,46 @@ def _packing(array: xr.DataArray) -> tuple[float, float]:
     return float(array.encoding.get("scale_factor", 1.0)), float(array.encoding.get("add_offset", 0.0))
 
 
-def _valid_max(array: xr.DataArray) -> float:
-    """Largest valid value as the file states it; infinite where it does not.
+def mask_outside(values: NDArray[np.floating], low: float, high: float) -> None:
+    """Mask finite values below `low` or above `high` by more than rounding."""
+    below, above = values < low - FLOAT32_ROUNDING * abs(low), values > high + FLOAT32_ROUNDING * abs(high)
+    values[(below | above) & np.isfinite(values)] = np.nan
+
+
+def mask_marked(values: NDArray[np.floating], marks: Sequence[float]) -> None:
+    """Mask values that mark missing cells, as written, or as a float32 file holds them."""
+    for mark in marks:
+        values[np.abs(values - mark) <= FLOAT32_ROUNDING * abs(mark)] = np.nan
+
+
+def valid_range(array: xr.DataArray) -> tuple[float, float]:
+    """Smallest and largest valid value as the file states them; infinite where it does not.
+
+    Raises:
+        SourceError: one of them is no number.
+    """
+    if "valid_range" in array.attrs:
+        low, *_, high = np.ravel(array.attrs["valid_range"]).repeat(2)
+    else:
+        low, high = array.attrs.get("valid_min", -np.inf), array.attrs.get("valid_max", np.inf)
+    return _valid_end(array, low), _valid_end(array, high)
+
+
+def _valid_end(array: xr.DataArray, attribute: Any) -> float:
+    """An end of the valid range.
 
     It is packed as the values are, but where it is no integer and they are: it is then a value as it is meant.
 
     Source: NetCDF Users Guide, attribute conventions, `valid_range`.
     """
-    stated = np.ravel(array.attrs.get("valid_range", array.attrs.get("valid_max", np.inf)))[-1]
+    stated = np.ravel(attribute)[-1]
     try:
-        high = float(stated)
+        end = float(stated)
     except ValueError as e:
         raise SourceError(f"The valid range ends at {stated!r}, which is no number. Mend or remove it.") from e
     scale, offset = _packing(array)
     is_packed = np.dtype(array.encoding.get("dtype", array.dtype)).kind == "f" or np.asarray(stated).dtype.kind in "iu"
-    return high * scale + offset if is_packed else high
+    return end * scale + offset if is_packed and np.isfinite(end) else end
 
 
 def largest_amount(step: timedelta) -> float:

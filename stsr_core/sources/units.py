@@ -122,6 +122,11 @@ def length_in(units: str, metres: float) -> float | None:
     return None if found is None else found / metres
 
 
+def radians_in(units: str) -> float | None:
+    """Return how many radians one unit of angle is; None where `units` are no angle, as 1 is none here."""
+    return None if units.strip() == "1" else _converted(units, "radian")
+
+
 def seconds_in(units: str) -> float | None:
     """Return how many seconds one unit of time is; None where `units` are none, or uneven as months are."""
     return None if UNEVEN_TIME.search(units) else _converted(units, "s")

@@ -21,7 +21,7 @@ from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
 from stsr_core.files import whole
 from stsr_core.grids import coarsen
 from stsr_core.sources.declared import NOTHING, Declared
-from stsr_core.sources.fine import READ_STEPS, FineRun, fine_runs, places_of
+from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint
 from stsr_core.statics import StaticSource
@@ -107,7 +107,8 @@ def load_archive(
         options_of: gives the options of the filesystem of a URL.
 
     Raises:
-        SourceError: no files, a missing variable, or amounts that do not fit the quantum's range.
+        SourceError: no files, a missing variable, a run without any value, or amounts that do not fit the quantum's
+            range.
     """
     if not urls:
         raise SourceError("No training files are named. Name them with --archive, or --train and --validation.")
@@ -133,7 +134,7 @@ def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
     if kept is not None and kept.is_file():
         mapped: NDArray[np.uint16] = np.load(kept, mmap_mode="r")
         return mapped
-    shape = (run.steps, *run.read(0, 1).shape[1:])
+    shape = (run.steps, *run.grid.shape)
     if kept is None:
         quanta = np.empty(shape, np.uint16)
         _fill(quanta, run)
@@ -147,8 +148,8 @@ def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
 
 
 def _fill(quanta: NDArray[np.uint16], run: FineRun) -> None:
-    for first in range(0, run.steps, READ_STEPS):
-        quanta[first : first + READ_STEPS] = to_quanta(run.name, run.read(first, first + READ_STEPS))
+    for steps, amount in run.blocks():
+        quanta[steps] = to_quanta(run.name, amount)
 
 
 def to_quanta(name: str, amount: NDArray[np.floating]) -> NDArray[np.uint16]:

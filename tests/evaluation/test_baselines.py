@@ -25,7 +25,17 @@ def test_rainfarm_is_left_out_where_a_grid_is_too_small_for_a_spectrum():
     wet = np.random.default_rng(0).gamma(0.5, 2.0, (2, 4, 3)).astype(np.float32)
     assert without_rainfarm(wet.shape) is None
     assert np.isfinite(rainfarm(wet, FACTOR, members=1, seed=0)).all()
-    assert "more cells" in str(without_rainfarm((2, 3, 3)))
+    for shape in ((2, 3, 3), (2, 1, 9), (2, 9, 1)):
+        assert "more cells" in str(without_rainfarm(shape))
+
+
+def test_rainfarm_spreads_frames_evenly_of_which_no_slope_can_be_fitted(coarse):
+    coarse[0] = 2.0  # the same everywhere
+    coarse[1, :4] = np.arange(1.0, 5)[:, None]  # other in every row only
+    one, factor = coarse[:, :4, :8], Factor(space=4, time=1)
+    found = rainfarm(one, factor, members=1, seed=3)
+    np.testing.assert_allclose(found[0, :2], even_spreading(one, factor)[0, :2], rtol=1e-6)
+    assert found[0, 2].reshape(4, 4, 8, 4).std(axis=(1, 3)).max() > 0.1
 
 
 def test_rainfarm_conserves_varies_and_repeats(coarse):

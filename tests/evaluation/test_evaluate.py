@@ -79,6 +79,19 @@ def test_the_wettest_hours_stay_inside_one_run(tmp_path):
     np.testing.assert_allclose(sorted(truth.fine[0, :, 0, 0]), [0.1, 0.1, 9, 9])
 
 
+@pytest.mark.parametrize(("missing", "first"), [(slice(0, 50), 50), (slice(0, 1), 48), (slice(52, 100), 48)])
+def test_the_wettest_hours_avoid_steps_without_a_value(tmp_path, missing, first):
+    path = write(tmp_path / "a.nc", hours=100, cells=8)
+    data = xr.load_dataset(path)
+    data["precipitation"][:] = 0.0
+    data["precipitation"][50:52] = data["precipitation"][60] = 1.0
+    data["precipitation"][missing] = np.nan
+    data.to_netcdf(path, mode="w")
+    expected = data["precipitation"].to_numpy()[first : first + 4, :, :8]
+    truth = read_truth([path], Factor(space=4, time=1), hours=4, cells=8, variable="precipitation")
+    np.testing.assert_array_equal(truth.fine[0], expected)
+
+
 def test_missing_truth_makes_whole_coarse_cells_missing(tmp_path):
     path = write(tmp_path / "a.nc", hours=3)
     data = xr.load_dataset(path)
@@ -94,6 +107,10 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
     path = write(tmp_path / "a.nc", hours=2)
     with pytest.raises(SourceError, match="no gap-free run of 3 steps"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="precipitation")
+    with pytest.raises(ConfigurationError, match="--hours 2 is less than the 3 of a coarse cell .* Ask for --hours 3"):
+        read_truth([path], FACTOR, hours=2, cells=40, variable="precipitation")
+    with pytest.raises(ConfigurationError, match="--cells 3 is less than the 4 of a coarse cell .* Ask for --cells 4"):
+        read_truth([path], FACTOR, hours=24, cells=3, variable="precipitation")
     with pytest.raises(SourceError, match="no variable 'rain'; it has .'precipitation'"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="rain")
     data = xr.load_dataset(path)
@@ -104,7 +121,8 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
     ):
         read_truth([path], Factor(space=4, time=1), hours=2, cells=40, variable="precipitation")
     with pytest.raises(SourceError, match="no whole coarse cell"):
-        read_truth([path], Factor(space=25, time=1), hours=2, cells=20, variable="precipitation")
+        read_truth([write(tmp_path / "b.nc", cells=20)], Factor(space=25, time=1), hours=2, cells=40,
+                   variable="precipitation")  # fmt: skip
 
 
 def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path):
@@ -135,15 +153,16 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     stsr = found.table["stsr"]
     assert stsr["closure_quanta"] == 0
     assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
-    low, high = found.intervals["linear"]
-    assert low <= stsr["crps_over_linear"] <= high
+    assert np.isnan(found.intervals["linear"]).all()  # of one block
     assert found.ranks.sum() == pytest.approx(1.0)
     for raised in ("1.07", "1.2"):  # conservation carries the signal of the mean through
         assert found.signal[raised]["mean"] == pytest.approx(float(raised), rel=1e-3)
     numbers = json.loads((tmp_path / "s.json").read_text())
     defined = {name: value if math.isfinite(value) else None for name, value in stsr.items()}
     assert numbers["scores"]["stsr"] == pytest.approx(defined)
+    assert (numbers["crps_ratio_intervals_95"]["linear"], numbers["crps_ratio_blocks"]) == ([None, None], 1)
     page = (tmp_path / "s.html").read_text()
+    assert "unknown: 6 blocks of 6 steps and 128 cells are needed, not 1" in page
     assert len(re.findall('src="data:image/png;base64,', page)) == 2
     assert "http" not in page.replace("http-equiv", "")
     assert {"closure_quanta", "crps_over_rainfarm"} <= {name for name, *_ in bars(found)}
@@ -151,6 +170,18 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     assert any("members done" in line for line in lines)
     assert done == begun
     assert {*found.table, "input x 1.2", "scores"} - {"even", "linear"} <= set(begun)
+
+
+def test_an_evaluation_of_enough_hours_and_places_has_intervals(tmp_path, checkpoints):
+    data = xr.load_dataset(write(tmp_path / "a.nc", hours=36, cells=8))
+    data.to_netcdf(tmp_path / "b.nc")
+    found = evaluate_checkpoint(
+        [str(tmp_path / "a.nc"), str(tmp_path / "b.nc")], 4, 3, Options(members=2, hours=18, cells=8),
+        checkpoints=checkpoints, record=False, json_file=None, html_file=None, device="cpu", report=lambda _: None,
+    )  # fmt: skip
+    assert found.blocks == 6
+    low, high = found.intervals["linear"]
+    assert low < found.table["stsr"]["crps_over_linear"] < high
 
 
 def test_data_without_rain_have_scores_that_are_undefined(tmp_path, checkpoints):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stsr_core.evaluation.bootstrap import ratio_interval, sums_by_block
+from stsr_core.evaluation.bootstrap import LEAST_BLOCKS, ratio_interval, sums_by_block
 from stsr_core.evaluation.scores import (
     autocorrelation,
     crps_field,
@@ -187,6 +187,13 @@ def test_the_largest_amounts_are_those_of_each_member():
     assert found["maximum_ratio"] == pytest.approx((3 + 1 + 6) / 3 / 3)
 
 
+def test_ranks_of_amounts_that_are_the_same_in_quanta_are_ties():
+    quanta = 10 * np.random.default_rng(0).integers(6, 8, (9, 1, 50, 40, 40))  # 0.6 or 0.7 mm, as a radar has them
+    members, truth = quanta[:8].astype(np.float32) * np.float32(0.01), (quanta[8] / 100).astype(np.float32)
+    assert (members != truth).mean() > 0.6  # two thirds of float32 numbers differ in the last digit, or in amount
+    np.testing.assert_allclose(rank_histogram(members, truth), 1 / 9, atol=0.005)
+
+
 def test_days_of_1_mm_are_wet():
     days = np.array([0.9, 1.1, 3.1], np.float32).reshape(3, 1, 1)
     assert daily_indices(days, steps_per_day=1)["sdii"] == pytest.approx(2.1)
@@ -205,6 +212,14 @@ def test_the_interval_is_that_of_the_ratio_of_means_where_blocks_are_not_alike()
     low, high = ratio_interval(sums_by_block(first), sums_by_block(second))
     assert low < first.mean() / second.mean() < high
     assert low + high == pytest.approx(2 * first.mean() / second.mean(), rel=0.03)
+
+
+def test_few_blocks_have_no_interval():
+    blocks = np.random.default_rng(0).gamma(2.0, 1.0, LEAST_BLOCKS)
+    low, high = ratio_interval(blocks, np.ones(LEAST_BLOCKS))
+    assert blocks.min() <= low < blocks.mean() < high <= blocks.max()
+    for number in range(1, LEAST_BLOCKS):
+        assert np.isnan(ratio_interval(blocks[:number], np.ones(number))).all()
 
 
 def test_an_interval_leaves_resamples_without_rain_out():

@@ -190,3 +190,22 @@ def test_more_digits_than_a_stamp_has_name_no_time(hours, tmp_path):
     path.write_bytes((hours / "2018050101_RR.gtif").read_bytes())
     with pytest.raises(SourceError, match="names no time"):
         open_dataset(str(path))
+
+
+def test_blocks_and_the_grid_of_a_run_may_lack_all_values(archive, tmp_path):
+    data = xr.load_dataset(archive())
+
+    def without(steps):
+        path = tmp_path / f"without-{steps.start}-{steps.stop}.nc"
+        data.where(~data["time"].isin(data["time"][steps])).to_netcdf(path)
+        (run,) = fine_runs(str(path), "rain")
+        return run
+
+    for steps in (slice(0, 1), slice(48, 96)):
+        run = without(steps)
+        assert run.grid == fine_runs(archive(), "rain")[0].grid
+        read = np.concatenate([amount for _, amount in run.blocks()])
+        assert np.isnan(read[steps]).all()
+        assert np.isnan(read).sum() == read[steps].size
+    with pytest.raises(SourceError, match="All values of without-0-96 from 2018-05-01 01:00:00 to .* are missing"):
+        list(without(slice(0, 96)).blocks())

@@ -182,6 +182,43 @@ def test_axes_may_lie_along_dimensions_under_other_names_but_not_contradict_them
         read_coarse(swapped, "pr")
 
 
+def test_numbers_of_rows_and_columns_give_way_to_latitudes_and_longitudes_along_them():
+    lat, lon = np.arange(43.0, 45.0, 0.25), np.arange(4.0, 7.0, 0.25)
+    coords = {"y": np.arange(lat.size), "x": np.arange(lon.size), "lat": ("y", lat, {"units": "degrees_north"}),
+              "lon": ("x", lon, {"units": "degrees_east"})}  # fmt: skip
+    data = timed({"pr": (("time", "y", "x"), rain(2, lat.size, lon.size))}, coords)
+    rings = rectangles(edges(lon), edges(lat), CRS.from_epsg(4326))
+    check(data, rings)
+    check(data.drop_vars("x"), rings)
+    check(data, rings, Declared(crs="EPSG:4326"))
+    with pytest.raises(GridError, match="which is no length"):  # declared in metres, but in no units
+        read_coarse(data.drop_vars(["y", "x"]), "pr", Declared(crs="EPSG:3857"))
+
+
+@pytest.mark.parametrize("attributes", [{"axis": "Y"}, {"units": "1"}, {"standard_name": "latitude"}])
+def test_an_axis_that_contradicts_the_latitudes_along_it_is_refused(attributes):
+    lat, lon = np.arange(43.0, 45.0, 0.25), np.arange(4.0, 7.0, 0.25)
+    coords = {"y": ("y", lat + 0.1, attributes), "x": lon, "lat": ("y", lat, {"units": "degrees_north"})}
+    data = timed({"pr": (("time", "y", "x"), rain(2, lat.size, lon.size))}, coords)
+    declared = Declared(crs="EPSG:4326")
+    assert read_coarse(data, "pr", declared).grid.y.first == pytest.approx(43.1)
+    data["y"] = ("y", np.arange(lat.size), attributes)
+    for one in (declared, Declared()):
+        with pytest.raises(GridError, match="Axis y runs from 0 to 7, and lat along it from 43 to 44.75. Remove"):
+            read_coarse(data, "pr", one)
+
+
+def test_projected_axes_may_have_latitudes_and_longitudes_along_them():
+    y, x = 5.3e6 + 2.5e4 * np.arange(8), 4e5 + 2.5e4 * np.arange(12)
+    _, lat = Transformer.from_crs(3857, 4326, always_xy=True).transform(x[:8], y)
+    for attributes in ({}, {"units": "m"}):
+        coords = {"y": ("y", y, attributes), "x": ("x", x, attributes), "lat": ("y", lat, {"units": "degrees_north"})}
+        data = timed({"pr": (("time", "y", "x"), rain(2, 8, 12))}, coords)
+        grid = read_coarse(data, "pr", Declared(crs="EPSG:3857")).grid
+        np.testing.assert_allclose(grid.y.centres, y)
+        np.testing.assert_allclose(grid.x.centres, x)
+
+
 def test_rotated_axes_without_their_pole_are_not_taken_for_latitudes():
     data = timed(
         {"pr": (("time", "rlat", "rlon"), rain(2, 3, 4))},
@@ -479,3 +516,27 @@ def test_axes_in_radians_are_in_radians():
     grid = read_coarse(data, "pr").grid
     np.testing.assert_allclose(grid.y.centres, lat)
     np.testing.assert_allclose(grid.x.centres, lon)
+
+
+@pytest.mark.parametrize("units", ["radian", "rad", "microradian"])
+@pytest.mark.parametrize("names", [("axis", "Y", "X"), ("standard_name", "projection_{}_angular_coordinate", "")])
+def test_angles_that_a_geostationary_satellite_scans_are_lengths_over_its_height(units, names):
+    height, size = 35_785_831.0, 1e-6 if units == "microradian" else 1.0
+    mapping = {"grid_mapping_name": "geostationary", "perspective_point_height": height, "sweep_angle_axis": "x",
+               "longitude_of_projection_origin": -75.0, "latitude_of_projection_origin": 0.0,
+               "semi_major_axis": 6378137.0, "semi_minor_axis": 6356752.31414}  # fmt: skip
+    angle, step = {"y": 0.08 - 5.6e-5 * np.arange(6), "x": -0.03 + 5.6e-5 * np.arange(7)}, 5.6e-5
+    attribute, *words = names
+    coords = {}
+    for dim, word in zip("yx", words, strict=True):
+        said = {attribute: (word or words[0]).format(dim), "units": units, "bounds": f"{dim}_bnds"}
+        coords[dim] = (dim, angle[dim] / size, said)
+        coords[f"{dim}_bnds"] = ((dim, "nv"), (angle[dim][:, None] + [-step / 2, step / 2]) / size)
+    data = timed({"pr": (("time", "y", "x"), rain(2, 6, 7), {"grid_mapping": "m"}), "m": ((), 0, mapping)}, coords)
+    grid = read_coarse(data, "pr").grid
+    assert CRS.from_wkt(grid.crs_wkt) == CRS.from_cf(mapping)
+    np.testing.assert_allclose(grid.y.centres, angle["y"] * height)
+    np.testing.assert_allclose(grid.x.centres, angle["x"] * height)
+    data["x"].attrs["units"] = "1"
+    with pytest.raises(GridError, match="Axis x is in '1', which is no length"):
+        read_coarse(data, "pr")

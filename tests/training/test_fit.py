@@ -16,6 +16,7 @@ from stsr_core.downscaler import Downscaler
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
+from stsr_core.store.layout import MISSING
 from stsr_core.training.command import Data, train_checkpoint
 from stsr_core.training.fit import fit
 from stsr_core.training.losses import mean_loss
@@ -132,6 +133,21 @@ def test_where_gaps_leave_no_room_for_wide_patches_training_takes_those_of_the_a
     assert {drawn.spacing_km for drawn in run._watched} == {1}
     with pytest.raises(SourceError, match="No complete patch"):
         draw_patch(gappy, CONFIGURATION, np.random.default_rng(0), spacing=2)
+
+
+def test_an_archive_may_lack_whole_blocks_and_no_patch_is_drawn_from_these(tmp_path):
+    rain = np.ones((120, 100, 120), np.float32)
+    rain[48:96] = np.nan  # one block that is read at a time
+    fine_dataset(rain).to_netcdf(tmp_path / "a.nc")
+    for cache in (None, tmp_path / "cache"):
+        (region,) = load_archive([str(tmp_path / "a.nc")], cache=cache)
+        assert (region.quanta[48:96] == MISSING).all()
+        assert (region.quanta[:48] == 100).all()
+        assert (region.quanta[96:] == 100).all()
+        assert not region.weights[8:16].any()
+        for seed in range(20):
+            patch = draw_patch([region], CONFIGURATION, np.random.default_rng(seed), augment=False)
+            np.testing.assert_array_equal(patch.fine, 1.0)
 
 
 def test_regions_know_the_spacing_of_their_grid(tmp_path):
