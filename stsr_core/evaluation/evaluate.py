@@ -46,7 +46,8 @@ OURS = "stsr"
 REFERENCE = "reference"
 NOT_DISTILLED = "not distilled"  # what variants of the sampler vary
 UNCONSERVED, NO_ATTENTION = "without conservation", "without attention over time"
-BASELINES = ("even", "linear", "rainfarm")
+RAINFARMS = {"rainfarm": False, "rainfarm_smooth": True}  # whether it is smoothed
+BASELINES = ("even", "linear", *RAINFARMS)
 
 
 @dataclass(frozen=True)
@@ -321,12 +322,16 @@ def _baselines(
         "even": np.stack([even_spreading(c, factor) for c in truth.coarse], axis=1),
         "linear": np.stack([linear(c, factor) for c in truth.coarse], axis=1),
     }
-    if why := without_rainfarm(truth.coarse.shape):
-        report(f"RainFARM is left out: {why}")
-    else:
-        with watch("rainfarm", options.members * len(truth.coarse)) as advance:
-            places = [rainfarm(c, factor, options.members, options.seed, progress=advance) for c in truth.coarse]
-        fields["rainfarm"] = np.stack(places, axis=1)
+    for name, smooth in RAINFARMS.items():
+        if why := without_rainfarm(truth.coarse.shape, smooth=smooth):
+            report(f"{name} is left out: {why}")
+            continue
+        with watch(name, options.members * len(truth.coarse)) as advance:
+            places = [
+                rainfarm(c, factor, options.members, options.seed, smooth=smooth, progress=advance)
+                for c in truth.coarse
+            ]
+        fields[name] = np.stack(places, axis=1)
     hole = np.isnan(truth.fine)
     for field_ in fields.values():
         field_[:, hole] = np.nan

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.evaluation.bootstrap import BLOCK_CELLS, BLOCK_STEPS, LEAST_BLOCKS
-from stsr_core.evaluation.evaluate import BASELINES, OURS, Evaluation
+from stsr_core.evaluation.evaluate import BASELINES, OURS, RAINFARMS, Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
@@ -155,7 +155,7 @@ def maps(evaluation: Evaluation) -> Figure:
     ours = evaluation.fields[OURS]
     columns = [
         "coarse",
-        *(n for n in ("linear", "rainfarm") if n in evaluation.fields),
+        *(n for n in ("linear", *RAINFARMS) if n in evaluation.fields),
         "mean",
         "member 0",
         "member 1",

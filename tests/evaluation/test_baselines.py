@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
 from stsr_core.factors import Factor
@@ -36,6 +37,23 @@ def test_rainfarm_spreads_frames_evenly_of_which_no_slope_can_be_fitted(coarse):
     found = rainfarm(one, factor, members=1, seed=3)
     np.testing.assert_allclose(found[0, :2], even_spreading(one, factor)[0, :2], rtol=1e-6)
     assert found[0, 2].reshape(4, 4, 8, 4).std(axis=(1, 3)).max() > 0.1
+
+
+def test_rainfarm_that_is_smoothed_conserves_and_does_not_step_at_the_borders_of_coarse_cells():
+    factor = Factor(space=8, time=1)
+    coarse = gaussian_filter(np.random.default_rng(0).gamma(0.1, 2.0, (3, 12, 12)), (0, 1.5, 1.5)).astype(np.float32)
+
+    def steps_at_borders(fields: np.ndarray) -> float:
+        steps = np.abs(np.diff(fields, axis=-1)).mean(axis=(0, 1, 2))
+        return float(steps[7::8].mean() / np.delete(steps, np.s_[7::8]).mean())
+
+    plain, smooth = (rainfarm(coarse, factor, members=2, seed=3, smooth=how) for how in (False, True))
+    for member in smooth:
+        np.testing.assert_allclose(coarsen(member, factor), coarse, rtol=1e-4, atol=1e-5)
+    assert steps_at_borders(plain) > 2
+    assert 0.8 < steps_at_borders(smooth) < 1.2
+    assert without_rainfarm((3, 12, 12), smooth=True) is None
+    assert "squares only" in str(without_rainfarm((3, 12, 13), smooth=True))
 
 
 def test_rainfarm_conserves_varies_and_repeats(coarse):

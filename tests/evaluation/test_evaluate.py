@@ -12,7 +12,7 @@ import xarray as xr
 from stsr_core.checkpoint import Library
 from stsr_core.errors import ConfigurationError, FactorError, SourceError
 from stsr_core.evaluation.command import evaluate_checkpoint, table_text
-from stsr_core.evaluation.evaluate import Options
+from stsr_core.evaluation.evaluate import BASELINES, OURS, Options
 from stsr_core.evaluation.report import bars
 from stsr_core.evaluation.truth import read_truth
 from stsr_core.factors import Factor
@@ -145,7 +145,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
         checkpoints=tmp_path / "checkpoints", record=False, json_file=tmp_path / "s.json",
         html_file=tmp_path / "s.html", device="cpu", report=lines.append, watch=watch,
     )  # fmt: skip
-    methods = {"stsr", "even", "linear", "rainfarm", "mean only", "f exact", "without conservation", "twice L"}
+    methods = {OURS, *BASELINES, "mean only", "f exact", "without conservation", "twice L"}
     assert methods | {"without attention over time", "half of beta"} <= set(found.table)
     assert all(found.table[name]["crps"] > 0 for name in methods)
     crps = [found.table[name]["crps"] for name in ("stsr", "not distilled", "half the evaluations")]
