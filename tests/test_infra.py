@@ -141,6 +141,19 @@ def test_docker_compose_accepts_the_compose_file(tmp_path):
     assert "set it in .env" in done.stderr
 
 
+def test_compose_starts_the_s3_server_anew_where_keys_rotate(tmp_path):
+    def configured(secret):
+        (tmp_path / ".env").write_text(
+            f"POSTGRES_PASSWORD=x\nSTSR_S3_ACCESS_KEY_ID=x\nSTSR_S3_SECRET_ACCESS_KEY={secret}\n"
+        )
+        command = [program("docker-compose"), "--env-file", tmp_path / ".env", "-f", INFRA / "compose.yaml", "config"]
+        done = subprocess.run([*command, "--hash", "*"], capture_output=True, text=True, check=True)
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    before, after = configured("old"), configured("new")
+    assert {n for n in before if before[n] != after[n]} == {"s3", "deploy", "worker", "catalogue"}
+
+
 def rendered():
     """What `kubectl apply -k` would send, and the job that the Prefect worker makes of a run."""
     found = [
