@@ -96,7 +96,8 @@ async def deploy(declared: Declared, release: Release, *, dry_run: bool = False)
         await _pool(client, chosen, changes)
         await _queues(client, declared, chosen.work_pool, changes)
         await _limits(client, declared, changes)
-        await _deployments(client, declared, (chosen.work_pool, variables, release.reference), products, changes)
+        wanted = declared.deployments_on(release.infrastructure)
+        await _deployments(client, wanted, (chosen.work_pool, variables, release.reference), products, changes)
         await _automations(client, declared, await _alert_block(client, settings, changes), products, changes)
         await _remember(release, changes)
     return changes.lines
@@ -204,7 +205,7 @@ async def _limits(client: PrefectClient, declared: Declared, changes: Changes) -
 
 async def _deployments(
     client: PrefectClient,
-    declared: Declared,
+    deployments: list[Deployment],
     place: tuple[str, dict[str, Any], str],
     products: list[str],
     changes: Changes,
@@ -213,7 +214,7 @@ async def _deployments(
     ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[MARK]))
     there = {(await client.read_flow(d.flow_id)).name + "/" + d.name: d for d in await _all(client, ours)}
     names = set()
-    for deployment in declared.deployments:
+    for deployment in deployments:
         flow = _flow(deployment)
         full = f"{flow.name}/{deployment.name}"
         names.add(full)

@@ -214,6 +214,34 @@ def test_the_declaration_is_valid_and_complete():
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
 
 
+def test_pods_without_gpu_and_disk_get_no_trainings():
+    declared = Declared.load(shipped_declaration())
+    names = {i: {d.name for d in declared.deployments_on(i)} for i in InfrastructureName}
+    assert names["process"] == names["docker"] == set(redeploy.MODULES)
+    assert names["kubernetes"] == names["process"] - {"train", "evaluate"}
+
+
+def test_the_smoke_run_is_the_same_whatever_the_settings_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("STSR_MATCH_LIMIT=1.01\nPREFECT_API_URL=http://127.0.0.1:9/api\n")
+    for name in ("CHECKPOINTS", "DEVICE", "MAX_DEVICE_HOURS"):
+        monkeypatch.setenv(f"STSR_{name}", "my-own")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    called = []
+
+    def run(command, **how):
+        called.append((command, how["cwd"], [k for k in how["env"] if k.startswith(("STSR_", "PREFECT_API"))]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(redeploy.subprocess, "run", run)
+    monkeypatch.setattr(redeploy, "event", lambda *_, **__: None)
+    redeploy.smoke_run.fn(tmp_path, 2)
+    assert [command[4] for command, _, _ in called] == ["demo", "catalog"]
+    for _, folder, settings in called:
+        assert folder != tmp_path
+        assert not settings
+
+
 def test_every_field_of_every_form_says_what_it_is():
     for deployment in Declared.load(shipped_declaration()).deployments:
         flow = getattr(importlib.import_module(deployment.module), deployment.function)
