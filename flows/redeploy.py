@@ -235,13 +235,21 @@ def smoke_run(folder: Path, members: int) -> None:
 @task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def register(release: Release) -> None:
     """Register the deployments of a release, by its own code."""
+    event("registered", reference=release.reference, changes=register_by_its_code(release))
+
+
+def register_by_its_code(release: Release, *options: str) -> str:
+    """Run `stsr deploy` of a release's own code, and return what it prints.
+
+    Raises:
+        RedeployError: it fails; the message ends with what it said.
+    """
     assert release.code is not None
     assert release.home is not None
-    found = _stsr(
+    return _stsr(
         Path(release.code), "deploy", "--code", release.code, "--home", release.home,
-        "--reference", release.reference, cwd=Path(release.home), limit_s=CHECK_S, without=RUN,
-    )  # fmt: skip
-    event("registered", reference=release.reference, changes=found.strip())
+        "--reference", release.reference, *options, cwd=Path(release.home), limit_s=CHECK_S, without=RUN,
+    ).strip()  # fmt: skip
 
 
 def difference(before: Release | None, new: Fetched) -> str:

@@ -253,7 +253,7 @@ def _start(name: str, command: list[str], folder: Path, environment: Mapping[str
 
 
 def _deploy(folder: Path, environment: Mapping[str, str]) -> None:
-    command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder)]
+    command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder), "--keep-release"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigurationError(f"The deployments were not registered: {(done.stdout + done.stderr)[-2000:]}")
