@@ -24,10 +24,11 @@ from prefect.states import Pending
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
+from flows import backfill as backfills
 from flows import nightly as night
 from flows import redeploy, stages, tasks
 from flows.artifacts import key_of
-from flows.backfill import backfill, cut_pieces
+from flows.backfill import Piece, _show_pieces, backfill, cut_pieces
 from flows.declared import Declared, InfrastructureName, shipped_declaration
 from flows.deploy import Release
 from flows.jobs import jobs
@@ -85,6 +86,18 @@ def test_pieces_cover_the_plan_once_in_either_order(plan):
     assert [len(p.keys) for p in oldest] == [4, 4, 2]
     assert sorted(key for p in oldest for key in p.keys) == sorted(s.key for s in plan.shards)
     assert list(cut_pieces(plan, 4, Order.newest_first)) == oldest[::-1]
+
+
+@pytest.mark.parametrize(("done", "first", "last"), [(1, 0, 99), (100, 0, 99), (250, 150, 249), (1000, 900, 999)])
+def test_of_many_pieces_a_table_that_is_written_after_each_shows_the_last_hundred(monkeypatch, done, first, last):
+    shown = []
+    monkeypatch.setattr(backfills.artifacts, "table", lambda *arguments: shown.append(arguments))
+    _show_pieces("p", [Piece(str(i), frozenset()) for i in range(1000)], done)
+    [(_, rows, description)] = shown
+    assert (rows[0]["piece"], rows[-1]["piece"], len(rows)) == (str(first), str(last), 100)
+    assert {row["done"] for row in rows[: done - first]} == {"yes"}
+    assert {row["done"] for row in rows[done - first :]} <= {""}
+    assert description == f"{done} of 1000 pieces of p"
 
 
 def test_a_backfill_takes_no_name_of_a_nightly_product_and_none_that_cannot_be_published():
