@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     destination: str = Field(
         default="stsr-output", description="Folder or s3://bucket/prefix that holds the published catalogue."
     )
+    public_url: str | None = Field(
+        default=None, description="Address at which browsers find the destination, if not that of the object store."
+    )
     sole_publisher: bool = Field(
         default=False, description="Nobody else publishes there: accept a store without conditional writes."
     )

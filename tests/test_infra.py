@@ -126,6 +126,8 @@ def test_compose_is_consistent():
     assert {int(p) for p in re.findall(r"http://\w+:(\d+)", text)} == {4200, 8333}
     asked = set(re.findall(r"\$\{(\w+)", text))
     assert asked == set(re.findall(r"^(\w+)=", (INFRA / "example.env").read_text(), re.MULTILINE))
+    public = compose["x-stsr"]["environment"]["STSR_PUBLIC_URL"]  # browsers do not find http://s3:8333
+    assert services["catalogue"]["command"][-1] == public
     assert services["deploy"]["command"][-1] == "--keep-release"  # that of a redeploy, each time it starts
     docker = Declared.load(shipped_declaration()).infrastructures["docker"]
     assert docker.job_variables["networks"] == [compose["networks"]["stsr"]["name"]]
