@@ -166,6 +166,7 @@ def fetch(reference: str, repository: str, releases: Path) -> Fetched:
         if not _is_mirror(mirror):
             with _beside(mirror) as new:
                 _git("clone", "--quiet", "--mirror", repository, str(new))
+        mirror.chmod(0o700)  # its address may hold a token
         _git("-C", str(mirror), "remote", "set-url", "origin", repository)
         _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
         commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()

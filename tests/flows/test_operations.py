@@ -164,6 +164,23 @@ def test_a_version_whose_picture_cannot_be_read_is_published_all_the_same(tmp_pa
     assert told == ["link", "stsr.version.published", "not_shown"]
 
 
+@pytest.mark.parametrize(
+    ("public", "endpoint", "url", "link"),
+    [
+        (None, "http://s3:8333/", "s3://b/cat/p/v1.json", "http://s3:8333/b/cat/p/v1.json"),
+        (None, None, "s3://b/cat/p/v1.json", "s3://b/cat/p/v1.json"),
+        ("https://x/cat/", "http://s3:8333", "s3://b/cat/p/v1.json", "https://x/cat/p/v1.json"),
+        ("https://x/cat", "http://s3:8333", "s3://b/catalogue/p/v1.json", "http://s3:8333/b/catalogue/p/v1.json"),
+        (None, None, "/data/p/v1.json", "file:///data/p/v1.json"),
+    ],
+)
+def test_the_link_of_a_version_is_one_that_a_browser_opens(monkeypatch, public, endpoint, url, link):
+    monkeypatch.setenv("STSR_DESTINATION", "s3://b/cat/")
+    monkeypatch.setenv("STSR_PUBLIC_URL", public or "")
+    options = {"endpoint_url": endpoint} if endpoint else {}
+    assert stages.browsable(url, SimpleNamespace(options=options)) == link
+
+
 def test_a_plan_above_the_limit_of_device_hours_is_refused(plan, library, monkeypatch):
     [job] = jobs("arpege-provence-1km", Settings())
     monkeypatch.setattr(tasks.product, "plan_product", lambda *_: plan)
@@ -328,7 +345,10 @@ def test_what_a_killed_clone_left_is_cloned_again(tmp_path, repository, left):
     found = fetch.fn("HEAD", str(repository), releases)
     assert (found.folder / "flows" / "nightly.py").is_file()
     assert {p.name for p in releases.iterdir()} == {".lock", "repository.git", found.folder.name}
+    assert mirror.stat().st_mode & 0o777 == 0o700
+    mirror.chmod(0o755)
     assert fetch.fn("HEAD", str(repository), releases) == found
+    assert mirror.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("command", ["clone", "fetch", "checkout"])
