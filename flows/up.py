@@ -180,7 +180,7 @@ def _environment(
         }
     others = _other_lines(folder / ".env", settings)
     here, there = Path.cwd() / "catalog.yaml", folder / "catalog.yaml"
-    named = "STSR_CATALOG_FILE" in os.environ or any(_name(line) == "STSR_CATALOG_FILE" for line in others)
+    named = os.environ.get("STSR_CATALOG_FILE") or any(_name(line) == "STSR_CATALOG_FILE" for line in others)
     if here.is_file() and not there.is_file() and not named:
         others.append(f"STSR_CATALOG_FILE={here}")  # as other commands that are typed here do, runs take it
     lines = [*(f"{k}={v}" for k, v in settings.items()), *others]
