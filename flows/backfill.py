@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 LIMIT = "stsr-backfill"  # global concurrency limit: pieces of all backfills that run at a time
 PATIENCE_S = 6 * HOUR_S  # seconds that a piece waits for nightly runs, at most
 LOOK_EVERY_S = 15.0
+SHOWN = 100  # pieces in the table that is written after each: all of many would fill the database
 LEASE_S = 60.0  # seconds after which the slot of a killed backfill is free again
 
 
@@ -125,9 +126,10 @@ def _make_all(work: Begun, pieces: Pieces, settings: Settings) -> None:
 
 
 def _show_pieces(name: str, pieces: list[Piece], done: int) -> None:
+    first = max(0, done - SHOWN)
     rows: list[dict[str, str | int | float]] = [
         {"piece": piece.name, "shards": len(piece.keys), "done": "yes" if i < done else ""}
-        for i, piece in enumerate(pieces)
+        for i, piece in enumerate(pieces[first : first + SHOWN], first)
     ]
     artifacts.table(artifacts.key_of("pieces", name), rows, f"{done} of {len(pieces)} pieces of {name}")
 

@@ -62,6 +62,7 @@ class Deployment(_Strict):
     work_queue: str
     concurrency_limit: int = Field(ge=1)
     schedules: tuple[Schedule, ...]
+    infrastructures: tuple[InfrastructureName, ...] = tuple(InfrastructureName)
     products: str | None = None  # parameter for which the form offers the products of catalog.yaml
 
     @property
@@ -121,6 +122,10 @@ class Declared(_Strict):
             if not limit.startswith(f"{MARK}-"):
                 raise ValueError(f"limit {limit} does not start with {MARK!r}")
         return self
+
+    def deployments_on(self, infrastructure: InfrastructureName) -> list[Deployment]:
+        """Return what is deployed where runs take place so."""
+        return [deployment for deployment in self.deployments if infrastructure in deployment.infrastructures]
 
     @classmethod
     def load(cls, path: Path) -> Declared:

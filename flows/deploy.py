@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -25,6 +25,7 @@ from prefect.events.actions import CallWebhook, ChangeFlowRunState, DoNothing
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from prefect.types import SecretDict
 from prefect.utilities.callables import parameter_schema
 from prefect.variables import Variable
@@ -36,6 +37,7 @@ from flows.parameters import ALL
 from stsr_core.configuration import Configuration, choose_catalog
 from stsr_core.errors import ConfigurationError
 from stsr_core.settings import Settings
+from stsr_core.sources.remote import shown
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 30  # seconds between heartbeats of a run; the zombie automation waits for five
 ALERT_BLOCK = "stsr-alert"
 RELEASE = "stsr_release"  # variable: what is deployed
+PAGE = 200  # what a server sends at most
+
+T = TypeVar("T")
 
 
 class Release(BaseModel):
@@ -85,21 +90,27 @@ async def deploy(declared: Declared, release: Release, *, dry_run: bool = False)
     Raises:
         ConfigurationError: no server answers, or the release does not fit the infrastructure.
     """
-    settings, changes = Settings(), Changes(dry_run)
+    settings, changes = settings_of(release), Changes(dry_run)
     chosen = declared.infrastructures.get(release.infrastructure)
     if chosen is None:
         raise ConfigurationError(f"prefect.yaml declares no infrastructure {release.infrastructure}. Add it there.")
-    products = list(Configuration.load(choose_catalog(settings.catalog_file)).products)
+    products = list(Configuration.load(choose_catalog(settings.catalog_file, Path(release.home or ""))).products)
     variables = _job_variables(chosen, release)
+    await require_server()
     async with get_client() as client:
-        await _require_server(client)
         await _pool(client, chosen, changes)
         await _queues(client, declared, chosen.work_pool, changes)
         await _limits(client, declared, changes)
-        await _deployments(client, declared, (chosen.work_pool, variables, release.reference), products, changes)
+        wanted = declared.deployments_on(release.infrastructure)
+        await _deployments(client, wanted, (chosen.work_pool, variables, release.reference), products, changes)
         await _automations(client, declared, await _alert_block(client, settings, changes), products, changes)
         await _remember(release, changes)
     return changes.lines
+
+
+def settings_of(release: Release) -> Settings:
+    """Return the settings that runs find: those of the environment, else of `.env` in their folder, or in this one."""
+    return Settings(_env_file=Path(release.home or "") / ".env")
 
 
 async def deployed() -> Release | None:
@@ -108,13 +119,38 @@ async def deployed() -> Release | None:
     return None if found is None else Release.model_validate(found)
 
 
-async def _require_server(client: PrefectClient) -> None:
+async def kept(release: Release) -> Release:
+    """Return what is deployed in the folder of a release, if its code is still there; else that release.
+
+    Raises:
+        ConfigurationError: no server answers.
+    """
+    await require_server()
+    before = await deployed()
+    if before is None or before.code is None or before.home != release.home:
+        return release
+    return before if (Path(before.code) / "flows").is_dir() else release
+
+
+async def require_server() -> None:
+    """Make sure that a server answers.
+
+    Raises:
+        ConfigurationError: none does, or no address is set: Prefect would start a server that ends with this command.
+    """
+    url = get_current_settings().api.url
+    if not url:
+        raise ConfigurationError(
+            "PREFECT_API_URL is not set, so there is no server to deploy to. Set it, for example to "
+            "http://127.0.0.1:4200/api; `stsr up` starts a server and prints its address."
+        )
     try:
-        response = await client.hello()
-        response.raise_for_status()
+        async with get_client() as client:
+            response = await client.hello()
+            response.raise_for_status()
     except httpx.HTTPError as e:
         raise ConfigurationError(
-            f"No Prefect server answers at {client.api_url} ({type(e).__name__}). Start one with `stsr up` or "
+            f"No Prefect server answers at {shown(url)} ({type(e).__name__}). Start one with `stsr up` or "
             "`prefect server start`, and set PREFECT_API_URL."
         ) from e
 
@@ -204,16 +240,17 @@ async def _limits(client: PrefectClient, declared: Declared, changes: Changes) -
 
 async def _deployments(
     client: PrefectClient,
-    declared: Declared,
+    deployments: list[Deployment],
     place: tuple[str, dict[str, Any], str],
     products: list[str],
     changes: Changes,
 ) -> None:
     pool, variables, reference = place
     ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[MARK]))
-    there = {(await client.read_flow(d.flow_id)).name + "/" + d.name: d for d in await _all(client, ours)}
+    registered = await _all(lambda n, skip: client.read_deployments(deployment_filter=ours, limit=n, offset=skip))
+    there = {(await client.read_flow(d.flow_id)).name + "/" + d.name: d for d in registered}
     names = set()
-    for deployment in declared.deployments:
+    for deployment in deployments:
         flow = _flow(deployment)
         full = f"{flow.name}/{deployment.name}"
         names.add(full)
@@ -228,9 +265,10 @@ async def _deployments(
             await client.delete_deployment(there[full].id)
 
 
-async def _all(client: PrefectClient, ours: DeploymentFilter) -> list[DeploymentResponse]:
-    found: list[DeploymentResponse] = []
-    while page := await client.read_deployments(deployment_filter=ours, limit=200, offset=len(found)):
+async def _all(read: Callable[[int, int], Awaitable[list[T]]]) -> list[T]:
+    """Read all pages; `read` is given the length of a page and how many of the things to leave out before it."""
+    found: list[T] = []
+    while page := await read(PAGE, len(found)):
         found += page
     return found
 
@@ -351,18 +389,23 @@ def _same_calls(found: Webhook | None, wanted: Webhook) -> bool:
 async def _automations(
     client: PrefectClient, declared: Declared, block: UUID | None, products: list[str], changes: Changes
 ) -> None:
-    there = {a.name: a for a in await client.read_automations() if a.name.startswith(f"{MARK}: ")}
+    everything = await _all(lambda n, skip: client.read_automations(limit=n, offset=skip))
+    ours = [a for a in everything if a.name.startswith(f"{MARK}: ")]
+    there = {a.name: a for a in reversed(ours)}
     wanted = {w.name: w for a in declared.automations for w in _expanded(a, block, products)}
     for name, automation in wanted.items():
         found = there.get(name)
         if found is None:
             if changes.add(f"created automation {name!r}"):
                 await client.create_automation(automation)
-        elif _bare(found) != _bare(automation) and changes.add(f"changed automation {name!r}"):
-            await client.update_automation(found.id, automation)
-    for name in sorted(there.keys() - wanted.keys()):
-        if changes.add(f"removed automation {name!r}"):
-            await client.delete_automation(there[name].id)
+            continue
+        as_switched = automation.model_copy(update={"enabled": found.enabled})  # in the UI, as schedules are
+        if _bare(found) != _bare(as_switched) and changes.add(f"changed automation {name!r}"):
+            await client.update_automation(found.id, as_switched)
+    for other in sorted(ours, key=lambda a: a.name):
+        keep = other.name in wanted and other is there[other.name]  # else not declared, or there twice
+        if not keep and changes.add(f"removed automation {other.name!r}"):
+            await client.delete_automation(other.id)
 
 
 def _expanded(automation: Automation, block: UUID | None, products: list[str]) -> Iterator[AutomationCore]:

@@ -95,9 +95,8 @@ def _everything(where: str, settings: Settings) -> list[str]:
     try:
         return [*products(where, storage_options=options), *beside]
     except StoreError:
-        if not beside:
-            raise
-        return beside  # nothing was ever published here
+        event("nothing_published", catalogue=where)
+        return beside
 
 
 def _keep_up(

@@ -37,6 +37,9 @@ SLACK_S = 60  # seconds that a task has beyond its commands, whose own errors sa
 BEGUN = "clone-"  # begins names of folders that are not whole yet
 MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy", "check")
 SHOWN = 6000  # characters of an output that artifacts show
+RUN = ("PREFECT__",)  # beginnings of the variables that are this run's own,
+SERVER = ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH")  # that lead to its server,
+SETTINGS = ("STSR_",)  # and that are an operator's, which need not fit the shipped sample
 
 
 class RedeployError(OperatorError):
@@ -163,6 +166,7 @@ def fetch(reference: str, repository: str, releases: Path) -> Fetched:
         if not _is_mirror(mirror):
             with _beside(mirror) as new:
                 _git("clone", "--quiet", "--mirror", repository, str(new))
+        mirror.chmod(0o700)  # its address may hold a token
         _git("-C", str(mirror), "remote", "set-url", "origin", repository)
         _git("-C", str(mirror), "fetch", "--quiet", "--prune", "origin")
         commit = _git("-C", str(mirror), "rev-parse", "--verify", "--end-of-options", f"{reference}^{{commit}}").strip()
@@ -220,24 +224,33 @@ def examine(folder: Path, home: Path, product: str) -> None:
 
 @task(name="smoke run", cache_policy=NO_CACHE, timeout_seconds=SMOKE_S + CHECK_S + SLACK_S)
 def smoke_run(folder: Path, members: int) -> None:
-    """Publish the shipped sample with the new code in a folder that is thrown away."""
+    """Publish the shipped sample with the new code in a folder that is thrown away, whatever the settings are here."""
     with tempfile.TemporaryDirectory(prefix="stsr-smoke-") as temporary:
-        catalogue = str(Path(temporary, "catalogue"))
-        _stsr(folder, "demo", "--to", catalogue, "--members", str(members), "--workers", "1", limit_s=SMOKE_S)
-        found = _stsr(folder, "catalog", "ls", "--catalog", catalogue, limit_s=CHECK_S)
+        home, without, catalogue = Path(temporary), RUN + SERVER + SETTINGS, str(Path(temporary, "catalogue"))
+        demo = ("demo", "--to", catalogue, "--members", str(members), "--workers", "1")
+        _stsr(folder, *demo, limit_s=SMOKE_S, cwd=home, without=without)
+        found = _stsr(folder, "catalog", "ls", "--catalog", catalogue, limit_s=CHECK_S, cwd=home, without=without)
     event("smoke_run_passed", published=found.strip())
 
 
 @task(name="register", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def register(release: Release) -> None:
     """Register the deployments of a release, by its own code."""
+    event("registered", reference=release.reference, changes=register_by_its_code(release))
+
+
+def register_by_its_code(release: Release, *options: str) -> str:
+    """Run `stsr deploy` of a release's own code, and return what it prints.
+
+    Raises:
+        RedeployError: it fails; the message ends with what it said.
+    """
     assert release.code is not None
     assert release.home is not None
-    found = _stsr(
+    return _stsr(
         Path(release.code), "deploy", "--code", release.code, "--home", release.home,
-        "--reference", release.reference, cwd=Path(release.home), limit_s=CHECK_S, server=True,
-    )  # fmt: skip
-    event("registered", reference=release.reference, changes=found.strip())
+        "--reference", release.reference, *options, cwd=Path(release.home), limit_s=CHECK_S, without=RUN,
+    ).strip()  # fmt: skip
 
 
 def difference(before: Release | None, new: Fetched) -> str:
@@ -293,16 +306,20 @@ def _subcommand(arguments: Sequence[str]) -> str:
     return arguments[2 if arguments[0] in ("-C", "--git-dir") else 0]
 
 
-def _stsr(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, server: bool = False) -> str:
-    return _python(folder, "-m", "stsr_core.cli", *arguments, limit_s=limit_s, cwd=cwd, server=server)
+def _stsr(
+    folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, without: tuple[str, ...] = RUN + SERVER
+) -> str:
+    return _python(folder, "-m", "stsr_core.cli", *arguments, limit_s=limit_s, cwd=cwd, without=without)
 
 
-def _python(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, server: bool = False) -> str:
+def _python(
+    folder: Path, *arguments: str, limit_s: float, cwd: Path | None = None, without: tuple[str, ...] = RUN + SERVER
+) -> str:
     """Run Python with the code of a folder and nothing else of ours; returns what it prints."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", *arguments],
-            cwd=cwd or folder, env=_environment(folder, server=server), capture_output=True, text=True, check=False,
+            cwd=cwd or folder, env=_environment(folder, without), capture_output=True, text=True, check=False,
             timeout=limit_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired as e:
@@ -313,9 +330,7 @@ def _python(folder: Path, *arguments: str, limit_s: float, cwd: Path | None = No
     return done.stdout
 
 
-def _environment(folder: Path, *, server: bool) -> Mapping[str, str]:
-    """This process's environment with other code; without a server, also without its Prefect."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT__")}
-    if not server:
-        kept = {k: v for k, v in kept.items() if k not in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH")}
+def _environment(folder: Path, without: tuple[str, ...]) -> Mapping[str, str]:
+    """This process's environment with other code, and without variables that begin so."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(without)}
     return {**kept, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}

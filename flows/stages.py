@@ -14,6 +14,7 @@ from stsr_core.catalog.documents import DamagedError
 from stsr_core.ensemble.generate import ShardError
 from stsr_core.ensemble.product import Cost
 from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
+from stsr_core.settings import Settings
 from stsr_core.store.layout import read_object
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from stsr_core.catalog.publish import Published
     from stsr_core.ensemble.plan import Plan
     from stsr_core.factors import Match
-    from stsr_core.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,10 +113,13 @@ def show_published(job: Job, published: Published, picture_url: str) -> None:
 
 
 def browsable(url: str, job: Job) -> str:
-    """Address that a browser may open: s3:// through the endpoint, folders as file://."""
-    endpoint = job.options.get("endpoint_url")
+    """Address that a browser may open: the public one, else s3:// through the endpoint, and folders as file://."""
+    settings, endpoint = Settings(), job.options.get("endpoint_url")
+    inside = url.removeprefix(settings.destination.rstrip("/") + "/")
+    if settings.public_url and inside != url:
+        return f"{settings.public_url.rstrip('/')}/{inside}"
     if url.startswith("s3://"):
-        return f"{endpoint}/{url.removeprefix('s3://')}" if endpoint else url
+        return f"{str(endpoint).rstrip('/')}/{url.removeprefix('s3://')}" if endpoint else url
     from pathlib import Path
 
     return Path(url).resolve().as_uri()

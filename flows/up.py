@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,11 +26,13 @@ import psutil
 
 from stsr_core.errors import ConfigurationError
 from stsr_core.files import whole
+from stsr_core.home import at_home
 
 START_S = 180.0  # seconds that a server has to answer
 STOP_S = 20.0  # seconds that processes have to end when asked
 LOOK_EVERY_S = 0.5
 BUCKET = "stsr"
+PLACES = ("STSR_CATALOG_FILE", "STSR_CHECKPOINTS", "STSR_RELEASES")  # settings that are folders or files of here
 WEED_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
               "s3.port.grpc")  # fmt: skip
 
@@ -176,7 +178,12 @@ def _environment(
             "STSR_S3_ACCESS_KEY_ID": keys[0],
             "STSR_S3_SECRET_ACCESS_KEY": keys[1],
         }
-    lines = [*(f"{k}={v}" for k, v in settings.items()), *_other_lines(folder / ".env", settings)]
+    others = _other_lines(folder / ".env", settings)
+    here, there = Path.cwd() / "catalog.yaml", folder / "catalog.yaml"
+    named = os.environ.get("STSR_CATALOG_FILE") or any(_name(line) == "STSR_CATALOG_FILE" for line in others)
+    if here.is_file() and not there.is_file() and not named:
+        others.append(f"STSR_CATALOG_FILE={here}")  # as other commands that are typed here do, runs take it
+    lines = [*(f"{k}={v}" for k, v in settings.items()), *others]
     _write_secret(folder / ".env", "\n".join([*lines, ""]))
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     code = str(Path(__file__).resolve().parents[1])
@@ -184,6 +191,7 @@ def _environment(
     return {
         "STSR_REPOSITORY": repository,  # of `redeploy`, if nothing else is set
         **kept,
+        **_absolute(PLACES),
         **settings,
         "PYTHONPATH": os.pathsep.join(p for p in (code, os.environ.get("PYTHONPATH", "")) if p),
         "PREFECT_HOME": str(folder / "prefect"),
@@ -197,10 +205,20 @@ def _environment(
     }
 
 
+def _absolute(names: Iterable[str]) -> dict[str, str]:
+    """Variables that name folders and files, for processes elsewhere; without those that are empty or not set."""
+    return {name: os.path.abspath(at_home(os.environ[name])) for name in names if os.environ.get(name)}  # noqa: PTH100
+
+
 def _other_lines(path: Path, settings: Mapping[str, str]) -> list[str]:
     """Lines of a `.env` that set something else: an operator's."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    return [line for line in lines if line.partition("=")[0].strip().removeprefix("export ").strip() not in settings]
+    return [line for line in lines if _name(line) not in settings]
+
+
+def _name(line: str) -> str:
+    """Name of the variable that a line of a `.env` sets."""
+    return line.partition("=")[0].strip().removeprefix("export ").strip()
 
 
 def _keys(folder: Path) -> tuple[str, str]:
@@ -253,7 +271,7 @@ def _start(name: str, command: list[str], folder: Path, environment: Mapping[str
 
 
 def _deploy(folder: Path, environment: Mapping[str, str]) -> None:
-    command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder)]
+    command = [sys.executable, "-m", "stsr_core.cli", "deploy", "--home", str(folder), "--keep-release"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigurationError(f"The deployments were not registered: {(done.stdout + done.stderr)[-2000:]}")

@@ -94,7 +94,9 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Publish a new version though nothing is new.")] = False,
     members: Annotated[int | None, typer.Option(min=1, help="Members; without it those of the product.")] = None,
     device: DeviceOption = None,
-    workers: Annotated[int, typer.Option(min=0, help="Dask workers; 0 is one per core or GPU.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Dask workers; default STSR_WORKERS, 0 is one per core or GPU.")
+    ] = None,
 ) -> None:
     """Run the nightly flow on the shipped ARPEGE forecast and publish it under ./stsr-demo.
 
@@ -103,8 +105,14 @@ def demo(
     from flows.embedded import run_embedded
     from stsr_core.settings import Settings
 
-    chosen = _device(device, Settings())
-    published = run_embedded(to, force=force, members=members, device=chosen, workers=workers)
+    settings = Settings()
+    chosen = settings.model_copy(
+        update={
+            "device": _device(device, settings),
+            "workers": settings.workers if workers is None else workers,
+        }
+    )
+    published = run_embedded(to, force=force, members=members, settings=chosen)
     if published is None:
         say(f"Nothing new since the last version under {to}; nothing was published. --force publishes it again.")
         return
@@ -469,10 +477,13 @@ def evaluate(
         bool, typer.Option("--reference", help="Also score the authors' setting: 1000 evaluations, f by tile. Slow.")
     ] = False,
     warming: Annotated[bool, typer.Option("--warming", help="Also score the response to a wetter input.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Threads; 0 is one per core.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads; default STSR_WORKERS, 0 is one per core.")
+    ] = None,
     device: DeviceOption = None,
     checkpoints: Annotated[
-        Path | None, typer.Option(callback=at_home, help="Folder of checkpoints; default the shipped ones.")
+        Path | None,
+        typer.Option(callback=at_home, help="Folder of checkpoints; default STSR_CHECKPOINTS, else the shipped ones."),
     ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write what is measured to the card, under the spacing of the grid.")
@@ -495,14 +506,15 @@ def evaluate(
     from stsr_core.settings import Settings
 
     settings = Settings()
+    own = Path(settings.checkpoints) if settings.checkpoints else None
     options = Options(
         members=members, hours=hours, cells=cells, coarser=coarser, variable=variable,
-        workers=workers or os.cpu_count() or 1, ablations=ablations,
+        workers=(settings.workers if workers is None else workers) or os.cpu_count() or 1, ablations=ablations,
         reference=reference, warming=warming, statics=_statics(static, settings), options_of=settings.source_options,
     )  # fmt: skip
     evaluation = evaluate_checkpoint(
         [at_home(place) for place in data], space, time, options,
-        checkpoints=checkpoints, record=record, json_file=json_file, html_file=html_file,
+        checkpoints=checkpoints or own, record=record, json_file=json_file, html_file=html_file,
         device=_device(device, settings), precision=settings.precision,
         report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
     )  # fmt: skip

@@ -345,7 +345,7 @@ def shipped_catalog() -> Path:
     return installed if installed.is_file() else package.parent / "catalog.yaml"
 
 
-def choose_catalog(named: Path | None) -> Path:
-    """Return the catalog.yaml to use: the one named, else ./catalog.yaml, else the shipped one."""
-    local = Path("catalog.yaml")
-    return named or (local if local.is_file() else shipped_catalog())
+def choose_catalog(named: Path | None, folder: Path = Path()) -> Path:
+    """Return the catalog.yaml to use in a folder: the one named, else the one there, else the shipped one."""
+    local = folder / "catalog.yaml"
+    return folder / named if named else local if local.is_file() else shipped_catalog()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -12,16 +13,18 @@ import tomllib
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from stsr_core.errors import ConfigurationError, StsrError
 from stsr_core.settings import Settings, unknown_names
+from stsr_core.sources.remote import shown
 from stsr_core.translation import missing
 from stsr_core.version import code_version
 
@@ -81,6 +84,7 @@ def examine(products: list[str] | None = None) -> Iterator[Finding]:
         ("store", _store),
         ("space", _space),
         ("Prefect server", _prefect),
+        ("Prefect worker", _worker),
         ("alerts", _alerts),
         ("git", _git),
     ]
@@ -216,11 +220,30 @@ def _scheduler(settings: Settings) -> Finding:
         return Finding("scheduler", Health.good, "none set; each run starts a local cluster")
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     try:
-        with socket.create_connection((parts.hostname or "", parts.port or 8786), timeout=ANSWER_S):
-            return Finding("scheduler", Health.good, f"{address} answers")
+        socket.create_connection((parts.hostname or "", parts.port or 8786), timeout=ANSWER_S).close()
     except (OSError, ValueError) as e:  # ValueError: it has no port that can be
         mend = "Start it, or correct or unset STSR_SCHEDULER_ADDRESS."
         return Finding("scheduler", Health.fault, f"{address} does not answer ({e})", mend)
+    return _workers(address)
+
+
+def _workers(address: str) -> Finding:
+    try:
+        count = asyncio.run(_count_workers(address))
+    except (OSError, ValueError):  # TimeoutError is one: what is no scheduler may say nothing at all
+        mend = "Correct STSR_SCHEDULER_ADDRESS: something else is there, or another version of Dask."
+        return Finding("scheduler", Health.fault, f"{address} answers, but as no Dask scheduler", mend)
+    if not count:
+        mend = "Start some with `dask worker`; runs wait for them."
+        return Finding("scheduler", Health.warning, f"{address} has no workers", mend)
+    return Finding("scheduler", Health.good, f"{address} answers, workers: {count}")
+
+
+async def _count_workers(address: str) -> int:
+    from distributed import rpc
+
+    async with asyncio.timeout(ANSWER_S), rpc(address) as scheduler:
+        return len(await scheduler.ncores())
 
 
 def _credentials(settings: Settings) -> Finding:
@@ -272,13 +295,11 @@ def _space(settings: Settings) -> Finding:
 
 
 def _prefect(_: Settings) -> Finding:
-    url = os.environ.get("PREFECT_API_URL")
+    url = shown(os.environ.get("PREFECT_API_URL", ""))
     if not url:
         return Finding("Prefect server", Health.warning, "PREFECT_API_URL is not set", "`stsr up` starts a server.")
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/admin/version", headers=_authorization())
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
-            found = str(json.loads(answer.read()))
+        found = str(_asked("/admin/version"))
     except urllib.error.HTTPError as e:
         mend = "Correct the URL, or PREFECT_API_AUTH_STRING or PREFECT_API_KEY."
         return Finding("Prefect server", Health.fault, f"{url} answers {e.code} {e.reason}", mend)
@@ -291,19 +312,72 @@ def _prefect(_: Settings) -> Finding:
     return Finding("Prefect server", Health.good, f"{url} answers, version {found}")
 
 
-def _authorization() -> dict[str, str]:
+def _asked(path: str, body: Mapping[str, object] | None = None) -> Any:
+    """What the server of PREFECT_API_URL answers."""
+    url = os.environ["PREFECT_API_URL"]
+    sent = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **_authorization(url)}
+    request = urllib.request.Request(f"{shown(url).rstrip('/')}{path}", sent, headers)
+    with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        return json.loads(answer.read())
+
+
+def _authorization(url: str) -> dict[str, str]:
     """What Prefect's clients send to a server that asks who they are."""
+    parts = urlsplit(url)
+    if parts.username is not None:
+        return _basic(f"{unquote(parts.username)}:{unquote(parts.password or '')}")
     if key := os.environ.get("PREFECT_API_KEY"):
         return {"Authorization": f"Bearer {key}"}
     if word := os.environ.get("PREFECT_API_AUTH_STRING"):
-        return {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}"}
+        return _basic(word)
     return {}
+
+
+def _basic(word: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(word.encode()).decode()}"}
+
+
+def _worker(_: Settings) -> Finding:
+    """Whether a worker serves the pool that is deployed to."""
+    name = "Prefect worker"
+    if not os.environ.get("PREFECT_API_URL"):
+        return Finding(name, Health.good, "none is looked for without a server")
+    try:
+        pool = _asked("/deployments/name/nightly/nightly")["work_pool_name"]
+        status = _asked(f"/work_pools/{pool}")["status"]
+    except urllib.error.HTTPError as e:
+        return Finding(name, Health.warning, f"nothing is deployed there ({e.code} {e.reason})", "Run `stsr deploy`.")
+    except OSError:  # the check of the server has said why
+        return Finding(name, Health.warning, "unknown, as the server does not answer")
+    if status != "READY":
+        mend = f"Start one: `prefect worker start --pool {pool}`; resume the pool in the UI if it is paused."
+        return Finding(name, Health.warning, f"none serves work pool {pool} ({status})", mend)
+    return Finding(name, Health.good, f"work pool {pool} is served")
 
 
 def _alerts(settings: Settings) -> Finding:
     if settings.alert_url is None:
         return Finding("alerts", Health.warning, "no webhook", "Set STSR_ALERT_URL and run `stsr deploy`.")
-    return Finding("alerts", Health.good, "a webhook is set")
+    if not os.environ.get("PREFECT_API_URL"):
+        return Finding("alerts", Health.good, "a webhook is set")
+    try:
+        _asked("/block_types/slug/webhook/block_documents/name/stsr-alert")
+        actions = [action["type"] for a in _asked("/automations/filter", {}) if _is_ours(a) for action in a["actions"]]
+    except urllib.error.HTTPError:
+        actions = []
+    except OSError:
+        return Finding(
+            "alerts", Health.warning, "a webhook is set; unknown whether the server, which is silent, has it"
+        )
+    if "call-webhook" not in actions:
+        mend = "Run `stsr deploy` where STSR_ALERT_URL is set."
+        return Finding("alerts", Health.warning, "a webhook is set, but the server calls none", mend)
+    return Finding("alerts", Health.good, "the server calls a webhook")
+
+
+def _is_ours(automation: Mapping[str, Any]) -> bool:
+    return str(automation["name"]).startswith("stsr: ") and bool(automation["enabled"])
 
 
 def _git(_: Settings) -> Finding:
@@ -329,7 +403,6 @@ def _product(settings: Settings, name: str) -> Finding:
     from stsr_core.sources.harmonise import find
     from stsr_core.sources.location import located
     from stsr_core.sources.open import open_dataset
-    from stsr_core.sources.remote import shown
 
     path = choose_catalog(settings.catalog_file)
     configuration = Configuration.load(path)

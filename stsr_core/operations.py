@@ -54,6 +54,10 @@ def deploy(
         typer.Option(callback=at_home, help="Folder that runs take place in, with .env; without it this one."),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Name of the code, as the UI shows it.")] = None,
+    keep_release: Annotated[
+        bool,
+        typer.Option("--keep-release", help="Keep the code that a redeploy put to work in this home, if it is there."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
 ) -> None:
     """Bring the Prefect server of PREFECT_API_URL to the state that prefect.yaml declares.
@@ -63,11 +67,14 @@ def deploy(
     """
     from flows import deploy as deployer
     from flows.declared import Declared, InfrastructureName, shipped_declaration
+    from flows.redeploy import register_by_its_code
 
     chosen = InfrastructureName(infrastructure.value)
     if image is not None or chosen is not InfrastructureName.process:
-        if code or home:
-            raise ConfigurationError("Images bring their own code and folder. Leave out --code and --home, or --image.")
+        if code or home or keep_release:
+            raise ConfigurationError(
+                "Images bring their own code and folder. Leave out --code, --home and --keep-release, or --image."
+            )
         release = deployer.Release(reference=reference or image or "", image=image, infrastructure=chosen)
     else:
         release = deployer.this_release(code, home, reference)
@@ -75,10 +82,22 @@ def deploy(
         raise ConfigurationError(f"{code} holds no folder `flows`. Name the folder of a checkout.")
     if home is not None and not home.is_dir():
         raise ConfigurationError(f"{home} is no folder, so no run could take place there. Make it, or name another.")
+    if keep_release and (file or code or reference):
+        raise ConfigurationError("--keep-release keeps all of a release. Leave out --file, --code and --reference.")
+    if keep_release:
+        kept = asyncio.run(deployer.kept(release))
+        if kept.code != release.code:
+            typer.echo(f"Keeps {kept.reference}; `stsr deploy` without --keep-release would put this code to work.")
+            typer.echo(register_by_its_code(kept, *["--dry-run"] * dry_run))
+            return
+        release = kept
     lines = asyncio.run(deployer.deploy(Declared.load(file or shipped_declaration()), release, dry_run=dry_run))
     for line in lines:
         typer.echo(f"would have {line}" if dry_run else line)
     typer.echo(f"{len(lines)} changes." if lines else "Nothing to change.")
+    if deployer.settings_of(release).alert_url is None:
+        where = f"in {release.home}/.env" if release.home else "in .env"
+        typer.echo(f"Alerts are off: STSR_ALERT_URL is set neither in the environment here nor {where}.", err=True)
 
 
 def up(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfigDict
 
 from stsr_core.errors import ConfigurationError
@@ -19,16 +19,21 @@ class Settings(BaseSettings):
     """Settings of one process, from environment variables named STSR_... or a file .env.
 
     Raises:
-        ConfigurationError: a value is not understood; the message names its variable.
+        ConfigurationError: a value is not understood, the message names its variable; or .env cannot be read.
     """
 
-    model_config = SettingsConfigDict(env_prefix="STSR_", env_file=".env", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="STSR_", env_file=".env", env_ignore_empty=True, frozen=True, extra="ignore"
+    )
 
     catalog_file: Path | None = Field(
         default=None, description="catalog.yaml to use; without it ./catalog.yaml, else the one shipped with stsr."
     )
     destination: str = Field(
         default="stsr-output", description="Folder or s3://bucket/prefix that holds the published catalogue."
+    )
+    public_url: str | None = Field(
+        default=None, description="Address at which browsers find the destination, if not that of the object store."
     )
     sole_publisher: bool = Field(
         default=False, description="Nobody else publishes there: accept a store without conditional writes."
@@ -89,11 +94,11 @@ class Settings(BaseSettings):
             raise ConfigurationError(
                 f"Settings are not understood: {problems}. Change them in the environment or in .env."
             ) from None  # the cause may hold a key
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_unset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value != ""}
+        except (OSError, UnicodeError) as e:
+            path = Path(values.get("_env_file", ".env")).absolute()
+            raise ConfigurationError(
+                f"{path} cannot be read ({e}). It must be UTF-8 text that this user may read."
+            ) from None  # likewise
 
     @field_validator("catalog_file", "destination", "checkpoints", "repository", "releases")
     @classmethod
@@ -145,7 +150,11 @@ def settings_table() -> str:
     for name, found in Settings.model_fields.items():
         default = "" if found.default is None else f"`{found.default}`"
         rows.append(f"| `STSR_{name.upper()}` | {default} | {found.description} |")
-    head = "# Settings\n\nRead from the environment, else from `.env`, where a command or run is. Empty is unset.\n"
+    head = (
+        "# Settings\n\nRead from the environment, else from `.env`, where a command or run is. Empty is unset.\n"
+        "In `.env` `${NAME}` stands for the variable NAME, quoted or not: a key with such characters must be given\n"
+        "in the environment.\n"
+    )
     written = "Written by `python -m stsr_core.settings > infra/settings.md`.\n"
     return "\n".join([head, *rows, "", written])
 

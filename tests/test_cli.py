@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,10 @@ import xarray as xr
 from click import unstyle
 from typer.testing import CliRunner
 
+from flows import embedded
 from stsr_core.cli import app, main
 from stsr_core.errors import ConfigurationError
+from stsr_core.evaluation import command
 from tests.grib_files import REGULAR, write_grib
 
 
@@ -237,6 +240,22 @@ def test_the_device_is_that_of_the_settings_unless_it_is_named(here, coarse, tmp
     done = here("downscale", coarse, tmp_path / "o.zarr", *REQUEST)
     assert done.returncode == 1
     assert "cuda is asked for" in done.stderr
+
+
+def test_workers_and_checkpoints_are_those_of_the_settings_unless_they_are_named(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(embedded, "run_embedded", lambda to, *, settings, **_: asked.update(demo=settings))
+    monkeypatch.setattr(command, "evaluate_checkpoint", lambda *given, **named: asked.update(given=given, **named))
+    monkeypatch.setattr(command, "table_text", lambda _: sys.exit())
+    monkeypatch.setenv("STSR_WORKERS", "3")
+    monkeypatch.setenv("STSR_CHECKPOINTS", str(tmp_path))
+    for own, workers in (([], 3), (["--workers", "5"], 5)):
+        CliRunner().invoke(app, ["demo", *own])
+        CliRunner().invoke(app, ["evaluate", "x.nc", "--space", "10", "--time", "1", *own])
+        assert (asked["demo"].workers, asked["demo"].checkpoints) == (workers, str(tmp_path))
+        assert (asked["given"][3].workers, asked["checkpoints"]) == (workers, tmp_path)
+    CliRunner().invoke(app, ["evaluate", "x.nc", "--space", "10", "--time", "1", "--checkpoints", "other"])
+    assert asked["checkpoints"] == Path("other")
 
 
 def test_no_conserve_is_accepted(here, coarse, tmp_path):

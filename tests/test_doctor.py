@@ -1,10 +1,14 @@
+import contextlib
+import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 
 import pytest
 import yaml
+from distributed import LocalCluster
 
 from stsr_core import doctor, translation
 from stsr_core.configuration import shipped_catalog
@@ -157,8 +161,97 @@ def test_a_prefect_server_that_asks_for_a_password_gets_it(here, monkeypatch):
         assert f"{url} answers 401 Unauthorized -> Correct the URL, or PREFECT_API_AUTH_STRING" in str(
             doctor._prefect(Settings())
         )
-        for name, word in (("PREFECT_API_AUTH_STRING", "admin:word"), ("PREFECT_API_KEY", "pnu_word")):
+        inside = url.replace("//", "//admin:word@")
+        for name, word in (
+            ("PREFECT_API_AUTH_STRING", "admin:word"), ("PREFECT_API_KEY", "pnu_word"), ("PREFECT_API_URL", inside)
+        ):  # fmt: skip
             with monkeypatch.context() as patch:
                 patch.setenv(name, word)
-                assert doctor._prefect(Settings()).health is Health.good
+                found = doctor._prefect(Settings())
+                assert (found.health, found.found) == (Health.good, f"{url} answers, version {version('prefect')}")
         server.shutdown()
+
+
+@contextlib.contextmanager
+def prefect(answers):
+    """A server that answers some paths with JSON, all others with 404; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            path = self.path.removeprefix("/api")
+            self.send_response(200 if path in answers else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answers.get(path)).encode())
+
+        def do_POST(self):
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+BLOCK = "/block_types/slug/webhook/block_documents/name/stsr-alert"
+DEPLOYED = {"/deployments/name/nightly/nightly": {"work_pool_name": "stsr"}}
+
+
+@pytest.mark.parametrize(
+    ("answers", "health", "message"),
+    [
+        ({}, Health.warning, "nothing is deployed there (404 Not Found) -> Run `stsr deploy`"),
+        (DEPLOYED | {"/work_pools/stsr": {"status": "READY"}}, Health.good, "work pool stsr is served"),
+        (
+            DEPLOYED | {"/work_pools/stsr": {"status": "NOT_READY"}},
+            Health.warning,
+            "none serves work pool stsr (NOT_READY) -> Start one: `prefect worker start --pool stsr`",
+        ),
+    ],
+)
+def test_a_pool_that_no_worker_serves_is_found(monkeypatch, answers, health, message):
+    with prefect(answers) as url:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        finding = doctor._worker(Settings())
+    assert finding.health is health
+    assert message in str(finding)
+    assert "unknown" in doctor._worker(Settings()).found  # it is gone
+
+
+@pytest.mark.parametrize(
+    ("block", "actions", "enabled", "health"),
+    [
+        (True, "call-webhook", True, Health.good),
+        (True, "do-nothing", True, Health.warning),
+        (True, "call-webhook", False, Health.warning),
+        (False, "call-webhook", True, Health.warning),
+    ],
+)
+def test_alerts_that_reach_nobody_are_found(monkeypatch, block, actions, enabled, health):
+    automation = {"name": "stsr: run failed", "enabled": enabled, "actions": [{"type": actions}]}
+    other = {"name": "of others", "enabled": True, "actions": [{"type": "call-webhook"}]}
+    settings = Settings(alert_url="https://hooks.example/x")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert doctor._alerts(settings).health is Health.good
+    with prefect({"/automations/filter": [automation, other]} | ({BLOCK: {}} if block else {})) as url:
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        finding = doctor._alerts(settings)
+    assert finding.health is health
+    assert ("the server calls none -> Run `stsr deploy`" in str(finding)) is (health is Health.warning)
+    assert "unknown whether the server" in doctor._alerts(settings).found  # it is gone
+
+
+def test_a_scheduler_that_is_none_or_has_no_workers_is_found(monkeypatch):
+    monkeypatch.setattr(doctor, "ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        finding = doctor._workers(f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+        assert (finding.health, "but as no Dask scheduler" in finding.found) == (Health.fault, True)
+    monkeypatch.setattr(doctor, "ANSWER_S", 10.0)
+    for workers, health in ((0, Health.warning), (1, Health.good)):
+        with LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address=":0", processes=False, protocol="tcp"
+        ) as cluster:
+            assert doctor._workers(cluster.scheduler_address).health is health

@@ -43,7 +43,11 @@ def test_settings_that_are_named_exist(path):
     ours = {name.removeprefix("STSR_").lower() for name in re.findall(r"\bSTSR_[A-Z0-9_]+", text)}
     assert ours <= set(Settings.model_fields)
     known = set(get_current_settings().to_environment_variables(exclude_unset=False, include_aliases=True))
-    assert set(re.findall(r"\bPREFECT_[A-Z0-9_]+", text)) - {"PREFECT_API_URL"} <= known
+    known |= {
+        "PREFECT_API_URL",
+        "PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES",
+    }  # the latter of the worker's image
+    assert set(re.findall(r"\bPREFECT_[A-Z0-9_]+", text)) <= known
 
 
 @pytest.mark.parametrize("path", CONTAINERFILES, ids=lambda p: p.name)
@@ -122,6 +126,9 @@ def test_compose_is_consistent():
     assert {int(p) for p in re.findall(r"http://\w+:(\d+)", text)} == {4200, 8333}
     asked = set(re.findall(r"\$\{(\w+)", text))
     assert asked == set(re.findall(r"^(\w+)=", (INFRA / "example.env").read_text(), re.MULTILINE))
+    public = compose["x-stsr"]["environment"]["STSR_PUBLIC_URL"]  # browsers do not find http://s3:8333
+    assert services["catalogue"]["command"][-1] == public
+    assert services["deploy"]["command"][-1] == "--keep-release"  # that of a redeploy, each time it starts
     docker = Declared.load(shipped_declaration()).infrastructures["docker"]
     assert docker.job_variables["networks"] == [compose["networks"]["stsr"]["name"]]
     assert docker.job_variables["volumes"] == [f"{compose['volumes']['data']['name']}:/data"]
@@ -139,6 +146,19 @@ def test_docker_compose_accepts_the_compose_file(tmp_path):
     done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "set it in .env" in done.stderr
+
+
+def test_compose_starts_the_s3_server_anew_where_keys_rotate(tmp_path):
+    def configured(secret):
+        (tmp_path / ".env").write_text(
+            f"POSTGRES_PASSWORD=x\nSTSR_S3_ACCESS_KEY_ID=x\nSTSR_S3_SECRET_ACCESS_KEY={secret}\n"
+        )
+        command = [program("docker-compose"), "--env-file", tmp_path / ".env", "-f", INFRA / "compose.yaml", "config"]
+        done = subprocess.run([*command, "--hash", "*"], capture_output=True, text=True, check=True)
+        return dict(line.split() for line in done.stdout.splitlines())
+
+    before, after = configured("old"), configured("new")
+    assert {n for n in before if before[n] != after[n]} == {"s3", "deploy", "worker", "catalogue"}
 
 
 def rendered():
@@ -187,6 +207,14 @@ def test_nothing_reports_to_anybody_unless_asked_to(name):
     assert re.search(r"DO_NOT_TRACK\W+1", (INFRA / name).read_text())
 
 
+def test_no_pod_is_told_to_use_a_gpu_and_a_tag_that_moved_is_pulled():
+    """Workers of the Dask cluster find theirs; a run's pod has none, and the image is that of both."""
+    for path in (INFRA / "Containerfile.cuda", *(INFRA / "kubernetes").glob("*.yaml")):
+        assert "STSR_DEVICE" not in path.read_text()
+    kubernetes = Declared.load(shipped_declaration()).infrastructures["kubernetes"]
+    assert kubernetes.job_variables["image_pull_policy"] == "Always"
+
+
 def test_kubernetes_is_consistent():
     kustomization = documents("kubernetes/kustomization.yaml")[0]
     files = {p.name for p in (INFRA / "kubernetes").glob("*.yaml")} - {"kustomization.yaml"}
@@ -205,6 +233,9 @@ def test_kubernetes_is_consistent():
     told = {e["name"]: e["value"] for e in worker["containers"][0]["env"]}
     assert metrics["ingress"][0]["ports"][0]["port"] == ports["metrics"] == int(told["PREFECT_CLIENT_METRICS_PORT"])
     assert ports["health"] == int(told["PREFECT_WORKER_WEBSERVER_PORT"])
+    # without it the worker's observer asks for pods of the whole cluster, is refused and marks no run as crashed
+    watched = told["PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES"]
+    assert watched == kubernetes.job_variables["namespace"] == kustomization["namespace"]
     dask = next(d for d in found if d["kind"] == "DaskCluster")
     address = next(x for x in kustomization["configMapGenerator"][0]["literals"] if "SCHEDULER" in x)
     assert address.endswith(f"tcp://{dask['metadata']['name']}-scheduler.{kustomization['namespace']}.svc:8786")

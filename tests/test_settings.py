@@ -47,10 +47,27 @@ def test_a_setting_that_is_not_understood_is_refused_by_the_name_of_its_variable
         Settings()
 
 
-def test_an_empty_variable_is_unset_and_hides_the_one_of_the_file(tmp_path, monkeypatch):
+def test_an_empty_variable_is_unset_and_hides_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".env").write_text("STSR_SCHEDULER_ADDRESS=tcp://elsewhere:8786\nSTSR_ALERT_URL=\n")
+    monkeypatch.setenv("STSR_SCHEDULER_ADDRESS", "")
+    monkeypatch.setenv("STSR_WORKERS", "")
     assert Settings().scheduler_address == "tcp://elsewhere:8786"
     assert Settings().alert_url is None
-    monkeypatch.setenv("STSR_SCHEDULER_ADDRESS", "")
-    assert Settings().scheduler_address is None
+    assert Settings().workers == 0
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes("STSR_ALERT_URL=https://h\xe9".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path}/.env cannot be read .*codec.*UTF-8 text") as caught:
+        Settings()
+    assert caught.value.__cause__ is None
+
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pydantic_settings.sources.providers.dotenv.dotenv_values", closed)
+    (tmp_path / "other").write_text("")
+    with pytest.raises(ConfigurationError, match=rf"{tmp_path}/other cannot be read .*Permission denied"):
+        Settings(_env_file=tmp_path / "other")

@@ -21,24 +21,37 @@ from stsr_core.catalog.snapshot import Loaded
 from stsr_core.cli import app
 from tests.real.listening import listening
 
+NOWHERE = "127.0.0.1:9"
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SCRIPT = """
 import sys
 from pathlib import Path
 from flows.embedded import run_embedded
+from stsr_core.settings import Settings
 for force in (False, False, True):
-    print("RESULT", run_embedded(Path(sys.argv[1]), force=force, members=2, device="cpu", workers=1))
+    settings = Settings(device="cpu", workers=1)
+    print("RESULT", run_embedded(Path(sys.argv[1]), force=force, members=2, settings=settings))
 """
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, checkpoints):
-    """Three nightly runs with tiny networks: new data, nothing new, forced."""
-    folder = tmp_path_factory.mktemp("demo")
-    environment = {**os.environ, "STSR_CHECKPOINTS": str(checkpoints), "OMP_NUM_THREADS": "1"}
+    """Three nightly runs with tiny networks: new data, nothing new, forced; beside an operator's settings."""
+    root, folder, here = Path(__file__).parents[2], tmp_path_factory.mktemp("demo"), tmp_path_factory.mktemp("operator")
+    relative = os.path.relpath(checkpoints, here)
+    lines = (
+        f"STSR_CHECKPOINTS={relative}",
+        f"STSR_SCHEDULER_ADDRESS={NOWHERE}",
+        f"PREFECT_API_URL=http://{NOWHERE}/api",
+    )
+    (here / ".env").write_text("\n".join(lines))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | {
+        "STSR_MAX_DEVICE_HOURS": "1e-12",
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{NOWHERE}/prefect",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder)],
-        capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, env=environment, check=False, cwd=here,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [line for line in done.stdout.splitlines() if line.startswith("RESULT")], done

@@ -24,10 +24,11 @@ from prefect.states import Pending
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
+from flows import backfill as backfills
 from flows import nightly as night
 from flows import redeploy, stages, tasks
 from flows.artifacts import key_of
-from flows.backfill import backfill, cut_pieces
+from flows.backfill import Piece, _show_pieces, backfill, cut_pieces
 from flows.declared import Declared, InfrastructureName, shipped_declaration
 from flows.deploy import Release
 from flows.jobs import jobs
@@ -85,6 +86,18 @@ def test_pieces_cover_the_plan_once_in_either_order(plan):
     assert [len(p.keys) for p in oldest] == [4, 4, 2]
     assert sorted(key for p in oldest for key in p.keys) == sorted(s.key for s in plan.shards)
     assert list(cut_pieces(plan, 4, Order.newest_first)) == oldest[::-1]
+
+
+@pytest.mark.parametrize(("done", "first", "last"), [(1, 0, 99), (100, 0, 99), (250, 150, 249), (1000, 900, 999)])
+def test_of_many_pieces_a_table_that_is_written_after_each_shows_the_last_hundred(monkeypatch, done, first, last):
+    shown = []
+    monkeypatch.setattr(backfills.artifacts, "table", lambda *arguments: shown.append(arguments))
+    _show_pieces("p", [Piece(str(i), frozenset()) for i in range(1000)], done)
+    [(_, rows, description)] = shown
+    assert (rows[0]["piece"], rows[-1]["piece"], len(rows)) == (str(first), str(last), 100)
+    assert {row["done"] for row in rows[: done - first]} == {"yes"}
+    assert {row["done"] for row in rows[done - first :]} <= {""}
+    assert description == f"{done} of 1000 pieces of p"
 
 
 def test_a_backfill_takes_no_name_of_a_nightly_product_and_none_that_cannot_be_published():
@@ -151,6 +164,23 @@ def test_a_version_whose_picture_cannot_be_read_is_published_all_the_same(tmp_pa
     assert told == ["link", "stsr.version.published", "not_shown"]
 
 
+@pytest.mark.parametrize(
+    ("public", "endpoint", "url", "link"),
+    [
+        (None, "http://s3:8333/", "s3://b/cat/p/v1.json", "http://s3:8333/b/cat/p/v1.json"),
+        (None, None, "s3://b/cat/p/v1.json", "s3://b/cat/p/v1.json"),
+        ("https://x/cat/", "http://s3:8333", "s3://b/cat/p/v1.json", "https://x/cat/p/v1.json"),
+        ("https://x/cat", "http://s3:8333", "s3://b/catalogue/p/v1.json", "http://s3:8333/b/catalogue/p/v1.json"),
+        (None, None, "/data/p/v1.json", "file:///data/p/v1.json"),
+    ],
+)
+def test_the_link_of_a_version_is_one_that_a_browser_opens(monkeypatch, public, endpoint, url, link):
+    monkeypatch.setenv("STSR_DESTINATION", "s3://b/cat/")
+    monkeypatch.setenv("STSR_PUBLIC_URL", public or "")
+    options = {"endpoint_url": endpoint} if endpoint else {}
+    assert stages.browsable(url, SimpleNamespace(options=options)) == link
+
+
 def test_a_plan_above_the_limit_of_device_hours_is_refused(plan, library, monkeypatch):
     [job] = jobs("arpege-provence-1km", Settings())
     monkeypatch.setattr(tasks.product, "plan_product", lambda *_: plan)
@@ -212,6 +242,34 @@ def test_the_declaration_is_valid_and_complete():
     flows = {p.stem for p in (ROOT / "flows").glob("*.py") if "\n@flow(" in p.read_text()}
     assert {d.module.split(".")[1] for d in declared.deployments} == flows == set(redeploy.MODULES)
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
+
+
+def test_pods_without_gpu_and_disk_get_no_trainings():
+    declared = Declared.load(shipped_declaration())
+    names = {i: {d.name for d in declared.deployments_on(i)} for i in InfrastructureName}
+    assert names["process"] == names["docker"] == set(redeploy.MODULES)
+    assert names["kubernetes"] == names["process"] - {"train", "evaluate"}
+
+
+def test_the_smoke_run_is_the_same_whatever_the_settings_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("STSR_MATCH_LIMIT=1.01\nPREFECT_API_URL=http://127.0.0.1:9/api\n")
+    for name in ("CHECKPOINTS", "DEVICE", "MAX_DEVICE_HOURS"):
+        monkeypatch.setenv(f"STSR_{name}", "my-own")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    called = []
+
+    def run(command, **how):
+        called.append((command, how["cwd"], [k for k in how["env"] if k.startswith(("STSR_", "PREFECT_API"))]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(redeploy.subprocess, "run", run)
+    monkeypatch.setattr(redeploy, "event", lambda *_, **__: None)
+    redeploy.smoke_run.fn(tmp_path, 2)
+    assert [command[4] for command, _, _ in called] == ["demo", "catalog"]
+    for _, folder, settings in called:
+        assert folder != tmp_path
+        assert not settings
 
 
 def test_every_field_of_every_form_says_what_it_is():
@@ -287,7 +345,10 @@ def test_what_a_killed_clone_left_is_cloned_again(tmp_path, repository, left):
     found = fetch.fn("HEAD", str(repository), releases)
     assert (found.folder / "flows" / "nightly.py").is_file()
     assert {p.name for p in releases.iterdir()} == {".lock", "repository.git", found.folder.name}
+    assert mirror.stat().st_mode & 0o777 == 0o700
+    mirror.chmod(0o755)
     assert fetch.fn("HEAD", str(repository), releases) == found
+    assert mirror.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("command", ["clone", "fetch", "checkout"])

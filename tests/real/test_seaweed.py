@@ -1,11 +1,18 @@
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import s3fs
+import yaml
 import zarr
 
 from stsr_core.store.layout import create_ensemble, finish, remove_store
+from tests.real.seaweed import executable
 from tests.store.test_store import LAYOUT
+
+COMPOSE = Path(__file__).parents[2] / "infra" / "compose.yaml"
 
 
 def test_the_server_keeps_objects_and_refuses_other_keys(s3):
@@ -27,3 +34,21 @@ def test_a_store_is_replaced_though_the_server_keeps_empty_folders(s3):
     finish(url, {}, s3.options)
     found = zarr.open_group(url, mode="r", storage_options=s3.options)
     assert found["precipitation"].shape == fewer.shape
+
+
+def test_compose_makes_the_bucket_once_and_finds_it_there_when_it_starts_again(s3):
+    service = yaml.safe_load(COMPOSE.read_text())["services"]["bucket"]
+    command = " ".join(service["command"]).replace("s3:9333", s3.master).replace("s3:8888", s3.filer)
+    path = f"{Path(executable()).parent}{os.pathsep}{os.environ['PATH']}"
+    s3.make_bucket("stsr-other")  # begins with the same letters
+    for said in ("created bucket stsr", ""):
+        done = subprocess.run(
+            [*service["entrypoint"], command],
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout and bool(said) == bool(done.stdout)
+    assert s3fs.S3FileSystem(**s3.options, skip_instance_cache=True).exists("stsr")
