@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from stsr_core.ensemble.cluster import count_workers
 from stsr_core.errors import ConfigurationError, StsrError
 from stsr_core.settings import Settings, unknown_names
 from stsr_core.sources.remote import shown
@@ -229,21 +229,14 @@ def _scheduler(settings: Settings) -> Finding:
 
 def _workers(address: str) -> Finding:
     try:
-        count = asyncio.run(_count_workers(address))
-    except (OSError, ValueError):  # TimeoutError is one: what is no scheduler may say nothing at all
+        count = count_workers(address)
+    except (OSError, ValueError):
         mend = "Correct STSR_SCHEDULER_ADDRESS: something else is there, or another version of Dask."
         return Finding("scheduler", Health.fault, f"{address} answers, but as no Dask scheduler", mend)
     if not count:
         mend = "Start some with `dask worker`; runs wait for them."
         return Finding("scheduler", Health.warning, f"{address} has no workers", mend)
     return Finding("scheduler", Health.good, f"{address} answers, workers: {count}")
-
-
-async def _count_workers(address: str) -> int:
-    from distributed import rpc
-
-    async with asyncio.timeout(ANSWER_S), rpc(address) as scheduler:
-        return len(await scheduler.ncores())
 
 
 def _credentials(settings: Settings) -> Finding:

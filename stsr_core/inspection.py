@@ -148,10 +148,10 @@ def _precipitation(dataset: xr.Dataset) -> str:
         if len(likely) == 1:
             return likely[0]
         if likely:
-            units = [dataset[n].attrs.get("units") for n in likely]
-            alike = [n for n, unit in zip(likely, units, strict=True) if unit == max(units, key=units.count)]
-            parts = f"; those that add up as '{' + '.join(alike[:2])}'" if len(alike) > 1 else ""
-            raise SourceError(f"{', '.join(likely)} look like precipitation. Name one with --variable{parts}.")
+            raise SourceError(
+                f"{', '.join(likely)} look like precipitation. Name one with --variable; parts that add up, and no "
+                "total among them, are joined by +, as 'cp + lsp'."
+            )
     have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
     raise SourceError(
         f"None of the variables looks like precipitation; there are {have}. Name one with --variable; several that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 RESOURCE = "GPU"  # what every worker offers, CPU workers too, so that submissions are the same
 SLOT = 0.5  # what a shard takes of it until it is written: while one is written, the next is computed
+ANSWER_S = 15  # seconds that a scheduler has to answer
 ONE = {RESOURCE: 1.0}
 MANY = {RESOURCE: 4.0}  # a GPU computes shards faster than one thread of its CPU packs and writes them
 AT_ONCE = 2  # shards that a GPU computes: one while the other's thread prepares its work or waits for it
@@ -61,11 +63,12 @@ class Cluster:
 
         if self.scheduler_address is not None:
             try:
-                client = Client(self.scheduler_address, timeout="15s")
+                count_workers(self.scheduler_address)  # a client waits for ever where something else answers
+                client = Client(self.scheduler_address, timeout=ANSWER_S)
             except (OSError, ValueError, TimeoutError) as e:
                 raise ConfigurationError(
-                    f"No Dask scheduler answers at {self.scheduler_address} ({e}). Start it, or unset "
-                    "STSR_SCHEDULER_ADDRESS to use this machine."
+                    f"No Dask scheduler answers at {self.scheduler_address} ({str(e) or 'not in time'}). Start it, or "
+                    "unset STSR_SCHEDULER_ADDRESS to use this machine."
                 ) from e
             with client:
                 yield client
@@ -96,6 +99,24 @@ class Cluster:
             dashboard_address=":0",
             silence_logs=logging.ERROR,
         )
+
+
+def count_workers(address: str) -> int:
+    """Ask a Dask scheduler how many workers it has.
+
+    Raises:
+        OSError or ValueError: nothing answers there in time, or something else than a scheduler of this Dask does.
+    """
+    from distributed import rpc
+    from distributed.security import Security
+
+    secured = Security().get_connection_args("client")  # by Dask's configuration, as clients are
+
+    async def asked() -> int:
+        async with asyncio.timeout(ANSWER_S), rpc(address, connection_args=secured) as scheduler:
+            return len(await scheduler.ncores())
+
+    return asyncio.run(asked())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -98,7 +99,11 @@ def matched(
         try:
             return cubes, library.family.exact(space, time)
         except FactorError as e:
-            raise FactorError(f"{e} Or let it be regridded to the nearest, by --nearest or `nearest=True`.") from e
+            advice = ""
+            with suppress(FactorError):  # that nothing is near enough
+                library.family.nearest(space, time)
+                advice = " Or let it be regridded to the nearest, by --nearest or `nearest=True`."
+            raise FactorError(f"{e}{advice}") from e
     factor = library.family.nearest(space, time).factor
     return tuple(regrid_to_factor(cube, (space, time), factor) for cube in cubes), factor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ GLOB = "*?["
 PACKED = {  # by their first bytes: what packed a file, and what unpacks it
     b"\x1f\x8b": ("gzip", "gunzip"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ": ("xz", "unxz"), b"PK": ("zip", "unzip"),
 }  # fmt: skip
+# Units of dates that count from a day since 1901, from where on the Julian calendar has the leap years of the standard
+# one until 2100. Satellite products such as IMERG name that calendar and write dates of this one.
+AFTER_1900 = re.compile(r"since\s+(19(?!00)\d\d|20\d\d)-")
 ZARR_ROOTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
@@ -124,6 +128,9 @@ def _decoded(raw: xr.Dataset) -> xr.Dataset:
     """Decode by CF; dates that cannot be decoded stay numbers, to be refused where they are needed."""
     import xarray as xr
 
+    for variable in raw.variables.values():
+        if str(variable.attrs.get("calendar")) == "julian" and AFTER_1900.search(str(variable.attrs.get("units"))):
+            variable.attrs["calendar"] = "standard"
     try:
         return with_written_times(xr.decode_cf(raw, decode_timedelta=False))
     except ValueError:

@@ -73,11 +73,11 @@ def overlap(axis: TimeAxis, period: tuple[str, str]) -> tuple[int, int]:
     Raises:
         SourceError: dates that are none.
     """
-    low, high = ((_date(text, axis.start) - axis.start) / axis.step for text in period)
+    low, high = ((moment(text, axis.start) - axis.start) / axis.step for text in period)
     return max(0, math.ceil(low - ROUNDING)), min(axis.size, math.floor(high + ROUNDING))
 
 
-def _date(text: str, like: Time) -> Time:
+def moment(text: str, like: Time) -> Time:
     """The moment that a date, or a date and time of day, names in the calendar of the source; UTC, as its steps are."""
     try:
         if not isinstance(like, cftime.datetime):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import cftime
 import numpy as np
@@ -14,17 +14,23 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.grids import TimeAxis, TimeLabel
 from stsr_core.sources.declared import Declared
+from stsr_core.sources.period import moment
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
 Time: TypeAlias = datetime | cftime.datetime
+Record = TypeVar("Record")
 START = "forecast_reference_time"
 VALID = "valid_time"  # name of dates that are start plus lead
 ABSOLUTE = "day as %Y%m%d.%f"  # units that CDO and ICON give to dates written as numbers, such as 20500131.5
 WRITTEN, WRITTEN_AS = "Times", "%Y-%m-%d_%H:%M:%S"  # variable of WRF files, and the dates that it holds
 STANDARD = ("standard", "gregorian", "proleptic_gregorian")
+MEND_GAP = (
+    "Fill the gap with missing steps, or declare the `period:` of a part without any of the source in catalog.yaml, "
+    "or by --declare."
+)
 MIDDLES = "They lie half a step from whole multiples of it, as middles do."
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
 BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
@@ -179,13 +185,13 @@ def steps_of(stamps: Sequence[Time], bounds: list[tuple[Time, Time]] | None, dec
                 f"Sums since the start of the {declared.accumulated} are declared, and stamps that name the "
                 f"{declared.time_label} of their time. A running sum ends at its stamp: leave `time_label:` out."
             )
-        return _joined(_accumulated(stamps, declared.accumulated), "end")
+        return _joined(_accumulated(stamps, declared.accumulated), "end", declared.period)
     if bounds is not None and not complete:
         _check_bounds(stamps, bounds)
         if declared.accumulated == "none":
             _check_no_sums(bounds)
         intervals = [Interval(start, end) for start, end in bounds]
-        return _joined(intervals, _label(stamps[-1], *bounds[-1]))
+        return _joined(intervals, _label(stamps[-1], *bounds[-1]), declared.period)
     return _from_stamps(stamps, declared)
 
 
@@ -195,19 +201,21 @@ def _from_stamps(stamps: Sequence[Time], declared: Declared) -> Steps:
             f"Nothing says which time the stamp {stamps[0]} stands for: there are no time bounds. Declare "
             f"`time_label: start`, `middle` or `end` of the source in catalog.yaml, or by --declare.{_hint(stamps)}"
         )
+    inside = _in_period(stamps, declared.period, lambda stamp: (stamp, stamp))
+    read = inside if len(inside) > 1 else stamps
     if declared.step_h is not None:
         step = timedelta(hours=declared.step_h)
-    elif len(stamps) < 2:
+    elif len(read) < 2:
         raise SourceError(
             "One time step without time bounds has no length. Declare `step_h:` of the source in catalog.yaml, or by "
             "--declare."
         )
     else:
-        step = stamps[1] - stamps[0]
+        step = read[1] - read[0]
     starts = [s - step * BEFORE[declared.time_label] for s in stamps]
     intervals = [Interval(s, s + step) for s in starts]
-    _check_even(stamps, step)
-    return _joined(intervals, declared.time_label)
+    _check_even(read, step)
+    return _joined(intervals, declared.time_label, declared.period)
 
 
 def _hint(stamps: Sequence[Time]) -> str:
@@ -230,8 +238,18 @@ def _midnight_before(stamp: Time) -> Time:
     return midnight if midnight < stamp else midnight - timedelta(days=1)
 
 
-def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
-    """Subtract what began at the same time, keep what follows on; the result must be even and without gaps."""
+def _in_period(
+    records: Sequence[Record], period: tuple[str, str] | None, spans: Callable[[Record], tuple[Time, Time]]
+) -> Sequence[Record]:
+    """Records that lie wholly in a period, so that gaps elsewhere matter to nobody; all where none do."""
+    if period is None:
+        return records
+    low, high = (moment(text, spans(records[0])[0]) for text in period)
+    return [r for r in records if low <= spans(r)[0] and spans(r)[1] <= high] or records
+
+
+def _joined(intervals: list[Interval], label: TimeLabel, period: tuple[str, str] | None) -> Steps:
+    """Subtract what began at the same time, keep what follows on; in the period it must be even and without gaps."""
     pieces: list[tuple[Time, Time, int, int]] = []
     for i, now in enumerate(intervals):
         before = intervals[i - 1] if i else None
@@ -246,6 +264,7 @@ def _joined(intervals: list[Interval], label: TimeLabel) -> Steps:
         raise SourceError(
             "One running sum whose start nobody states is no amount of a step. Give at least two time steps."
         )
+    pieces = list(_in_period(pieces, period, lambda piece: piece[:2]))
     if any(base >= 0 for *_, base in pieces):
         label = "end"
     _check_chain(pieces)
@@ -265,13 +284,14 @@ def _check_chain(pieces: list[tuple[Time, Time, int, int]]) -> None:
         if _length(piece) != step:
             raise SourceError(
                 f"Step {i} ({piece[0]} to {piece[1]}) lasts {_length(piece)}, the first {step}. Even steps are needed: "
-                "months, and forecasts that change their cadence, have none. Read a part with even steps."
+                "months, and forecasts that change their cadence, have none. Declare the `period:` of a part that has "
+                "them, of the source in catalog.yaml, or by --declare."
             )
     for (_, end, *_), (start, *_) in itertools.pairwise(pieces):
         if start != end:
             raise SourceError(
                 f"A step ends at {end} and the next one starts at {start}. Intervals without gap or overlap are "
-                "needed. Fill the gap with missing steps, or split the file there."
+                f"needed. {MEND_GAP}"
             )
 
 
@@ -287,7 +307,7 @@ def _check_even(stamps: Sequence[Time], step: timedelta) -> None:
         if after - before != step:
             raise SourceError(
                 f"The time axis is uneven: {before} to {after} is not {step} like the first step. Even steps are "
-                "needed, which months are not. Fill a gap with missing steps, or split the file there."
+                f"needed, which months are not. {MEND_GAP}"
             )
 
 

@@ -64,6 +64,7 @@ def test_imerg_lies_in_a_group_and_its_bounds_leave_out_a_second(imerg):
         cube = read_coarse(dataset, "precipitation", Declared(time_label="start", step_h=0.5))
     np.testing.assert_allclose(cube.amount, MM[:1], rtol=1e-6)
     assert cube.times.step == timedelta(minutes=30)
+    assert cube.times.start == datetime(2001, 1, 6, 0, 0)  # of our calendar, whatever the file calls it
 
 
 def test_several_groups_are_named(imerg):

@@ -128,3 +128,28 @@ def test_stamps_half_a_step_from_whole_ones_look_like_middles(stamps, hint):
     with pytest.raises(SourceError, match="Nothing says which time the stamp") as raised:
         steps_of(hours(*stamps), None, Declared())
     assert ("as middles do" in str(raised.value)) == hint
+
+
+@pytest.mark.parametrize(
+    ("label", "hourly", "three_hourly"),
+    [("start", (1, 3), (8, 3)), ("middle", (0.5, 3), (9.5, 2)), ("end", (0, 4), (8, 3))],
+)
+def test_gaps_and_other_steps_outside_a_period_matter_to_nobody(label, hourly, three_hourly):
+    stamps = hours(1, 2, 3, 4, 7, 8, 11, 14, 17)
+    for period, length, (first, count) in ((("00", "04"), 1, hourly), (("08", "17"), 3, three_hourly)):
+        days = (f"2001-01-01T{period[0]}:00", f"2001-01-01T{period[1]}:00")
+        steps = steps_of(stamps, None, Declared(time_label=label, period=days))
+        assert summary(steps)[:3] == (first, length, count)
+    with pytest.raises(SourceError, match="uneven.* or declare the `period:` of a part without any"):
+        steps_of(stamps, None, Declared(time_label=label))
+
+
+def test_running_sums_are_read_in_a_period_of_even_steps():
+    stamps = hours(1, 2, 3, 6, 9, 12)
+    declared = Declared(accumulated="run", period=("2001-01-01T03:00", "2001-01-01T12:00"))
+    steps = steps_of(stamps, None, declared)
+    assert (steps.axis.size, steps.axis.step) == (3, timedelta(hours=3))
+    assert steps.record.tolist() == [3, 4, 5]
+    assert steps.base.tolist() == [2, 3, 4]
+    with pytest.raises(SourceError, match="Declare the `period:` of a part"):
+        steps_of(stamps, None, Declared(accumulated="run"))
