@@ -493,8 +493,8 @@ def _mesh(dataset: xr.Dataset, array: xr.DataArray, dim: str) -> Cells:
     corners = None if flat is None else _vertices(dataset, flat[0], flat[1], (dim,))
     if corners is None:
         raise SourceError(
-            f"Cells along {dim!r} have no outlines: a UGRID mesh, or latitude and longitude with bounds, are needed. "
-            "Add them, or regrid the file first."
+            f"Cells along {dim!r} have no outlines: a UGRID mesh, or latitude and longitude with bounds, are needed; "
+            "numbers of cells alone, as of HEALPix, are not read. Add them, or regrid the file first."
         )
     return _cells(corners)
 
