@@ -492,7 +492,7 @@ def write_shard(
     Raises:
         StoreError: the region is not exactly one shard, its values have another shape, or writing failed.
     """
-    target = zarr.open_array(open_store(f"{url}/{array}", options), mode="r+")
+    target = open_array(url, array, options, mode="r+")
     shard = target.shards or target.chunks
     for part, n, size in zip(region, shard, target.shape, strict=True):
         if part.start % n or part.stop not in (part.start + n, size):

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
-from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_array, open_store, read_object, shard_path
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_array, read_object, shard_path
 from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[st
     """The same of each shard, from its stored bytes."""
     if not shards:
         return
-    array = zarr.open_array(open_store(f"{stored.url}/{stored.array}", stored.options), mode="r")
+    array = open_array(stored.url, stored.array, stored.options, mode="r")
     for e in shards:
         yield e.key, *closure_of(np.asarray(array[e.region]), _coarse_part(stored, e), stored.factor)
 
