@@ -20,8 +20,8 @@ import cftime
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
-from zarr.errors import ZarrUserWarning
-from zarr.storage import FsspecStore, LocalStore
+from zarr.errors import ContainsArrayError, ZarrUserWarning
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from stsr_core.errors import StoreError
 from stsr_core.grids import Grid, TimeAxis
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from numpy.typing import NDArray
     from pyproj import CRS
+    from zarr.abc.buffer import Buffer
     from zarr.abc.store import Store
 
 QUANTUM_MM = 0.01  # storage quantum
@@ -248,11 +249,29 @@ def coordinates(layout: StoreLayout) -> dict[str, Any]:
 def write_array(
     url: str, data: NDArray[Any], dims: tuple[str, ...], attributes: Mapping[str, Any], options: Options | None
 ) -> None:
-    """Write a small array as a node of its own; opened through its parent it would create the group too early."""
+    """Write a small array as a node of its own; opened through its parent it would create the group too early.
+
+    It is made in memory and no object of it is removed on the way, so another run of the same plan never misses one.
+    """
+    made: dict[str, Buffer] = {}
     zarr.create_array(
-        open_store(url, options), data=data, chunks=data.shape, dimension_names=dims, compressors=None,
-        attributes=dict(attributes), overwrite=True, fill_value=0,
+        MemoryStore(made), data=data, chunks=data.shape, dimension_names=dims, compressors=None,
+        attributes=dict(attributes), fill_value="" if data.dtype.kind == "T" else 0,
     )  # fmt: skip
+    fs, path = filesystem(url, options)
+    for key, value in made.items():
+        _put(fs, f"{path}/{key}", value.to_bytes())
+
+
+def _put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write an object unless it is there as it should be."""
+    try:
+        if fs.cat_file(path) == content:
+            return
+    except FileNotFoundError:
+        if "file" in fs.protocol:  # elsewhere it may create a bucket
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    fs.pipe_file(path, content)
 
 
 def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | None = None) -> None:
@@ -282,10 +301,7 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
 def write_labels(url: str, labels: Sequence[str], dim: str, options: Options | None) -> None:
     """Write the labels of driving members along a dimension."""
     values = np.array(labels, dtype=np.dtypes.StringDType())
-    zarr.create_array(
-        open_store(f"{url}/{DRIVING}", options), data=values, chunks=values.shape, dimension_names=(dim,),
-        compressors=None, attributes=dict(DRIVING_ATTRIBUTES), overwrite=True, fill_value="",
-    )  # fmt: skip
+    write_array(f"{url}/{DRIVING}", values, (dim,), DRIVING_ATTRIBUTES, options)
 
 
 def read_labels(url: str, options: Options | None = None) -> tuple[str, ...]:
@@ -349,14 +365,30 @@ def create_ensemble(
         if begun is not None:
             begun.resize(layout.shape)
         else:
-            zarr.create_array(
-                open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
-                chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
-                dimension_names=("member", "time", "y", "x"), attributes=attributes,
-                config={"write_empty_chunks": True},
-            )  # fmt: skip
+            _create_array(url, layout, array, attributes, options)
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check the path, its permissions and free space.") from e
+
+
+def _create_array(
+    url: str, layout: StoreLayout, array: str, attributes: dict[str, Any], options: Options | None
+) -> None:
+    """Write the metadata of an ensemble's array.
+
+    Raises:
+        StoreError: another command has just begun another one there.
+    """
+    try:
+        zarr.create_array(
+            open_store(f"{url}/{array}", options), shape=layout.shape, dtype="uint16",
+            chunks=layout.chunk, shards=layout.shard, compressors=ZstdCodec(level=3), fill_value=MISSING,
+            dimension_names=("member", "time", "y", "x"), attributes=attributes,
+            config={"write_empty_chunks": True},
+        )  # fmt: skip
+    except ContainsArrayError as e:
+        begun = open_array(url, array, options, mode="r")
+        if (begun.shape, begun.shards, dict(begun.attrs)) != (layout.shape, layout.shard, attributes):
+            raise StoreError(f"Another command has just begun another ensemble at {url}. Name another output.") from e
 
 
 def _begun(url: str, array: str, options: Options | None) -> zarr.Array[Any] | None:

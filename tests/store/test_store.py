@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,8 +18,8 @@ import zarr
 from fsspec.implementations.local import LocalFileSystem
 from matplotlib.image import imread
 from pyproj import CRS
-from zarr.storage import LocalStore
 
+import stsr_core.store.layout as layout_module
 import stsr_core.store.overview as overview_module
 import stsr_core.store.verify as verify_module
 from stsr_core.catalog.integrity import _closure as closure_of_version
@@ -485,23 +486,57 @@ def test_an_ensemble_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
     (tmp_path / "0").mkdir()  # killed before the mark was written, or while it was
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stsr.json").touch()
-    written = LocalStore.set
-    objects = len(files_of(whole)) - 1  # but the mark
+    written = LocalFileSystem.pipe_file
+    objects = len(files_of(whole)) - 1  # but the metadata of the array, the last of all
     for kill in range(objects):
         calls = itertools.count()
 
-        async def killed(store, key, value, calls=calls, kill=kill):
+        def killed(fs, path, value, *args, calls=calls, kill=kill, **kwargs):
             if next(calls) == kill:
+                written(fs, path, value[:3])
                 raise RuntimeError("killed")
-            await written(store, key, value)
+            written(fs, path, value, *args, **kwargs)
 
-        monkeypatch.setattr(LocalStore, "set", killed)
+        monkeypatch.setattr(LocalFileSystem, "pipe_file", killed)
         with pytest.raises(RuntimeError, match="killed"):
             create_ensemble(str(tmp_path / f"{kill + 2}"), LAYOUT, array="precipitation")
     monkeypatch.undo()
     for kill in range(objects + 2):
         create_ensemble(str(tmp_path / f"{kill}"), LAYOUT, array="precipitation")
         assert files_of(tmp_path / f"{kill}") == files_of(whole)
+
+
+def begin_at_once(url, barrier, errors):
+    for number in range(10):
+        barrier.wait()
+        try:
+            create_ensemble(f"{url}/{number}.zarr", LAYOUT, array="precipitation")
+        except Exception as e:
+            errors.put(repr(e))
+    errors.put(None)
+
+
+def test_two_that_begin_the_same_ensemble_at_once_do_not_meet(tmp_path):
+    context = get_context("spawn")
+    barrier, errors = context.Barrier(2), context.Queue()
+    both = [context.Process(target=begin_at_once, args=(str(tmp_path), barrier, errors)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert [errors.get(timeout=60) for _ in both] == [None, None]
+    for process in both:
+        process.join()
+    create_ensemble(str(tmp_path / "alone"), LAYOUT, array="precipitation")
+    for number in range(10):
+        assert files_of(tmp_path / f"{number}.zarr") == files_of(tmp_path / "alone")
+
+
+def test_an_ensemble_that_another_command_just_began_is_left_alone(tmp_path, monkeypatch):
+    create_ensemble(str(tmp_path), replace(LAYOUT, members=8), array="precipitation")
+    before = files_of(tmp_path)["precipitation/zarr.json"]
+    monkeypatch.setattr(layout_module, "_begun", Mock(return_value=None))  # it looked before the other wrote
+    with pytest.raises(StoreError, match="Another command has just begun another ensemble at .*Name another output"):
+        create_ensemble(str(tmp_path), LAYOUT, array="precipitation")
+    assert files_of(tmp_path)["precipitation/zarr.json"] == before
 
 
 def test_an_object_store_is_held_to_the_same():
