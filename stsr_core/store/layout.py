@@ -137,7 +137,7 @@ def require_own(url: str, options: Options | None = None) -> None:
     """
     fs, path = filesystem(url, options)
     try:
-        own = _marked(fs, path) or not _contents(fs, path)
+        own = _marked(fs, path) or not _contents(fs, path) or _marked(fs, path)  # begun by another meanwhile
     except OSError as e:
         raise StoreError(f"{url} cannot be read ({e}). Check the path and its permissions.") from e
     if not own:
@@ -426,10 +426,13 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
     if isinstance(store, LocalStore):
         for begun in store.root.rglob("*.partial"):  # by zarr, whose writer was killed
             begun.unlink(missing_ok=True)
+    made: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(made), attributes={"Conventions": "CF-1.11", **attributes})
+    fs, path = filesystem(url, options)
     try:
+        _put(fs, f"{path}/{GROUP}", made[GROUP].to_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ZarrUserWarning)
-            zarr.open_group(store, mode="a", attributes={"Conventions": "CF-1.11", **attributes})
             zarr.consolidate_metadata(store)
         _drop(f"{url}/{BEFORE}", options)
     except OSError as e:
