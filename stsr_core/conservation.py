@@ -183,7 +183,7 @@ def conserve(fine: Tensor, coarse: Tensor, factor: Factor, function: Conservatio
     the nearer they were; one without differences is filled evenly. A gain that is smooth across the borders of coarse
     cells brings all blocks close to their amounts, and one gain per block closes the rest, so that coarse cells do not
     show as squares. What a cell would hold above the taper of f, or above CEILING_MM with any f, goes to the other
-    cells of its block in proportion, and evenly where they are full too.
+    cells of its block in proportion, and to dry ones where these are full too.
 
     Args:
         fine: amount [mm per fine step], (..., T*t, Y*s, X*s), float32; below 0 a cell is dry, and the farther
@@ -272,7 +272,9 @@ def _closed(smooth: Tensor, wanted: Tensor, most: Tensor, factor: Factor) -> Ten
         lacking = (wanted - _total(held, factor)).clamp(min=0.0)
         result = held + free * torch.nan_to_num(lacking / _total(free, factor), posinf=0.0)
     held = torch.minimum(result, most)
-    result = held + (wanted - _total(held, factor)).clamp(min=0.0) / factor.time
+    room = most - held
+    lacking = (wanted - _total(held, factor)).clamp(min=0.0)
+    result = held + room * torch.nan_to_num(lacking / _total(room, factor), posinf=0.0)
     result = result * torch.nan_to_num(wanted / _total(result, factor), nan=0.0)  # second: removes float32 residue
     return torch.where(torch.isnan(wanted), torch.nan, result)
 
