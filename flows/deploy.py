@@ -229,7 +229,8 @@ async def _queues(client: PrefectClient, declared: Declared, pool: str, changes:
 
 
 async def _limits(client: PrefectClient, declared: Declared, changes: Changes) -> None:
-    there = {limit.name: limit for limit in await client.read_global_concurrency_limits(limit=200)}
+    found = await _all(lambda n, skip: client.read_global_concurrency_limits(limit=n, offset=skip))
+    there = {limit.name: limit for limit in found}
     for name, limit in declared.limits.items():
         if (name not in there or there[name].limit != limit) and changes.add(f"set limit {name} to {limit}"):
             await client.upsert_global_concurrency_limit_by_name(name, limit)

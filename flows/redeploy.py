@@ -35,7 +35,13 @@ CHECK_S = 900
 GIT_S = 600
 SLACK_S = 60  # seconds that a task has beyond its commands, whose own errors say more
 BEGUN = "clone-"  # begins names of folders that are not whole yet
-MODULES = ("nightly", "backfill", "train", "evaluate", "maintain", "redeploy", "check")
+IMPORTS = """
+import importlib, stsr_core
+from flows.declared import Declared, shipped_declaration
+for deployment in Declared.load(shipped_declaration()).deployments:
+    importlib.import_module(deployment.module)
+print(stsr_core.__file__)
+"""
 SHOWN = 6000  # characters of an output that artifacts show
 RUN = ("PREFECT__",)  # beginnings of the variables that are this run's own,
 SERVER = ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH")  # that lead to its server,
@@ -208,9 +214,8 @@ def _is_mirror(folder: Path) -> bool:
 
 @task(name="imports", cache_policy=NO_CACHE, timeout_seconds=CHECK_S + SLACK_S)
 def check_imports(folder: Path) -> None:
-    """Import every flow of the new code, and make sure that it is the new code."""
-    names = ", ".join(f"flows.{name}" for name in MODULES)
-    found = _python(folder, "-c", f"import {names}, stsr_core; print(stsr_core.__file__)", limit_s=CHECK_S)
+    """Import every flow that the new code declares, and make sure that it is the new code."""
+    found = _python(folder, "-c", IMPORTS, limit_s=CHECK_S)
     if not Path(found.strip().splitlines()[-1]).is_relative_to(folder):
         raise RedeployError(f"stsr_core was imported from {found.strip()}, not from {folder}. Check PYTHONPATH.")
 

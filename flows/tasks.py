@@ -199,7 +199,7 @@ def to_lattice(job: Job, found: Match, days: Days = None) -> tuple[tuple[Cube, .
 
 @task(name="plan", cache_policy=NO_CACHE)
 def make_plan(cubes: tuple[Cube, ...], found: Match, library: Library, job: Job, settings: Settings) -> Plan:
-    """Plan the shards; a plan above the limit of device hours is refused."""
+    """Plan the shards."""
     plan = product.plan_product(cubes, found, library, job.product, job.statics)
     cost = product.Cost.of(plan, settings.device_rate)
     members, steps, rows, columns = plan.fine_shape
@@ -209,7 +209,6 @@ def make_plan(cubes: tuple[Cube, ...], found: Match, library: Library, job: Job,
     )  # fmt: skip
     if doubt := plan.strange(library.serving(found.factor).card):
         event("strange_grid", level=logging.WARNING, why=doubt)
-    cost.check(settings.max_device_hours)
     return plan
 
 

@@ -12,11 +12,12 @@ from pydantic import BaseModel
 from flows import artifacts
 from flows.attempts import begin
 from flows.log import event
-from flows.stages import show_published, stage
+from flows.stages import show_plan, show_published, stage
 from flows.tasks import Job, New, check, make_plan, match, publish_version, read, resolve, to_lattice
 from stsr_core.catalog.publish import Attempt
 from stsr_core.checkpoint import Library
 from stsr_core.ensemble.plan import Plan
+from stsr_core.ensemble.product import Cost
 from stsr_core.factors import Match
 from stsr_core.settings import Settings
 
@@ -65,12 +66,19 @@ def prepare(
     cubes, fingerprint = stage(to_lattice, name)(job, found, days)
     new = replace(new, fingerprint=fingerprint)
     plan = stage(make_plan, name)(cubes, found, library, job, settings)
+    require_affordable(name, plan, found, settings)
     after = "" if once else new.after
     attempt = begin(job, plan, fingerprint, after=after, sole_publisher=settings.sole_publisher)
     if attempt is None:
         event("nothing_new" if once else "published_meanwhile")
         return None
     return Begun(job, new, found, library, plan, attempt)
+
+
+def require_affordable(name: str, plan: Plan, found: Match, settings: Settings) -> None:
+    """Show a plan, then refuse it if it is above the limit of device hours; raises ConfigurationError."""
+    show_plan(name, plan, found, settings, len(plan.shards))
+    Cost.of(plan, settings.device_rate).check(settings.max_device_hours)
 
 
 def conclude(begun: Begun) -> NewVersion | None:

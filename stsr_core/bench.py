@@ -177,14 +177,14 @@ def _run(
     target = Target(url, ARRAY, store_options)
     with cluster.client() as client:
         workers = _started(client)
-        started = time.perf_counter()
         create_ensemble(url, layout_of(plan), array=ARRAY, options=store_options)
-        gpu = choose_device(options.device).type == "cuda"
+        gpu, translating = choose_device(options.device).type == "cuda", 0.0
         if gpu:  # which a worker translates the networks for, once
+            started = time.perf_counter()
             wettest = max(plan.shards, key=plan.evaluations)
             generate(plan, [wettest], downscaler, target, client, device=options.device, precision=options.precision,
                      progress=lambda *_: None)  # fmt: skip
-        translating = time.perf_counter() - started
+            translating = time.perf_counter() - started
         with _busy(gpu) as busy:
             started = time.perf_counter()
             generate(
@@ -316,13 +316,13 @@ def _line(run: Mapping[str, float]) -> str:
 
 
 def profile_shard(options: Options, *, checkpoints: str | None = None, lines: int = 25) -> str:
-    """Where the time of one shard goes, as text; one member, in this process."""
+    """Where the time of the wettest shard goes, as text; one member, in this process."""
     checkpoint = Library.open(checkpoints).serving(options.factor)
     plan = _plan(checkpoint, options, members=1)
     torch.set_num_threads(1)  # as on a worker
     downscaler = Downscaler.load(checkpoint, options.factor, choose_device(options.device), precision=options.precision)
     profile = cProfile.Profile()
-    profile.runcall(make_shard, plan.task(plan.shards[0]), downscaler)
+    profile.runcall(make_shard, plan.task(max(plan.shards, key=plan.evaluations)), downscaler)
     text = io.StringIO()
     pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(lines)
     return text.getvalue()

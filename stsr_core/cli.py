@@ -203,7 +203,7 @@ def downscale(
     conserve: Annotated[bool, typer.Option(help="Keep the amount of every input cell exactly.")] = True,
     nearest: Annotated[bool, typer.Option("--nearest", help="Regrid to the nearest served factor.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the store at OUTPUT; only one that stsr wrote.")
+        bool, typer.Option("--overwrite", help="Replace the store at OUTPUT, if stsr wrote it.")
     ] = False,
     extend: Annotated[
         bool,
@@ -224,6 +224,7 @@ def downscale(
     from stsr_core.configuration import Declarations
     from stsr_core.ensemble.cluster import Cluster
     from stsr_core.ensemble.downscale import downscale_to_store, prepared
+    from stsr_core.ensemble.product import Cost
     from stsr_core.progress import progress_bar
     from stsr_core.settings import Settings
     from stsr_core.sources.box import Box, degrees
@@ -247,11 +248,12 @@ def downscale(
     )
     if doubt := plan.strange(Library.open(settings.checkpoints).serving(downscaler.factor).card):
         say(doubt)
-    total = sum(plan.evaluations(shard) for shard in plan.shards)
+    cost = Cost.of(plan, settings.device_rate)
+    cost.check(settings.max_device_hours)
     cluster = Cluster(
         settings.scheduler_address, _device(device, settings), workers or settings.workers, settings.precision
     )
-    with progress_bar("network evaluations", total) as advance:
+    with progress_bar("network evaluations", cost.evaluations) as advance:
         downscale_to_store(
             plan,
             downscaler,

@@ -19,8 +19,8 @@ LARGEST = (25, 6)  # factor in space and in time
 SPACINGS_KM = (1, 2, 3, 4, 5)  # of fine grids, that networks can be told
 # What noise has in common, see `NoiseCorrelation`: for every bit of missing detail beyond so many, and for every octave
 # of the fine spacing.
-CORRELATED_BITS = 9.0
-BESIDE_PER_BIT, BEFORE_PER_BIT = 0.016, 0.19
+CORRELATED_BITS = 9.3
+BESIDE_PER_BIT, BEFORE_PER_BIT = 0.01788, 0.21215
 BESIDE_PER_OCTAVE, BEFORE_PER_OCTAVE = 0.04, 0.26
 
 

@@ -8,7 +8,7 @@ import torch
 from stsr_core.checkpoint import Checkpoint, Library, Measured, Teacher, with_measured
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import CheckpointError
-from stsr_core.factors import Factor
+from stsr_core.factors import Factor, recipe
 from stsr_core.store.statistics import STATISTICS
 
 FACTOR = Factor(space=4, time=1)
@@ -134,6 +134,7 @@ def test_the_shipped_checkpoints_are_whole_and_serve_the_promised_factors():
     for checkpoint in library.checkpoints:
         for served in checkpoint.card.served:
             Downscaler.load(checkpoint, served.configuration.factor, CPU)
+            assert served.configuration == recipe(served.configuration.factor)
             for km in checkpoint.card.spacings_km:
                 assert served.measured[km].scores["crps_over_linear"] < 1
                 assert set(served.measured[km].statistics) <= set(STATISTICS)

@@ -282,7 +282,7 @@ def downscale_to_store(
         downscaler: the plan's networks, on the CPU.
         output: folder or URL of the store; a folder is that of the driver's working directory on every worker.
         cluster: where to make it.
-        overwrite: replace the store that is there.
+        overwrite: replace the store that is there, unless it is this ensemble, begun and not whole.
         extend: let a whole store grow to more members, or to a longer period; its finished shards stay.
         storage_options: of the output's filesystem.
         progress: called with the number of network evaluations just done and the seconds they took.
@@ -295,12 +295,13 @@ def downscale_to_store(
     require_answer(output, options)
     require_own(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)
-    shards = plan.shards if overwrite else remaining(plan, target, extend=extend)
-    whole = not overwrite and is_whole(output, options)
+    anew = overwrite and not _begun_before(plan, target)
+    shards = plan.shards if anew else remaining(plan, target, extend=extend)
+    whole = not anew and is_whole(output, options)
     if whole:
         _check_whole(output, shape_of(output, ARRAY, options), layout.shape, damage=bool(shards), extend=extend)
     with cluster.client() as client:  # first, for nothing may change where there is no cluster
-        if overwrite:
+        if anew:
             remove_store(output, options)
         elif whole:
             reopen(output, options)
@@ -311,6 +312,14 @@ def downscale_to_store(
         )  # fmt: skip
     require_receipts(plan, target)
     finish(output, layout.attributes, options)
+
+
+def _begun_before(plan: Plan, target: Target) -> bool:
+    """Whether a store is this ensemble and not whole yet: of the same command, which is to go on with it."""
+    try:
+        return not is_whole(target.url, target.options) and len(remaining(plan, target)) < len(plan.shards)
+    except StoreError:  # of another ensemble, or damaged
+        return False
 
 
 def _absolute(output: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,10 @@ from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.memory import keep_freed
-from stsr_core.store.layout import whole_shape, write_shard
-from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
+from stsr_core.store.layout import is_whole, shape_of, whole_shape, write_shard
+from stsr_core.store.receipts import Receipt, read_receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
+from stsr_core.version import code_version
 
 if TYPE_CHECKING:
     from dask.typing import Key
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 WAITING = 1  # shards per worker that are submitted beyond those that it works on
 SWITCH_SECONDS = 1e-4  # that a thread that packs holds up those that feed a GPU; Python's 5 ms cost it 7 %
 TOLD_S = 0.5  # seconds between messages about progress
+WATCHED_S = 30.0  # seconds between looks at whether there are workers
 RETRIES = 2  # times that a shard is tried on another worker
 _log = logging.getLogger("stsr.shard")
 
@@ -61,14 +64,29 @@ class Target:
 class Networks(WorkerPlugin):
     """Readies a worker, once for each checkpoint: how it keeps memory, and the networks on its device."""
 
+    idempotent = True  # another run's is the same: its networks and streams are left as they are
+
     def __init__(self, digest: str, downscaler: Downscaler, device: str, precision: str) -> None:
-        told = downscaler.served.configuration
-        self.name = f"stsr-networks-{digest}-{told.factor}-{told.spacing_km}km-{device}-{precision}"
+        told, self.code = downscaler.served.configuration, code_version()
+        self.name = f"stsr-networks-{digest}-{self.code}-{told.factor}-{told.spacing_km}km-{device}-{precision}"
         self.downscaler, self.device, self.precision = downscaler, device, precision
+        self.failure: ConfigurationError | None = None
 
     def setup(self, worker: Worker) -> None:
         """Load them; a worker chooses its device by itself, the driver may have none."""
         keep_freed()
+        try:
+            self._load(worker.address)
+        except ConfigurationError as e:
+            self.failure = e  # a worker that comes later can tell only those whose shards it gets
+            raise
+
+    def _load(self, address: str) -> None:
+        if code_version() != self.code:
+            raise ConfigurationError(
+                f"Dask worker {address} has stsr {code_version()}, this run {self.code}: receipts would vouch for what "
+                "other code made. Install the same on both, and start the workers again."
+            )
         self.downscaler = self.downscaler.on(choose_device(self.device), precision=self.precision)
         self.streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         if self.downscaler.device.type == "cuda":
@@ -80,6 +98,21 @@ class Networks(WorkerPlugin):
     def made_on(self) -> str:
         """Device and precision, on which the last digits of amounts depend."""
         return f"{self.downscaler.device.type} {str(self.downscaler.precision).removeprefix('torch.')}"
+
+    def require_ready(self, kept: str) -> None:
+        """Refuse work that this worker cannot do, or not as the shards that are kept were made.
+
+        Raises:
+            ConfigurationError: it could not load the networks, or computes in another precision.
+        """
+        if self.failure:
+            raise self.failure
+        needed = kept.partition(" ")[2]
+        if needed and needed != self.made_on.partition(" ")[2]:
+            raise ConfigurationError(
+                f"Finished shards were made on {kept}, this worker computes on {self.made_on}: their members would "
+                f"not be the same. Set STSR_PRECISION to {needed}, or start over with --overwrite."
+            )
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -97,11 +130,19 @@ class Networks(WorkerPlugin):
 
 @dataclass(frozen=True)
 class _Run:
-    """What all shards of one call have in common: its name, which no other call has, the worker's plugin, the store."""
+    """What all shards of one call have in common.
+
+    Attributes:
+        name: of the call, which no other has.
+        plugin: name of the worker's plugin.
+        target: where they go.
+        kept: what other shards of the ensemble were made on, see `Receipt.made_on`; "" where there are none.
+    """
 
     name: str
     plugin: str
     target: Target
+    kept: str
 
     @property
     def topic(self) -> str:
@@ -128,6 +169,7 @@ def _on_worker(task: ShardTask, run: _Run) -> _Outcome:
     torch.set_num_threads(1)
     progress = _Progress(worker, run.topic)
     try:
+        plugin.require_ready(run.kept)
         with plugin.stream():
             result = make_shard(task, plugin.downscaler, progress)
         progress.tell()
@@ -226,7 +268,8 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
         StoreError: shards are there that belong to other input, arguments or code.
     """
     kept, foreign = done(plan, target)
-    if foreign and not (extend and (kept or _holds_part(plan, target))):
+    grows = extend and not _is_as_large(plan, target) and (kept or _holds_part(plan, target))
+    if foreign and not grows:
         raise StoreError(
             f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code"
             f"{' and none of this ensemble' if extend else ''}. Name another output, or start over with --overwrite."
@@ -248,6 +291,12 @@ def require_receipts(plan: Plan, target: Target) -> None:
             f"{len(lost)} shards of {target.url} (first {lost[0]}) were lost while others were made. Does something "
             "else write there? The same command makes them again."
         )
+
+
+def _is_as_large(plan: Plan, target: Target) -> bool:
+    """Whether a store is whole, and of the size of the plan."""
+    options = target.options
+    return is_whole(target.url, options) and shape_of(target.url, target.array, options) == plan.fine_shape
 
 
 def _holds_part(plan: Plan, target: Target) -> bool:
@@ -291,13 +340,14 @@ def generate(
     Raises:
         ShardError: a shard failed on every try, or the scheduler went away; shards that were finished stay.
         StoreError: a shard has amounts that the store does not hold, or could not be written, on every try.
-        ConfigurationError: no worker of the cluster offers what shards ask for.
+        ConfigurationError: no worker of the cluster offers what shards ask for, or those that do have other code,
+            no such device, or another precision than finished shards.
     """
     plugin = Networks(plan.recipe.checkpoint_digest, downscaler, device, precision)
     client.register_plugin(plugin)
-    run = _Run(uuid.uuid4().hex, plugin.name, target)
-    with _reported(client, run.topic, progress):
-        flight = _Flight(client, (plan.task(shard) for shard in shards), run)
+    run = _Run(uuid.uuid4().hex, plugin.name, target, _kept_on(plan, shards, target))
+    flight = _Flight(client, (plan.task(shard) for shard in shards), run)
+    with _reported(client, run.topic, progress), _watched(flight):
         pool = as_completed(flight.more())
         try:
             for future in pool:
@@ -313,6 +363,14 @@ def generate(
         finally:
             with suppress(CommClosedError):
                 client.cancel(list(pool.futures))
+
+
+def _kept_on(plan: Plan, shards: Sequence[Shard], target: Target) -> str:
+    """What shards of a plan that are not to be made were made on; one says it for all."""
+    made = {shard.key for shard in shards}
+    kept = next((shard.key for shard in plan.shards if shard.key not in made), "")
+    receipt = read_receipt(target.url, target.array, kept, target.options) if kept else None
+    return receipt.made_on if receipt else ""
 
 
 def _result(future: Future[_Outcome]) -> _Outcome:
@@ -370,12 +428,15 @@ class _Flight:
             allow_other_workers=bool(others),
         )  # fmt: skip
 
+    def warn(self) -> None:
+        """Say so where there is no worker; they may come, or come back, at any time."""
+        if not self._offers():
+            _log.warning(line("waiting_for_workers", shards=len(self.tasks)))
+
     def _capacity(self) -> int:
         """Shards that the workers of the moment take; a few where none has come yet, as clusters start late."""
         offers = self._offers()
-        if not offers:
-            _log.info(line("waiting_for_workers"))
-        elif not any(offers.values()):
+        if offers and not any(offers.values()):
             raise ConfigurationError(
                 f"None of the {len(offers)} Dask workers offers the resource {RESOURCE} that shards need. Start them "
                 f"with `dask worker --resources {RESOURCE}=1`."
@@ -386,6 +447,23 @@ class _Flight:
         """What each worker offers for shards, by its address."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         return {address: float(w["resources"].get(RESOURCE, 0.0)) for address, w in workers.items()}
+
+
+@contextmanager
+def _watched(flight: _Flight) -> Iterator[None]:
+    """Say every WATCHED_S that shards wait for workers, when there are none: their futures would just stay away."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCHED_S):
+            with suppress(OSError):  # of a scheduler that went away, which the futures tell
+                flight.warn()
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextmanager

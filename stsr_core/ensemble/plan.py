@@ -272,12 +272,12 @@ class Plan:
         """Whether no coarse cell of the shard holds any rain, so that it needs no network."""
         return self.recipe.conserve and not bool((self._amount(shard)[_slices(shard.box)] > 0).any())
 
-    def wet_windows(self, shard: Shard) -> list[Box]:
-        """Windows of a shard that need the networks, in absolute coarse indices."""
+    def _wet(self, shard: Shard, windows: list[Box]) -> list[Box]:
+        """Those of the windows of a shard that need the networks."""
         if self.is_dry(shard):
             return []
         amount, always = self._amount(shard), not self.recipe.conserve
-        return [w for w in self.windows(shard) if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
+        return [w for w in windows if always or (amount[_slices(shifted(w, self.origin))] > 0).any()]
 
     @cached_property
     def _counts(self) -> dict[tuple[int, Box], tuple[int, int, int]]:
@@ -286,9 +286,10 @@ class Plan:
 
     def _count(self, shard: Shard) -> tuple[int, int, int]:
         if shard.place not in self._counts:
-            wet = self.wet_windows(shard)
+            windows = self.windows(shard)
+            wet = self._wet(shard, windows)
             cells = sum((t[1] - t[0]) * (y[1] - y[0]) * (x[1] - x[0]) for t, y, x in wet)
-            self._counts[shard.place] = len(wet), len(self.windows(shard)), cells * self.time * self.space**2
+            self._counts[shard.place] = len(wet), len(windows), cells * self.time * self.space**2
         return self._counts[shard.place]
 
     def _passes(self, shard: Shard) -> int:

@@ -118,7 +118,7 @@ class _Block:
         windows = [
             self._window(box, taper)
             for box, taper in zip(boxes, tapers, strict=True)
-            if every or (filled[_within(box, task.read)] > 0).any()
+            if every or (task.coarse[_within(box, task.read)] > 0).any()
         ]
         self.statics = None if task.statics is None else torch.from_numpy(task.statics).to(downscaler.device)
         first, last = task.shard.numbers

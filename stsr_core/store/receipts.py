@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stsr_core.store.layout import filesystem
+from stsr_core.errors import StoreError
+from stsr_core.store.layout import filesystem, read_object
 
 if TYPE_CHECKING:
     from stsr_core.store.layout import Options
@@ -59,6 +60,14 @@ def write_receipt(url: str, array: str, receipt: Receipt, options: Options | Non
     folder = f"{path}/{_folder(array)}"
     fs.makedirs(folder, exist_ok=True)
     fs.pipe_file(f"{folder}/{receipt.shard}.json", (receipt.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_receipt(url: str, array: str, shard: str, options: Options | None = None) -> Receipt | None:
+    """Read the receipt of one shard; None where there is none that can be read."""
+    try:
+        return Receipt.model_validate_json(read_object(f"{url}/{_folder(array)}/{shard}.json", options))
+    except (StoreError, ValidationError):
+        return None
 
 
 def read_receipts(url: str, array: str, options: Options | None = None) -> dict[str, Receipt]:

@@ -196,6 +196,15 @@ def test_holes_stay_missing_and_their_neighbours_keep_their_amount(library, rain
     )
 
 
+def test_windows_of_missing_and_dry_cells_need_no_network_and_are_planned_so(library, rain):
+    sea = np.full((4, 9, 120), np.nan, np.float32)
+    sea[:, :, :40], sea[:, :, 20:30] = 0.0, 1.0
+    plan, downscaler = plan_of(library, cube_of(sea), members=1)
+    made = make_shard(plan.task(plan.shards[0]), downscaler)
+    assert 0 < made.evaluations == plan.evaluations(plan.shards[0])
+    assert len(plan.windows(plan.shards[0])) * 3 > 2 * made.evaluations
+
+
 def test_a_dry_shard_counts_what_is_missing(library, rain):
     dry = np.zeros_like(rain)
     dry[2, 4, 3] = np.nan
@@ -681,6 +690,39 @@ def test_receipts_say_what_a_shard_was_made_on(rain, checkpoints, cluster, tmp_p
     to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster)
     found = read_receipts(str(tmp_path / "out"), "precipitation")
     assert {receipt.made_on for receipt in found.values()} == {"cpu float32"}
+
+
+def test_shards_of_another_precision_do_not_join_those_that_are_there(rain, checkpoints, cluster, tmp_path):
+    half = replace(cluster, precision="bfloat16")
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", half, members=4)
+    with pytest.raises(ConfigurationError, match="made on cpu bfloat16, this .* cpu float32.*STSR_PRECISION to bfloat"):
+        to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, members=8, extend=True)
+    to_store(cube_of(rain), checkpoints, tmp_path / "out", half, members=8, extend=True)
+
+
+def test_a_whole_store_of_other_input_is_not_taken_for_one_that_grows(rain, checkpoints, cluster, tmp_path):
+    long = np.tile(rain, (7, 1, 1))
+    to_store(cube_of(long), checkpoints, tmp_path / "out", cluster)
+    before = files_of(tmp_path / "out")
+    long[-6:] *= 2
+    with pytest.raises(StoreError, match="made from other input"):
+        to_store(cube_of(long), checkpoints, tmp_path / "out", cluster, extend=True)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_what_replaces_a_store_goes_on_after_a_kill(rain, checkpoints, cluster, tmp_path):
+    out, cube = tmp_path / "out", cube_of(rain)
+    to_store(cube_of(2 * rain), checkpoints, out, cluster)
+    to_store(cube, checkpoints, out, cluster, members=6, overwrite=True)
+    whole, kept = files_of(out), out / "precipitation" / "c" / "0" / "0" / "0" / "0"
+    (out / "zarr.json").unlink()
+    (out / "precipitation" / "c" / "1" / "0" / "0" / "0").unlink()
+    made = kept.stat().st_mtime_ns
+    to_store(cube, checkpoints, out, cluster, members=6, overwrite=True)
+    assert files_of(out) == whole
+    assert kept.stat().st_mtime_ns == made
+    to_store(cube, checkpoints, out, cluster, members=6, overwrite=True)
+    assert kept.stat().st_mtime_ns > made
 
 
 def test_an_output_is_the_same_place_for_every_worker(rain, checkpoints, cluster, tmp_path, monkeypatch):

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from distributed import Client, LocalCluster, get_worker
 
 from stsr_core.downscaler import Downscaler, choose_device
@@ -63,9 +65,9 @@ def client():
         yield client
 
 
-def run(plan, library, client, progress=lambda *_: None):
+def run(plan, library, client, progress=lambda *_: None, **options):
     downscaler = Downscaler.load(library.serving(FACTOR), FACTOR, choose_device("cpu"))
-    generate(plan, plan.shards, downscaler, Target("memory://out", "rain", {}), client, progress=progress)
+    generate(plan, plan.shards, downscaler, Target("memory://out", "rain", {}), client, progress=progress, **options)
 
 
 def made(*_):
@@ -166,6 +168,25 @@ def test_a_cluster_whose_workers_offer_nothing_is_refused_and_does_not_hang(plan
         pytest.raises(ConfigurationError, match="None of the 2 Dask workers.*--resources GPU=1"),
     ):
         run(plan, library, client)
+
+
+def test_workers_of_other_code_are_refused(plan, library, client, monkeypatch):
+    versions = iter(["1+driver", "1+worker", "1+worker"])
+    monkeypatch.setattr(engine, "code_version", lambda: next(versions))
+    with pytest.raises(ConfigurationError, match=r"has stsr 1\+worker, this run 1\+driver.*Install the same on both"):
+        run(plan, library, client)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a worker without a GPU is needed")
+def test_a_worker_without_a_gpu_that_comes_late_is_not_let_compute(plan, library, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "WATCHED_S", 0.1)
+    with dask(0, ONE) as client, ThreadPoolExecutor() as pool, caplog.at_level("WARNING"):
+        going = pool.submit(run, plan, library, client, device="cuda")
+        while "waiting_for_workers" not in caplog.text:
+            time.sleep(0.05)
+        client.cluster.scale(1)
+        with pytest.raises(ConfigurationError, match="torch sees no GPU here"):
+            going.result(timeout=60)
 
 
 def test_a_shard_that_fails_ends_the_run_and_stops_what_is_at_work(plan, library, client, monkeypatch):

@@ -38,6 +38,7 @@ from flows.parameters import Order, Period, Pieces, Retention
 from flows.redeploy import RedeployError, fetch, image_of
 from flows.stages import may_pass
 from flows.train import train
+from flows.versions import require_affordable
 from stsr_core.catalog.documents import DamagedError
 from stsr_core.catalog.publish import Published
 from stsr_core.catalog.search import Version
@@ -181,14 +182,13 @@ def test_the_link_of_a_version_is_one_that_a_browser_opens(monkeypatch, public, 
     assert stages.browsable(url, SimpleNamespace(options=options)) == link
 
 
-def test_a_plan_above_the_limit_of_device_hours_is_refused(plan, library, monkeypatch):
-    [job] = jobs("arpege-provence-1km", Settings())
-    monkeypatch.setattr(tasks.product, "plan_product", lambda *_: plan)
-    monkeypatch.setattr(tasks, "event", lambda *_, **__: None)
-    found = Match(4.0, 1.0, Factor(space=4, time=1), 0.0)
-    assert tasks.make_plan.fn(plan.cubes, found, library, job, Settings()) is plan
+def test_a_plan_above_the_limit_of_device_hours_is_shown_and_refused(plan, monkeypatch):
+    shown, found = [], Match(4.0, 1.0, Factor(space=4, time=1), 0.0)
+    monkeypatch.setattr("flows.artifacts.facts", lambda key, values, text: shown.append(values["device hours"]))
+    require_affordable("rain", plan, found, Settings())
     with pytest.raises(ConfigurationError, match="more than the limit of 1e-12"):
-        tasks.make_plan.fn(plan.cubes, found, library, job, Settings(max_device_hours=1e-12))
+        require_affordable("rain", plan, found, Settings(max_device_hours=1e-12))
+    assert len(shown) == 2
 
 
 def test_a_product_that_fails_costs_no_other_its_night(monkeypatch):
@@ -240,14 +240,14 @@ def test_without_a_server_artifacts_are_warnings(tmp_path):
 def test_the_declaration_is_valid_and_complete():
     declared = Declared.load(shipped_declaration())
     flows = {p.stem for p in (ROOT / "flows").glob("*.py") if "\n@flow(" in p.read_text()}
-    assert {d.module.split(".")[1] for d in declared.deployments} == flows == set(redeploy.MODULES)
+    assert {d.module.split(".")[1] for d in declared.deployments} == flows
     assert {i.value for i in declared.infrastructures} == {"process", "docker", "kubernetes"}
 
 
 def test_pods_without_gpu_and_disk_get_no_trainings():
     declared = Declared.load(shipped_declaration())
     names = {i: {d.name for d in declared.deployments_on(i)} for i in InfrastructureName}
-    assert names["process"] == names["docker"] == set(redeploy.MODULES)
+    assert names["process"] == names["docker"] == {d.name for d in declared.deployments}
     assert names["kubernetes"] == names["process"] - {"train", "evaluate"}
 
 

@@ -210,7 +210,6 @@ def test_a_good_release_is_deployed_and_used(site: Site) -> None:
     assert again.endswith("Nothing to change.\n")
 
 
-@pytest.mark.slow
 def done(site: Site, deployment: str, **parameters: Any) -> str:
     """Run a deployment by its form, to its good end."""
     run = site.api.start(deployment, **parameters)
@@ -225,6 +224,7 @@ def test_what_was_published_is_looked_after_by_its_form(site: Site) -> None:
     assert row["flaws"] == "none"
 
 
+@pytest.mark.slow
 def test_the_other_forms_train_and_score(site: Site) -> None:
     rain = np.random.default_rng(0).gamma(0.3, 3.0, (24, 160, 160)).astype(np.float32)
     axes = {name: (name, 1000.0 * np.arange(160), {"units": "m", "standard_name": f"projection_{name}_coordinate"})
