@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import has_magic
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,7 +155,7 @@ def _contents(fs: AbstractFileSystem, path: str) -> list[str]:
         names = [str(name) for name in fs.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    if "file" in fs.protocol:
+    if _is_local(fs):
         return names
     return [name for name in names if _holds_objects(fs, name)]
 
@@ -184,9 +185,18 @@ def begin(url: str, options: Options | None = None) -> None:
     """
     require_own(url, options)
     fs, path = filesystem(url, options)
-    if "file" in fs.protocol:  # elsewhere it may create a bucket
-        fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(f"{path}/{MARK}", MARK_CONTENT)
+    put(fs, f"{path}/{MARK}", MARK_CONTENT)
+
+
+def _is_local(fs: AbstractFileSystem) -> bool:
+    return "file" in fs.protocol
+
+
+def put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write an object, below folders that are made only on a local disk: elsewhere that may create a bucket."""
+    if _is_local(fs):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    fs.pipe_file(path, content)
 
 
 def time_units(times: TimeAxis) -> tuple[str, str]:
@@ -260,18 +270,15 @@ def write_array(
     )  # fmt: skip
     fs, path = filesystem(url, options)
     for key, value in made.items():
-        _put(fs, f"{path}/{key}", value.to_bytes())
+        _ensure(fs, f"{path}/{key}", value.to_bytes())
 
 
-def _put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
+def _ensure(fs: AbstractFileSystem, path: str, content: bytes) -> None:
     """Write an object unless it is there as it should be."""
-    try:
+    with suppress(FileNotFoundError):
         if fs.cat_file(path) == content:
             return
-    except FileNotFoundError:
-        if "file" in fs.protocol:  # elsewhere it may create a bucket
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    fs.pipe_file(path, content)
+    put(fs, path, content)
 
 
 def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | None = None) -> None:
@@ -430,7 +437,7 @@ def finish(url: str, attributes: Mapping[str, str], options: Options | None = No
     zarr.create_group(MemoryStore(made), attributes={"Conventions": "CF-1.11", **attributes})
     fs, path = filesystem(url, options)
     try:
-        _put(fs, f"{path}/{GROUP}", made[GROUP].to_bytes())
+        _ensure(fs, f"{path}/{GROUP}", made[GROUP].to_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ZarrUserWarning)
             zarr.consolidate_metadata(store)
@@ -488,7 +495,7 @@ def remove_store(url: str, options: Options | None = None) -> None:
     """
     require_own(url, options)
     fs, path = filesystem(url, options)
-    if "file" not in fs.protocol and has_magic(path):  # fsspec would remove whatever fits the pattern
+    if not _is_local(fs) and has_magic(path):  # fsspec would remove whatever fits the pattern
         raise StoreError(
             f"{url} has *, ? or [ in its name, so it is not removed: other stores may fit that. Remove it yourself, or "
             "name another output."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stsr_core.store.layout import filesystem
+from stsr_core.store.layout import filesystem, put
 
 if TYPE_CHECKING:
     from stsr_core.store.layout import Options
@@ -56,9 +56,8 @@ def _folder(array: str) -> str:
 def write_receipt(url: str, array: str, receipt: Receipt, options: Options | None = None) -> None:
     """Write a receipt; its shard must be stored before."""
     fs, path = filesystem(url, options)
-    folder = f"{path}/{_folder(array)}"
-    fs.makedirs(folder, exist_ok=True)
-    fs.pipe_file(f"{folder}/{receipt.shard}.json", (receipt.model_dump_json(indent=1) + "\n").encode())
+    content = (receipt.model_dump_json(indent=1) + "\n").encode()
+    put(fs, f"{path}/{_folder(array)}/{receipt.shard}.json", content)
 
 
 def read_receipts(url: str, array: str, options: Options | None = None) -> dict[str, Receipt]:
