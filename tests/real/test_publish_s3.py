@@ -23,7 +23,7 @@ import pytest
 import xarray as xr
 
 import stsr_core.catalog
-from stsr_core.catalog.documents import Documents
+from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import Query, look_up
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.items import SideFile
@@ -359,6 +359,16 @@ def test_a_store_without_conditional_writes_is_refused_for_more_than_one_publish
     assert alone.read("a.json")[0] == {"n": 2}
     with pytest.raises(PublicationError, match="exists already"):
         alone.create("a.json", {"n": 3})
+
+
+def test_the_sole_publisher_makes_no_document_anew_that_vanished(careless):
+    alone = Documents("s3://bucket", careless, sole_publisher=True)
+    alone.create("gone.json", {"n": 1})
+    _, tag = alone.read("gone.json")
+    alone.remove("gone.json")
+    with pytest.raises(ConflictError, match="was changed by another publisher"):
+        alone.replace("gone.json", {"n": 2}, tag)
+    assert alone.read("gone.json") is None
 
 
 def test_wrong_keys_are_an_error_that_says_so(s3):
