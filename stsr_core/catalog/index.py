@@ -29,7 +29,7 @@ PARQUET = "application/vnd.apache.parquet"
 KEYS = ("index", "index-recent")  # assets of the collection
 RECENT = 256  # rows of the file that every publication writes
 TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated")
-ALWAYS = ("id", "href", "version", "bbox", *TIMES)  # columns that every search reads
+ALWAYS = ("id", "version", "bbox", *TIMES)  # columns that every search reads
 TEXTS = ("stsr:configuration",)  # kept as JSON: `select` may hold a number here and a list there, no column both
 MAX_LIMIT = 10_000
 
@@ -264,18 +264,7 @@ class Query:
     intersects: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A version that a search found: its item's id and version, and the item's address in the product."""
-
-    id: str
-    version: str
-    href: str
-
-
-def look_up(
-    documents: Documents, collections: Mapping[str, Document], query: Query
-) -> dict[str, tuple[list[Hit], int]]:
+def look_up(documents: Documents, collections: Mapping[str, Document], query: Query) -> dict[str, list[str]]:
     """Search the indexes of products; a property that only some of them have is null in the others.
 
     Args:
@@ -284,7 +273,7 @@ def look_up(
         query: what to look for; its limit counts per product.
 
     Returns:
-        The hits that were asked for, and how many there are in all, of each product that has an index.
+        The versions that were asked for, of each product that has an index.
 
     Raises:
         ConfigurationError: the query is not understood.
@@ -294,7 +283,7 @@ def look_up(
     needed = _needed(parse(query.filter) if query.filter else None, _order(query), query)
     read = {name: read_index(documents, name, collection, needed) for name, collection in collections.items()}
     tables = _alike({name: table for name, table in read.items() if table is not None})
-    return {name: _hits(table, query) for name, table in tables.items()}
+    return {name: table["version"].take(select(table, query)[0]).to_pylist() for name, table in tables.items()}
 
 
 def _alike(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
@@ -306,11 +295,6 @@ def _alike(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     for name, column in [(n, c) for n, t in tables.items() for c in kinds.keys() - set(t.column_names)]:
         found[name] = found[name].append_column(column, pa.nulls(found[name].num_rows, kinds[column]))
     return found
-
-
-def _hits(table: pa.Table, query: Query) -> tuple[list[Hit], int]:
-    rows, total = select(table, query)
-    return [Hit(**row) for row in table.select(["id", "version", "href"]).take(rows).to_pylist()], total
 
 
 def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:

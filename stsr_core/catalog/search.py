@@ -213,7 +213,7 @@ def _found(documents: Documents, products: Sequence[str], query: Query) -> list[
                 raise
             before = collections
             continue
-        return [(name, collections[name], hit.version) for name, (hits, _) in found.items() for hit in hits]
+        return [(name, collections[name], version) for name, versions in found.items() for version in versions]
 
 
 def open_version(

@@ -24,7 +24,7 @@ import xarray as xr
 
 import stsr_core.catalog
 from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.index import Query, look_up
+from stsr_core.catalog.index import Query, look_up, read_index
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.items import SideFile
 from stsr_core.catalog.publish import Attempt, Publication, listed, publish
@@ -199,13 +199,13 @@ def check_after_race(url, options, folder, withdrawn):
     assert len(by_attempt) == len(set(by_attempt))
     assert len([x for x in collection["links"] if x["rel"] == "item"]) == len(there)
     assert all(there[version] == f"data/{attempt}/{version}.json" for version, attempt in told)
-    rows, total = look_up(documents, {"rain": collection}, Query(limit=10_000))["rain"]
-    assert total == len(there)
-    assert {(row.version, row.href.removeprefix("./")) for row in rows} == set(there.items())
+    rows = read_index(documents, "rain", collection).to_pylist()
+    assert len(rows) == len(there)
+    assert {row["version"]: row["href"].removeprefix("./") for row in rows} == there
     assert set(withdrawals(collection)) == withdrawn
     if withdrawn:
-        rows, _ = look_up(documents, {"rain": collection}, Query(filter="deprecated = true", limit=10_000))["rain"]
-        assert {row.version for row in rows} == withdrawn
+        query = Query(filter="deprecated = true", limit=10_000)
+        assert set(look_up(documents, {"rain": collection}, query)["rain"]) == withdrawn
     removed = reconcile(url, "rain", options, grace=timedelta(0))
     items = {version: documents.read(f"rain/{href}")[0]["properties"] for version, href in there.items()}
     assert {v for v, properties in items.items() if properties["deprecated"]} == withdrawn
