@@ -13,7 +13,7 @@ from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
 from stsr_core.store.coarse import ARRAY, factor_between, read_coarse, totals_of_members
-from stsr_core.store.layout import open_store
+from stsr_core.store.layout import blocks, coarse_region, open_store
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
@@ -121,13 +121,9 @@ def _of_driving_members(
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.float32], str]]:
     """Members of the shards of an ensemble with the coarse totals that belong to them."""
     shard = array.shards or array.chunks
-    sizes = (factor.time, factor.space, factor.space)
-    starts = [range(0, size, n) for size, n in zip(array.shape, shard, strict=True)]
-    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
-        region = tuple(slice(int(a), min(int(a) + n, s)) for a, n, s in zip(corner, shard, array.shape, strict=True))
-        inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], sizes, strict=True))
-        of = driving[region[0]]
-        quanta, where = np.asarray(array[region]), "-".join(str(int(a)) for a in corner)
+    for region in blocks(array.shape, shard):
+        of, inside = driving[region[0]], coarse_region(region, factor)
+        quanta, where = np.asarray(array[region]), "-".join(str(part.start) for part in region)
         yield from ((quanta[of == r], coarse[r][inside], where) for r in np.unique(of))
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import has_magic
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import cftime
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from pyproj import CRS
     from zarr.abc.buffer import Buffer
     from zarr.abc.store import Store
+
+    from stsr_core.factors import Factor
 
 QUANTUM_MM = 0.01  # storage quantum
 MISSING = 65535  # stored where the input is missing
@@ -505,6 +508,18 @@ def remove_store(url: str, options: Options | None = None) -> None:
             fs.rm(name, recursive=True)
     if fs.exists(path):
         fs.rm(path, recursive=True)
+
+
+def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Blocks of an array of any rank, in order; those at its far edges end there."""
+    axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))
+    return product(*axes)
+
+
+def coarse_region(region: Sequence[slice], factor: Factor) -> tuple[slice, ...]:
+    """Steps, rows and columns of the coarse cells under a region whose last axes are time, y and x."""
+    parts = (factor.time, factor.space, factor.space)
+    return tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[-3:], parts, strict=True))
 
 
 def shard_path(url: str, array: str, layout_shard: tuple[int, ...], region: Region) -> str:

@@ -16,6 +16,7 @@ from stsr_core.store.layout import (
     MISSING,
     QUANTUM_MM,
     StoreLayout,
+    blocks,
     described,
     finish,
     mapped,
@@ -65,8 +66,6 @@ def write_series(ensemble_url: str, array: str, url: str, layout: StoreLayout, o
         dimension_names=("member", "time", "y", "x"), overwrite=True,
         attributes={**mapped(described(layout), layout.grid), "scale_factor": QUANTUM_MM, "_FillValue": MISSING},
     )  # fmt: skip
-    starts = [range(0, size, n) for size, n in zip(layout.shape, shard, strict=True)]
-    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
-        region = tuple(slice(int(a), int(a) + n) for a, n in zip(corner, shard, strict=True))
+    for region in blocks(layout.shape, shard):
         target[region] = source[region]
     finish(url, layout.attributes, options)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
-from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_array, read_object, shard_path
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, coarse_region, open_array, read_object, shard_path
 from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
@@ -205,9 +205,7 @@ def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[st
 
 
 def _coarse_part(stored: Stored, e: Expected) -> NDArray[np.float32]:
-    parts = (stored.factor.time, stored.factor.space, stored.factor.space)
-    inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(e.region[1:], parts, strict=True))
-    return stored.coarse[e.driving][inside]
+    return stored.coarse[e.driving][coarse_region(e.region, stored.factor)]
 
 
 def closure_of(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
