@@ -53,6 +53,7 @@ from stsr_core.store.layout import (
     create_ensemble,
     finish,
     is_whole,
+    open_array,
     remove_store,
     reopen,
     shard_path,
@@ -439,14 +440,10 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
 
 
 def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
-    import zarr
-
-    from stsr_core.store.layout import open_store
-
     coarse = np.mean([cube.amount for cube in plan.cubes], axis=0)
     step = wettest_step(coarse)
     fine = step * plan.time
-    array = zarr.open_array(open_store(f"{attempt.ensemble_url}/{ARRAY}", attempt.documents.options), mode="r")
+    array = open_array(attempt.ensemble_url, ARRAY, attempt.documents.options, mode="r")
     quanta = np.asarray(array[:, fine])
     ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM))
     stamp = np.datetime_as_string(plan.fine_times.labels[fine], "m") if plan.fine_times.labels.dtype != object else ""

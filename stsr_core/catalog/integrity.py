@@ -6,19 +6,19 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
 from stsr_core.store.coarse import ARRAY, factor_between, read_coarse, totals_of_members
-from stsr_core.store.layout import blocks, coarse_region, open_store
+from stsr_core.store.layout import blocks, coarse_region, open_array
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import zarr
     from numpy.typing import NDArray
 
     from stsr_core.catalog.documents import Document, Options
@@ -100,11 +100,11 @@ def _item(documents: Documents, name: str | None) -> Document:
 
 def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) -> tuple[int, list[str]]:
     """Largest closure [quanta] over all members and coarse cells, and what is wrong with it."""
-    coarse = read_coarse(f"{url}/data.zarr/coarse", options)
-    array: zarr.Array[Any] = zarr.open_array(open_store(f"{url}/data.zarr/ensemble/{ARRAY}", options), mode="r")
+    ensemble, totals_url = f"{url}/data.zarr/ensemble", f"{url}/data.zarr/coarse"
+    coarse = read_coarse(totals_url, options)
+    array = open_array(ensemble, ARRAY, options, mode="r")
     factor = factor_between(array.shape, coarse.shape)
-    stores = f"{url}/data.zarr"
-    driving = totals_of_members(f"{stores}/ensemble", f"{stores}/coarse", array.shape[0], options)
+    driving = totals_of_members(ensemble, totals_url, array.shape[0], options)
     worst, flaws = 0, []
     for quanta, totals, where in _of_driving_members(array, coarse, factor, driving):
         closure, wrong = closure_of(quanta, totals, factor)

@@ -510,8 +510,8 @@ def remove_store(url: str, options: Options | None = None) -> None:
         fs.rm(path, recursive=True)
 
 
-def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Blocks of an array of any rank, in order; those at its far edges end there."""
+def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Blocks of an array of any rank, slices along each axis, in order; those at its far edges end there."""
     axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))
     return product(*axes)
 

@@ -25,6 +25,7 @@ from stsr_core.store.layout import (
     blocks,
     finish,
     mapped,
+    open_array,
     open_store,
     write_array,
     write_coordinates,
@@ -42,7 +43,7 @@ LEVEL_CELLS = 256  # cells along an edge of the coarsest level, at most
 SHARD_VALUES = 2**25  # of a shard at most, 128 MB in memory while it is written
 
 Statistics = dict[str, "NDArray[np.float32]"]
-Part: TypeAlias = tuple[slice, ...]
+Part: TypeAlias = tuple[slice, slice, slice]
 """Steps, rows and columns."""
 
 
@@ -69,7 +70,7 @@ def write_overview(
     ensemble_url: str, array: str, url: str, layout: StoreLayout, options: Options | None = None
 ) -> None:
     """Compute the overview of a finished ensemble block by block, and write it as a group of its own."""
-    source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
+    source = open_array(ensemble_url, array, options, mode="r")
     finest = _create_level(url, layout, options)
     for part in blocks(layout.shape[1:], _shard_of(finest["mean"])):
         for name, values in _statistics_of(source, part).items():

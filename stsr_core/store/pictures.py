@@ -6,9 +6,8 @@ import io
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
 
-from stsr_core.store.layout import open_store
+from stsr_core.store.layout import open_array
 from stsr_core.store.quicklook import LEVELS_MM
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ THUMBNAIL_PIXELS = 256
 
 def summary(overview_url: str, options: Options | None = None) -> NDArray[np.float32]:
     """Total and largest step of the ensemble mean, (2, Y, X) [mm], NaN where every step is missing."""
-    mean = zarr.open_array(open_store(f"{overview_url}/mean", options), mode="r")
+    mean = open_array(overview_url, "mean", options, mode="r")
     total = np.zeros(mean.shape[1:], np.float64)
     most = np.full(mean.shape[1:], -np.inf)
     steps = mean.chunks[0]

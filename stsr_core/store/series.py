@@ -20,6 +20,7 @@ from stsr_core.store.layout import (
     described,
     finish,
     mapped,
+    open_array,
     open_store,
     write_coordinates,
     write_members,
@@ -56,7 +57,7 @@ def _edge(values: int, series: int) -> int:
 
 def write_series(ensemble_url: str, array: str, url: str, layout: StoreLayout, options: Options | None = None) -> None:
     """Copy a finished ensemble, shard by shard, into a group laid out for time series."""
-    source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
+    source = open_array(ensemble_url, array, options, mode="r")
     write_coordinates(url, layout.times, layout.grid, options)
     write_members(url, layout, options)
     shard = shard_of(layout)

@@ -348,6 +348,13 @@ def test_the_overview_is_the_statistics_over_members(store, quanta, tmp_path):
         np.testing.assert_allclose(data["exceedance_probability"].sel(threshold=threshold), over, rtol=1e-6)
 
 
+@pytest.mark.parametrize("copied", [write_series, write_overview])
+def test_an_ensemble_whose_metadata_are_damaged_is_an_error_that_says_so(store, tmp_path, copied):
+    Path(store, "precipitation", "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"precipitation/zarr.json is damaged"):
+        copied(store, "precipitation", str(tmp_path / "copy"), LAYOUT)
+
+
 def test_an_amount_at_a_threshold_does_not_exceed_it():
     quanta = np.array([100, 101], np.uint16).reshape(2, 1, 1, 1)  # of 0.01 mm
     assert overview_module.over_members(quanta)["exceedance"].ravel().tolist() == [0.5, 0.0, 0.0]
