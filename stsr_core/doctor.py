@@ -256,7 +256,7 @@ def _store(settings: Settings) -> Finding:
     """Write, read, list and remove a probe; probe conditional writes; compare clocks."""
     from stsr_core.catalog.documents import Documents
 
-    options = settings.s3_options if settings.destination.startswith("s3://") else {}
+    options = settings.options_of(settings.destination)
     documents = Documents.at(settings.destination, options, sole_publisher=settings.sole_publisher)
     probe = f".doctor-{uuid.uuid4().hex[:8]}"
     documents.require_conditional_writes()

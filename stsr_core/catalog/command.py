@@ -26,7 +26,7 @@ GroupOption = Annotated[str, typer.Option(help="ensemble, series, overview or co
 def _options(url: str) -> dict[str, object]:
     from stsr_core.settings import Settings
 
-    return Settings().s3_options if url.startswith("s3://") else {}
+    return Settings().options_of(url)
 
 
 @catalog_app.command("ls")
