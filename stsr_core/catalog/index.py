@@ -84,13 +84,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return table.replace_schema_metadata({"geo": json.dumps(geo), "stac-geoparquet": json.dumps({"version": "1.1.0"})})
 
 
-def joined(tables: Iterable[pa.Table | None]) -> pa.Table:
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Join tables of rows whose columns may differ; at least one is there."""
     import pyarrow as pa
 
-    there = [t for t in tables if t is not None]
-    metadata = there[-1].schema.metadata  # of the newest, which knows all that rows may hold
-    return pa.concat_tables(there, promote_options="permissive").replace_schema_metadata(metadata)
+    metadata = tables[-1].schema.metadata  # of the newest, which knows all that rows may hold
+    return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(metadata)
 
 
 def _encoded(table: pa.Table) -> bytes:
@@ -101,14 +100,17 @@ def _encoded(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _opened(documents: Documents, product: str, asset: Mapping[str, Any] | None) -> bytes | None:
-    """Bytes of an index file, None where the collection names none.
+def _read(
+    documents: Documents, product: str, asset: Mapping[str, Any], columns: Iterable[str] | None = None
+) -> pa.Table:
+    """Rows of an index file; of all columns without a choice.
 
     Raises:
         StoreError: the file is missing, outside the product, or not the one that was published.
     """
-    if asset is None:
-        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     href = str(asset["href"]).removeprefix("./")
     if not href.startswith("index/") or ".." in href:
         raise StoreError(
@@ -117,16 +119,7 @@ def _opened(documents: Documents, product: str, asset: Mapping[str, Any] | None)
     found = documents.fetch(f"{product}/{href}")
     if found is None or f"1220{hashlib.sha256(found[0]).hexdigest()}" != asset.get("file:checksum"):
         raise StoreError(f"Index {product}/{href} is missing or not as published. Restore it from a backup.")
-    return found[0]
-
-
-def _read(raw: bytes | None, columns: Iterable[str] | None = None) -> pa.Table | None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if raw is None:
-        return None
-    source = pq.ParquetFile(pa.BufferReader(raw))
+    source = pq.ParquetFile(pa.BufferReader(found[0]))
     wanted = None if columns is None else [c for c in columns if c in source.schema_arrow.names]
     return _with_texts(source.read(columns=wanted))
 
@@ -149,9 +142,13 @@ def with_row(documents: Documents, product: str, collection: Document, item: Doc
         Assets of the collection that name it.
     """
     assets = dict(collection.get("assets", {}))
-    recent = joined([_read(_opened(documents, product, assets.get(KEYS[1]))), _table([_row(item, href)])])
+
+    def there(key: str) -> list[pa.Table]:
+        return [_read(documents, product, assets[key])] if key in assets else []
+
+    recent = joined([*there(KEYS[1]), _table([_row(item, href)])])
     if recent.num_rows > RECENT:
-        full = joined([_read(_opened(documents, product, assets.get(KEYS[0]))), recent.slice(0, RECENT)])
+        full = joined([*there(KEYS[0]), recent.slice(0, RECENT)])
         assets[KEYS[0]] = _written(documents, product, full, "Index of all versions but the newest")
         recent = recent.slice(RECENT)
     assets[KEYS[1]] = _written(documents, product, recent, "Index of the newest versions")
@@ -169,9 +166,7 @@ def without_rows(documents: Documents, product: str, collection: Document, versi
 
     assets = dict(collection.get("assets", {}))
     for key in (k for k in KEYS if k in assets):
-        table = _read(_opened(documents, product, assets[key]))
-        if table is None:
-            continue
+        table = _read(documents, product, assets[key])
         kept = table.filter(pc.invert(pc.is_in(table["version"], pa.array(list(versions), pa.string()))))
         if kept.num_rows < table.num_rows:
             assets[key] = _written(documents, product, kept, assets[key]["title"])
@@ -190,9 +185,7 @@ def with_values(
 
     assets = dict(collection.get("assets", {}))
     for key in (k for k in KEYS if k in assets):
-        table = _read(_opened(documents, product, assets[key]))
-        if table is None:
-            continue
+        table = _read(documents, product, assets[key])
         mine = pc.equal(table["version"], version)
         if pc.any(mine).as_py():
             assets[key] = _written(documents, product, _with_columns(table, mine, values), assets[key]["title"])
@@ -378,7 +371,7 @@ def read_index(
         StoreError: the index is damaged.
     """
     assets = [collection["assets"][k] for k in KEYS if k in collection.get("assets", {})]  # in order of publication
-    tables = [_read(_opened(documents, product, a), columns) for a in assets]
+    tables = [_read(documents, product, a, columns) for a in assets]
     return joined(tables) if tables else None
 
 
