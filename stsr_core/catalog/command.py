@@ -145,11 +145,11 @@ def catalog_verify(
 @catalog_app.command("cite")
 def catalog_cite(product: str, catalog: CatalogOption, version: VersionOption = "latest") -> None:
     """Print a citation of exactly this version, and the same as BibTeX."""
-    from stsr_core.catalog.integrity import citation, manifest_digest
+    from stsr_core.catalog.integrity import citation
     from stsr_core.catalog.search import find
 
     found = find(product, version, catalog, storage_options=_options(catalog))
-    for text in citation(found.item, manifest_digest(found.item), found.url):
+    for text in citation(found.item, found.url):
         typer.echo(f"{text}\n")
 
 

@@ -29,7 +29,6 @@ class Verdict(BaseModel):
     """What was found of a version.
 
     Attributes:
-        where: address of the version.
         item: id of its item.
         digest: sha256 of its manifest, which identifies every byte of it.
         objects: objects that were read.
@@ -39,7 +38,6 @@ class Verdict(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    where: str
     item: str
     digest: str
     objects: int
@@ -80,7 +78,7 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
         worst, more = _closure(url, options, bool(item["properties"].get("stsr:conserved", True)))
         flaws += more
     return Verdict(
-        where=url, item=str(item["id"]), digest=digest, objects=len(manifest.objects), flaws=tuple(flaws),
+        item=str(item["id"]), digest=digest, objects=len(manifest.objects), flaws=tuple(flaws),
         closure_quanta=worst,
     )  # fmt: skip
 
@@ -127,9 +125,9 @@ def _of_driving_members(
         yield from ((quanta[of == r], coarse[r][inside], where) for r in np.unique(of))
 
 
-def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:
-    """Citation of a version as a sentence and as BibTeX; `digest` is the sha256 of its manifest."""
-    p = item["properties"]
+def citation(item: Mapping[str, Any], url: str) -> tuple[str, str]:
+    """Citation of a version as a sentence and as BibTeX."""
+    p, digest = item["properties"], manifest_digest(item)
     year, version = p["created"][:4], p["version"]
     title = p["title"].removesuffix(f", {version}")
     maker = p["providers"][0]["name"]

@@ -88,16 +88,6 @@ class Attempt:
         """Address of a group of the store: ensemble, series, overview or coarse."""
         return f"{self.url}/data.zarr/{group}"
 
-    @property
-    def ensemble_url(self) -> str:
-        """Address of the ensemble's group."""
-        return self.group_url("ensemble")
-
-    @property
-    def overview_url(self) -> str:
-        """Address of the overview's group."""
-        return self.group_url("overview")
-
     def write_side_file(self, name: str, data: bytes, media_type: str, title: str, *roles: str) -> SideFile:
         """Write a small file beside the stores and describe it."""
         self.documents.write(f"{self.prefix}/{name}", data)
@@ -161,11 +151,6 @@ def listed(document: Mapping[str, Any]) -> dict[str, str]:
     return {version: found[version] for version in sorted(found, key=lambda version: int(version[1:]))}
 
 
-def versions(document: Mapping[str, Any]) -> list[str]:
-    """Names of the versions that a collection lists, oldest first."""
-    return list(listed(document))
-
-
 def listed_attempts(document: Mapping[str, Any]) -> set[str]:
     """Names of the attempts that a collection lists as versions; nothing in them is written again."""
     return {href.split("/")[1] for href in listed(document).values()}
@@ -213,7 +198,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         ConflictError: another publisher was faster; nothing is visible.
     """
     documents, product = attempt.documents, attempt.product
-    bbox, interval = _extent(publication.layout)
+    bbox, interval = footprint(publication.layout.grid)[0], period_of(publication.layout)
     path = f"{product}/collection.json"
     current, tag = _collection(documents, path, collection(publication.description, bbox, interval))
     there = listed(current)
@@ -239,11 +224,6 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     if predecessor is not None:
         link_neighbours(documents, product, listed(changed), predecessor)
     return Published(product, version, f"{attempt.url}/{version}.json")
-
-
-def _extent(layout: StoreLayout) -> tuple[list[float], list[str]]:
-    """Box and period of a version."""
-    return footprint(layout.grid)[0], period_of(layout)
 
 
 def _item(
@@ -350,10 +330,10 @@ def link_neighbours(documents: Documents, product: str, there: Mapping[str, str]
         {"rel": rel, "href": f"../../{there[name]}", "type": "application/geo+json"}
         for rel, found in around.items() for name in found
     ]  # fmt: skip
-    told = {"predecessor-version", *(link["rel"] for link in links)}
+    replaced = {"predecessor-version", *(link["rel"] for link in links)}
 
     def change(item: Document) -> Document:
-        return {**item, "links": [*(x for x in item["links"] if x["rel"] not in told), *links]}
+        return {**item, "links": [*(x for x in item["links"] if x["rel"] not in replaced), *links]}
 
     amend_item(documents, f"{product}/{there[version]}", change)
 

@@ -83,17 +83,17 @@ def ls(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> 
     Raises:
         StoreError: there is no catalogue.
     """
-    from stsr_core.catalog.publish import versions
+    from stsr_core.catalog.publish import listed
 
     documents = _documents(catalog, storage_options)
-    return {product: versions(_collection(documents, product)) for product in _products(documents)}
+    return {product: list(listed(_collection(documents, product))) for product in _products(documents)}
 
 
 def published(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:
     """List the versions of one product, oldest first; none where there is no such product."""
-    from stsr_core.catalog.publish import versions
+    from stsr_core.catalog.publish import listed
 
-    return versions(_collection(_documents(catalog, storage_options), product))
+    return list(listed(_collection(_documents(catalog, storage_options), product)))
 
 
 def products(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stsr_core.catalog.documents import DamagedError, Documents, encode
 from stsr_core.catalog.index import TEXTS, TIMES, Query, bare, joined, read_index, select
+from stsr_core.catalog.items import stamp
 from stsr_core.catalog.publish import listed
 from stsr_core.catalog.withdrawal import Withdrawal, as_withdrawn, withdrawals
 from stsr_core.errors import StoreError, StsrError
@@ -153,7 +154,7 @@ def item_of(row: Mapping[str, Any]) -> Document:
     import shapely
 
     properties = {k: v for k, v in row.items() if k not in (*TOP, *OTHER) and v is not None}
-    times = {t: _instant(row[t]) for t in TIMES if row.get(t) is not None}
+    times = {t: stamp(row[t]) for t in TIMES if row.get(t) is not None}
     objects = {name: json.loads(properties[name]) for name in TEXTS if name in properties}
     west, south, east, north = (row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax"))
     return {
@@ -165,10 +166,6 @@ def item_of(row: Mapping[str, Any]) -> Document:
     }
 
 
-def _instant(time: Any) -> str:
-    return time.isoformat().replace("+00:00", "Z")
-
-
 @dataclass
 class Loaded:
     """A catalogue in memory that follows the one at its destination.
@@ -176,13 +173,14 @@ class Loaded:
     Attributes:
         documents: where the catalogue is.
         every_s: seconds after which a request looks for changes.
+        failure: why the last change could not be read; None where it could.
     """
 
     documents: Documents
     every_s: float = 5.0
+    failure: str | None = field(default=None, init=False)
     _recent: list[Snapshot] = field(default_factory=list, init=False)
     _checked: float = field(default=0.0, init=False)
-    _failure: str | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def current(self) -> Snapshot:
@@ -198,18 +196,13 @@ class Loaded:
             finally:
                 self._lock.release()
         if not self._recent:
-            raise StoreError(self._failure or "Nothing is read yet.")
+            raise StoreError(self.failure or "Nothing is read yet.")
         return self._recent[-1]
 
     def of(self, name: str | None) -> Snapshot:
         """The snapshot of a name, so that pages follow each other; the current one where it is forgotten."""
         found = [s for s in self._recent if s.name == name]
         return found[-1] if found else self.current()
-
-    @property
-    def failure(self) -> str | None:
-        """Why the last change could not be read; None where it could."""
-        return self._failure
 
     def _follow(self) -> None:
         flaws: list[str] = []
@@ -221,9 +214,9 @@ class Loaded:
         finally:
             self._checked = time.monotonic()
         failure = " ".join(flaws) or None
-        if failure not in (None, self._failure):
+        if failure not in (None, self.failure):
             _log.error("The catalogue cannot be read again; what was good is served on. %s", failure)
-        self._failure = failure
+        self.failure = failure
         if read is not None and (not self._recent or read.name != self._recent[-1].name):
             self._recent = [*self._recent, read][-KEPT:]
 

@@ -202,11 +202,9 @@ def put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
     fs.pipe_file(path, content)
 
 
-def time_units(times: TimeAxis) -> tuple[str, str]:
-    """CF units and calendar of a time axis."""
-    if isinstance(times.start, cftime.datetime):
-        return EPOCH, str(times.start.calendar)
-    return EPOCH, "proleptic_gregorian"
+def calendar_of(times: TimeAxis) -> str:
+    """CF calendar of a time axis."""
+    return str(times.start.calendar) if isinstance(times.start, cftime.datetime) else "proleptic_gregorian"
 
 
 def encoded_times(values: NDArray[Any], calendar: str) -> NDArray[np.int64]:
@@ -291,9 +289,9 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
         StoreError: something else is there.
     """
     begin(url, options)
-    units, calendar = time_units(times)
+    calendar = calendar_of(times)
     y, x = axis_attributes(grid)
-    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": units, "calendar": calendar}
+    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": EPOCH, "calendar": calendar}
     stamp["bounds"] = "time_bnds"
     if calendar == "proleptic_gregorian":
         stamp["units_metadata"] = "leap_seconds: none"

@@ -55,13 +55,13 @@ CHECKPOINT = "checkpoints/cccccccccccccccc/checkpoint.json"
 
 def write_stores(attempt: Attempt, value: int) -> None:
     """Write all groups: every cell of every member holds `value` quanta."""
-    options = attempt.documents.options
-    create_ensemble(attempt.ensemble_url, LAYOUT, array="precipitation", options=options)
+    options, ensemble = attempt.documents.options, attempt.group_url("ensemble")
+    create_ensemble(ensemble, LAYOUT, array="precipitation", options=options)
     region = (slice(0, 2), slice(0, 2), slice(0, 4), slice(0, 4))
-    write_shard(attempt.ensemble_url, "precipitation", region, np.full(LAYOUT.shape, value, np.uint16), options)
-    finish(attempt.ensemble_url, LAYOUT.attributes, options)
-    write_series(attempt.ensemble_url, "precipitation", attempt.group_url("series"), LAYOUT, options)
-    write_overview(attempt.ensemble_url, "precipitation", attempt.overview_url, LAYOUT, options)
+    write_shard(ensemble, "precipitation", region, np.full(LAYOUT.shape, value, np.uint16), options)
+    finish(ensemble, LAYOUT.attributes, options)
+    write_series(ensemble, "precipitation", attempt.group_url("series"), LAYOUT, options)
+    write_overview(ensemble, "precipitation", attempt.group_url("overview"), LAYOUT, options)
     coarse = np.full((2, 2, 2), value * 0.01, np.float32)
     write_coarse(attempt.group_url("coarse"), [coarse], LAYOUT.times, COARSE_GRID, LAYOUT.attributes, options)
 
@@ -73,7 +73,7 @@ def prepared(destination: object, value: int = 7, options: dict[str, object] | N
 
 
 def publication(attempt: Attempt, report: GateReport = GOOD) -> Publication:
-    bands = summary(attempt.overview_url, attempt.documents.options)
+    bands = summary(attempt.group_url("overview"), attempt.documents.options)
     write = attempt.write_side_file
     side = {
         "quality": write("quality.json", quality_json(report), "application/json", "Quality report", "metadata"),

@@ -124,7 +124,7 @@ def test_an_item_that_names_what_is_outside_its_version_opens_nothing(catalog, t
 def test_a_citation_names_version_and_digest(catalog):
     found = stsr_core.catalog.latest("rain", str(catalog))
     digest = manifest_digest(found.item)
-    text, bibtex = citation(found.item, digest, found.url)
+    text, bibtex = citation(found.item, found.url)
     for part in ("Rain, version v1", digest, "METEO FRANCE", "checkpoint small (cccccccccccc)", found.url):
         assert part in text
     assert bibtex.startswith("@dataset{rain-v1,\n  title = {{Rain}},\n  author = {{METEO FRANCE}},\n  year = {20")
