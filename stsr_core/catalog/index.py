@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.query import interval, mask, parse, properties, touching
+from stsr_core.catalog.query import interval, mask, parse, period, properties, touching
 from stsr_core.errors import ConfigurationError, StoreError
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
     parts += [mask(table, expression)] if expression is not None else []
     kept = reduce(pc.and_, [p for p in parts if p is not None], pa.array(np.ones(table.num_rows, bool)))
     table = table.filter(kept)
-    started = pc.coalesce(table["datetime"], table["start_datetime"])  # a period is sorted by its start
+    started = period(table)[0]  # a period is sorted by its start
     table = table.set_column(table.column_names.index("datetime"), "datetime", started)
     keys = [*order, ("__row", "descending")]
     found = pc.sort_indices(table, sort_keys=keys)[query.offset : query.offset + query.limit]
@@ -400,6 +400,5 @@ def _during(table: pa.Table, text: str | None) -> Any:
     if text is None:
         return None
     start, end = (pa.scalar(t, pa.timestamp("us", "UTC")) for t in interval(text))
-    first = pc.coalesce(table["datetime"], table["start_datetime"])
-    last = pc.coalesce(table["datetime"], table["end_datetime"])
+    first, last = period(table)
     return pc.and_(pc.less_equal(first, end), pc.greater_equal(last, start))
