@@ -7,7 +7,6 @@ in the compare-and-swap of the collection that publishes the version.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import uuid
@@ -17,6 +16,7 @@ from datetime import datetime
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import checksum, inside
 from stsr_core.catalog.query import interval, mask, parse, period, properties, touching
 from stsr_core.errors import ConfigurationError, StoreError
 
@@ -111,14 +111,15 @@ def _read(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    href = str(asset["href"]).removeprefix("./")
-    if not href.startswith("index/") or ".." in href:
+    href = str(asset["href"])
+    if not inside(href) or not href.startswith("./index/"):
         raise StoreError(
             f"The collection of {product} names an index at {asset['href']!r}, outside it. Do not trust it."
         )
-    found = documents.fetch(f"{product}/{href}")
-    if found is None or f"1220{hashlib.sha256(found[0]).hexdigest()}" != asset.get("file:checksum"):
-        raise StoreError(f"Index {product}/{href} is missing or not as published. Restore it from a backup.")
+    path = f"{product}/{href.removeprefix('./')}"
+    found = documents.fetch(path)
+    if found is None or checksum(found[0]) != asset.get("file:checksum"):
+        raise StoreError(f"Index {path} is missing or not as published. Restore it from a backup.")
     source = pq.ParquetFile(pa.BufferReader(found[0]))
     wanted = None if columns is None else [c for c in columns if c in source.schema_arrow.names]
     return _with_texts(source.read(columns=wanted))
@@ -212,7 +213,7 @@ def _written(documents: Documents, product: str, table: pa.Table, title: str) ->
     documents.write(f"{product}/{path}", raw)
     return {
         "href": f"./{path}", "type": PARQUET, "title": title, "roles": ["index", "stac-items"],
-        "file:checksum": f"1220{hashlib.sha256(raw).hexdigest()}", "file:size": len(raw), "stsr:rows": table.num_rows,
+        "file:checksum": checksum(raw), "file:size": len(raw), "stsr:rows": table.num_rows,
     }  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from stsr_core.catalog.addresses import SHA256, checksum
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
@@ -66,9 +66,9 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
     found = documents.fetch(NAME)
     if found is None:
         raise StoreError(f"{url} has no {NAME}. Copy the whole version, or fetch it again.")
-    digest = hashlib.sha256(found[0]).hexdigest()
+    digest = checksum(found[0])
     manifest = Manifest.decode(found[0], f"{url}/{NAME}")
-    flaws = [] if item["assets"]["manifest"].get("file:checksum") == f"1220{digest}" else [
+    flaws = [] if item["assets"]["manifest"].get("file:checksum") == digest else [
         f"{NAME} is not the one that the item names"
     ]  # fmt: skip
     damaged = compare(documents, "", manifest)
@@ -78,7 +78,7 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
         worst, more = _closure(url, options, bool(item["properties"].get("stsr:conserved", True)))
         flaws += more
     return Verdict(
-        item=str(item["id"]), digest=digest, objects=len(manifest.objects), flaws=tuple(flaws),
+        item=str(item["id"]), digest=digest.removeprefix(SHA256), objects=len(manifest.objects), flaws=tuple(flaws),
         closure_quanta=worst,
     )  # fmt: skip
 
@@ -149,4 +149,4 @@ def citation(item: Mapping[str, Any], url: str) -> tuple[str, str]:
 
 def manifest_digest(item: Mapping[str, Any]) -> str:
     """Digest of a version's manifest as its item states it."""
-    return str(item["assets"]["manifest"]["file:checksum"]).removeprefix("1220")
+    return str(item["assets"]["manifest"]["file:checksum"]).removeprefix(SHA256)

@@ -11,7 +11,6 @@ Publishers share no name but the collection's: whatever one of them does or leav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import CATALOG, checksum, collection_path
 from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, DamagedError, Documents, tries
 from stsr_core.catalog.footprint import footprint, union
 from stsr_core.catalog.index import with_row
@@ -91,7 +91,7 @@ class Attempt:
     def write_side_file(self, name: str, data: bytes, media_type: str, title: str, *roles: str) -> SideFile:
         """Write a small file beside the stores and describe it."""
         self.documents.write(f"{self.prefix}/{name}", data)
-        return SideFile(f"./{name}", media_type, hashlib.sha256(data).hexdigest(), len(data), title, roles)
+        return SideFile(f"./{name}", media_type, checksum(data), len(data), title, roles)
 
 
 class RedundantError(PublicationError):
@@ -199,7 +199,7 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     """
     documents, product = attempt.documents, attempt.product
     bbox, interval = footprint(publication.layout.grid)[0], period_of(publication.layout)
-    path = f"{product}/collection.json"
+    path = collection_path(product)
     current, tag = _collection(documents, path, collection(publication.description, bbox, interval))
     there = listed(current)
     mine = [v for v, href in there.items() if href.split("/")[1] == attempt.name]
@@ -283,7 +283,7 @@ def _require_not_removed(attempt: Attempt, current: Mapping[str, Any]) -> None:
 def _discard(attempt: Attempt, version: str, before: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
     """Remove the item and index files of a lost race, unless the swap succeeded and only its answer was lost."""
     documents, product = attempt.documents, attempt.product
-    now = documents.read(f"{product}/collection.json")
+    now = documents.read(collection_path(product))
     if now is None or attempt.name in listed(now[0]).get(version, "").split("/"):
         return
     documents.remove(f"{attempt.prefix}/{version}.json")
@@ -350,7 +350,7 @@ def link_product(documents: Documents, product: str, title: str) -> None:
     """List a product in the catalogue's root."""
     add_to_root(
         documents,
-        {"rel": "child", "href": f"./{product}/collection.json", "type": "application/json", "title": title},
+        {"rel": "child", "href": f"./{collection_path(product)}", "type": "application/json", "title": title},
     )
 
 
@@ -361,9 +361,9 @@ def add_to_root(documents: Documents, link: dict[str, str]) -> None:
         links = [link if x.get("href") == link["href"] else x for x in root["links"]]
         return {**root, "links": links if link in links else [*links, link]}
 
-    while documents.amend("catalog.json", change) is None:
+    while documents.amend(CATALOG, change) is None:
         with suppress(ConflictError):  # another publisher made the same
-            documents.create("catalog.json", root_catalog())
+            documents.create(CATALOG, root_catalog())
 
 
 def quality_json(report: GateReport) -> bytes:

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stsr_core.catalog.addresses import SHA256, inside
 from stsr_core.catalog.items import EXTENSIONS, Entries
 from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.errors import PublicationError
 
 
 def _inside(href: str) -> str:
-    if not href.startswith("./") or ".." in href.split("/"):
+    if not inside(href):
         raise ValueError(f"{href!r} is outside the version; addresses begin with ./")
     return href
 
@@ -51,7 +52,7 @@ class FileAsset(_Strict):
     type: str
     title: str
     roles: list[str] = Field(min_length=1)
-    checksum: str = Field(alias="file:checksum", pattern="^1220[0-9a-f]{64}$")
+    checksum: str = Field(alias="file:checksum", pattern=f"^{SHA256}[0-9a-f]{{64}}$")
     size: int = Field(alias="file:size", gt=0)
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import collection_path, inside, product_names
 from stsr_core.catalog.documents import DamagedError, Documents, encode
 from stsr_core.catalog.index import TEXTS, TIMES, Query, bare, joined, read_index, select
 from stsr_core.catalog.items import stamp
@@ -67,7 +68,7 @@ class Product:
         return {
             **self.collection,
             "assets": _placed(self.collection.get("assets", {}), f"{place}/{name}"),
-            "links": [{"rel": "canonical", "href": f"{place}/{name}/collection.json", "type": "application/json"}],
+            "links": [{"rel": "canonical", "href": f"{place}/{collection_path(name)}", "type": "application/json"}],
         }
 
 
@@ -222,15 +223,8 @@ class Loaded:
 
     def _read(self, before: Mapping[str, Product], flaws: list[str]) -> Snapshot:
         """Read what changed; of a damaged product, noted among the flaws, what was good of it stays."""
-        root = self.documents.read("catalog.json")
-        if root is None:
-            raise StoreError(f"No catalogue is at {self.documents.destination}. Name the folder of its catalog.json.")
-        hrefs = [str(link.get("href")) for link in root[0].get("links", []) if link.get("rel") == "child"]
-        names = [href.removeprefix("./").removesuffix("/collection.json") for href in hrefs]
-        if bad := [n for n in names if not n or "/" in n or n.startswith(".")]:
-            raise StoreError(f"The catalogue names a product at {bad[0]!r}, outside it. Do not trust it.")
         products = {}
-        for name in names:
+        for name in product_names(self.documents):
             try:
                 product = self._product(name, before.get(name))
             except (StoreError, DamagedError) as e:
@@ -243,7 +237,7 @@ class Loaded:
     def _product(self, name: str, before: Product | None) -> Product | None:
         """A product; again where a publisher replaced the index meanwhile and a reconcile removed the old one."""
         tried = None
-        while (found := self.documents.read(f"{name}/collection.json")) is not None:
+        while (found := self.documents.read(collection_path(name))) is not None:
             collection, tag = found
             if before is not None and before.tag == tag:
                 return before
@@ -267,5 +261,5 @@ def _require_own(name: str, collection: Document, rows: pa.Table | None) -> None
         raise StoreError(f"Collection {name} and its index name different items. Restore them from a backup.")
     for asset in [] if rows is None else rows["assets"].combine_chunks().flatten():
         hrefs = {h for h in asset.field("href").to_pylist() if h is not None}
-        if bad := [h for h in sorted(hrefs) if not h.startswith("./") or ".." in h.split("/")]:
+        if bad := [h for h in sorted(hrefs) if not inside(h)]:
             raise StoreError(f"An item of {name} names {bad[0]!r}, outside its version. It is forged; do not trust it.")

@@ -3,7 +3,6 @@
 STSR_FAULT_REPEATS=10 runs the full fault test (8 publishers x 25 versions, ten times); without it a short one runs.
 """
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ import pytest
 import xarray as xr
 
 import stsr_core.catalog
+from stsr_core.catalog.addresses import checksum
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import Query, look_up, read_index
 from stsr_core.catalog.integrity import verify_version
@@ -83,7 +83,7 @@ def uploaded(url, options, template):
     for path in sorted(p for p in template.rglob("*") if p.is_file() and p.name[0] != "."):
         attempt.documents.write(f"{attempt.prefix}/{path.relative_to(template)}", path.read_bytes())
     side = {
-        name: SideFile(f"./{file}", "image/png", hashlib.sha256(raw).hexdigest(), len(raw), name, ("overview",))
+        name: SideFile(f"./{file}", "image/png", checksum(raw), len(raw), name, ("overview",))
         for name, file in SIDE_FILES.items()
         for raw in [(template / file).read_bytes()]
     }
