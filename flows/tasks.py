@@ -47,17 +47,8 @@ from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import (
-    MISSING,
-    QUANTUM_MM,
-    create_ensemble,
-    finish,
-    is_whole,
-    open_array,
-    remove_store,
-    reopen,
-    shard_path,
-)
+from stsr_core.store.group import finish, is_whole, open_array, remove_store, reopen
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, shard_path
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step

@@ -12,7 +12,8 @@ from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
 from stsr_core.store.coarse import ARRAY, factor_between, read_coarse, totals_of_members
-from stsr_core.store.layout import blocks, coarse_region, open_array
+from stsr_core.store.group import open_array
+from stsr_core.store.layout import blocks, coarse_region
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:

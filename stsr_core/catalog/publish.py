@@ -40,7 +40,7 @@ from stsr_core.catalog.manifest import NAME as MANIFEST
 from stsr_core.catalog.manifest import make_manifest
 from stsr_core.catalog.schema import validate
 from stsr_core.errors import PublicationError
-from stsr_core.store.layout import is_whole
+from stsr_core.store.group import is_whole
 
 if TYPE_CHECKING:
     from stsr_core.catalog.documents import Document, Options

@@ -27,7 +27,8 @@ from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.memory import keep_freed
-from stsr_core.store.layout import whole_shape, write_shard
+from stsr_core.store.group import whole_shape
+from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
 

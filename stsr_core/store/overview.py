@@ -17,16 +17,14 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stsr_core.grids import Axis, Grid
+from stsr_core.store.group import finish, open_array, open_store
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
     QUANTUM_MM,
     StoreLayout,
     blocks,
-    finish,
     mapped,
-    open_array,
-    open_store,
     write_array,
     write_coordinates,
 )
@@ -34,7 +32,7 @@ from stsr_core.store.layout import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.store.layout import open_array
+from stsr_core.store.group import open_array
 from stsr_core.store.quicklook import LEVELS_MM
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.grids import Grid
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 BANDS = (
     "ensemble mean, total of the period [mm]",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stsr_core.store.layout import filesystem, put
+from stsr_core.store.group import filesystem, put
 
 if TYPE_CHECKING:
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 
 class Receipt(BaseModel):

@@ -12,22 +12,20 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
+from stsr_core.store.group import finish, open_array, open_store
 from stsr_core.store.layout import (
     MISSING,
     QUANTUM_MM,
     StoreLayout,
     blocks,
     described,
-    finish,
     mapped,
-    open_array,
-    open_store,
     write_coordinates,
     write_members,
 )
 
 if TYPE_CHECKING:
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 CHUNK_MEMBERS = 64
 CHUNK_STEPS = 8784  # a leap year of hours

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
-from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, coarse_region, open_array, read_object, shard_path
+from stsr_core.store.group import open_array, read_object
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, coarse_region, shard_path
 from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from stsr_core.configuration import Gates, LikeCard
     from stsr_core.factors import Factor
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
     from stsr_core.store.receipts import Receipt
 
 SAMPLE = 64  # shards that are read back

@@ -10,7 +10,8 @@ from stsr_core.catalog.publish import Attempt, Publication, publish, quality_jso
 from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
+from stsr_core.store.group import finish
+from stsr_core.store.layout import StoreLayout, create_ensemble, write_shard
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.series import write_series

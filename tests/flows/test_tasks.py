@@ -8,7 +8,7 @@ from stsr_core.catalog.publish import Attempt
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, prepared
 from stsr_core.ensemble.generate import Target, generate
-from stsr_core.store.layout import is_whole
+from stsr_core.store.group import is_whole
 from tests.ensemble.test_downscale import cube_of
 
 

@@ -8,7 +8,8 @@ import s3fs
 import yaml
 import zarr
 
-from stsr_core.store.layout import create_ensemble, finish, remove_store
+from stsr_core.store.group import finish, remove_store
+from stsr_core.store.layout import create_ensemble
 from tests.real.seaweed import executable
 from tests.store.test_store import LAYOUT
 

@@ -32,18 +32,8 @@ from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cubes
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import (
-    MISSING,
-    QUANTUM_MM,
-    StoreLayout,
-    create_ensemble,
-    filesystem,
-    finish,
-    is_whole,
-    remove_store,
-    shard_path,
-    write_shard,
-)
+from stsr_core.store.group import filesystem, finish, is_whole, remove_store
+from stsr_core.store.layout import MISSING, QUANTUM_MM, StoreLayout, create_ensemble, shard_path, write_shard
 from stsr_core.store.overview import coarser_grid, write_overview
 from stsr_core.store.pictures import summary, thumbnail
 from stsr_core.store.receipts import Receipt, read_receipts, write_receipt
