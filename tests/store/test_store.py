@@ -287,7 +287,7 @@ def test_statistics_must_be_in_line_with_rain_and_card(store, coarse):
 @pytest.mark.parametrize(("amount", "found"), [(0.15, "no rain"), (0.25, "0.00 of the cells where it rains")])
 def test_cells_are_wet_above_a_tenth_of_a_millimetre_in_each_fine_step(amount, found):
     stored = Stored("", "", Factor(space=1, time=2), [np.full((1, 1, 1), amount, np.float32)], 1, conserved=True)
-    assert verify_module._wet_fraction(stored, [], {}, Gates()).found == found
+    assert verify_module._wet_fraction(stored, [], Gates()).found == found
 
 
 def like_card(store, coarse, card, gates=None):
