@@ -107,9 +107,9 @@ def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dic
     for name, (points, long_name, units) in axes.items():
         write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
-    over_members = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
+    mean = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
     return {
-        "mean": _create(f"{url}/mean", layout, None, over_members, options),
+        "mean": _create(f"{url}/mean", layout, None, mean, options),
         "quantile": _create(f"{url}/quantile_amount", layout, "quantile", PRECIPITATION, options),
         "exceedance": _create(f"{url}/exceedance_probability", layout, "threshold", probability, options),
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.store.group import open_array
-from stsr_core.store.quicklook import LEVELS_MM
+from stsr_core.store.quicklook import LEVELS_MM, shading
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,15 +65,11 @@ def cog(bands: NDArray[np.float32], grid: Grid) -> bytes:
 
 def thumbnail(total: NDArray[np.float32], grid: Grid) -> bytes:
     """Draw the total as a PNG of at most 256 pixels along an edge, north at the top."""
-    import matplotlib as mpl
-    from matplotlib.colors import BoundaryNorm
     from matplotlib.image import imsave
 
     every = -(-max(total.shape) // THUMBNAIL_PIXELS)
     image = (total[::-1] if grid.y.step > 0 else total)[::every, ::every]
-    colours = mpl.colormaps["turbo"].with_extremes(under="white", bad="lightgrey")
-    levels = tuple(level * 5 for level in LEVELS_MM)  # totals are larger than amounts of a step
-    shades = colours(BoundaryNorm(levels, colours.N, extend="max")(np.ma.masked_invalid(image)))
+    colours, norm = shading([level * 5 for level in LEVELS_MM])  # totals are larger than amounts of a step
     buffer = io.BytesIO()
-    imsave(buffer, shades, format="png")
+    imsave(buffer, colours(norm(np.ma.masked_invalid(image))), format="png")
     return buffer.getvalue()
