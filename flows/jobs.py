@@ -11,11 +11,6 @@ from stsr_core.settings import Settings
 from stsr_core.statics import configured_sources
 
 
-def options_of(destination: str, settings: Settings) -> dict[str, object]:
-    """Storage options of a destination; empty for folders."""
-    return settings.s3_options if destination.startswith("s3://") else {}
-
-
 def jobs(
     product: str,
     settings: Settings,
@@ -40,7 +35,7 @@ def jobs(
         if members is not None:
             wanted = wanted.model_copy(update={"members": members})
         source, target = configuration.sources[wanted.source], configuration.grids[wanted.grid]
-        options = options_of(where, settings)
+        options = settings.options_of(where)
         sources = settings.source_s3_options
         found.append(
             Job(

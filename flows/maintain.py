@@ -14,7 +14,6 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, Field
 
 from flows import artifacts
-from flows.jobs import options_of
 from flows.log import event
 from flows.parameters import ALL, Destination, ProductName, Retention, Withdrawal
 from flows.stages import patient
@@ -90,7 +89,7 @@ def maintain(
 
 def _everything(where: str, settings: Settings) -> list[str]:
     """Products that the catalogue lists, and those that never got a version but hold data."""
-    options = options_of(where, settings)
+    options = settings.options_of(where)
     beside = unlisted(where, options)
     try:
         return [*products(where, storage_options=options), *beside]
@@ -111,7 +110,7 @@ def _keep_up(
     with _noting(flaws, f"reconcile {name}"):
         removed = patient(remove_leftovers, f"reconcile {name}", hours=24)(name, where, grace_hours, dry_run=dry_run)
     with _noting(flaws, f"list {name}"):
-        options = options_of(where, Settings())
+        options = Settings().options_of(where)
         left_out = {*retired, *withdrawn(name, where, storage_options=options)}
         there = published(name, where, storage_options=options)
         newest = [v for v in there if v not in left_out][::-1][:check_newest]
@@ -135,7 +134,7 @@ def take_back(product: str, destination: str, withdrawal: Withdrawal, *, dry_run
     """Withdraw a version; readers of `latest` get the newest good one."""
     settings = Settings()
     latest = withdraw(
-        product, withdrawal.version, withdrawal.reason, destination, options_of(destination, settings),
+        product, withdrawal.version, withdrawal.reason, destination, settings.options_of(destination),
         dry_run=dry_run, sole_publisher=settings.sole_publisher,
     )  # fmt: skip
     event("withdrawn", level=logging.WARNING, product=product, version=withdrawal.version, latest=latest or "none")
@@ -145,7 +144,7 @@ def take_back(product: str, destination: str, withdrawal: Withdrawal, *, dry_run
 def let_go(product: str, destination: str, retention: Retention, *, dry_run: bool) -> list[str]:
     """Take versions that retention lets go out of the catalogue."""
     settings = Settings()
-    options = options_of(destination, settings)
+    options = settings.options_of(destination)
     names = expiring(product, destination, options, keep=retention.keep, age=timedelta(days=retention.days))
     if not dry_run:
         retire(product, names, destination, options, sole_publisher=settings.sole_publisher)
@@ -157,7 +156,7 @@ def remove_leftovers(product: str, destination: str, grace_hours: float, *, dry_
     """Remove what crashes left, and the data of versions that were let go."""
     settings = Settings()
     return reconcile(
-        destination, product, options_of(destination, settings), grace=timedelta(hours=grace_hours), dry_run=dry_run,
+        destination, product, settings.options_of(destination), grace=timedelta(hours=grace_hours), dry_run=dry_run,
         sole_publisher=settings.sole_publisher,
     )  # fmt: skip
 
@@ -165,7 +164,7 @@ def remove_leftovers(product: str, destination: str, grace_hours: float, *, dry_
 @task(name="verify", cache_policy=NO_CACHE)
 def verify(product: str, version: str, destination: str) -> list[str]:
     """Read every byte of a version; returns what is wrong."""
-    options = options_of(destination, Settings())
+    options = Settings().options_of(destination)
     try:
         found = find(product, version, destination, storage_options=options)
         item = found.url.rpartition("/")[2]  # a crash may have left others beside it

@@ -15,7 +15,7 @@ from stsr_core.ensemble.generate import ShardError
 from stsr_core.ensemble.product import Cost
 from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
 from stsr_core.settings import Settings
-from stsr_core.store.layout import read_object
+from stsr_core.store.group import read_object
 
 if TYPE_CHECKING:
     from prefect import Task

@@ -47,16 +47,8 @@ from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import (
-    MISSING,
-    QUANTUM_MM,
-    create_ensemble,
-    finish,
-    is_whole,
-    remove_store,
-    reopen,
-    shard_path,
-)
+from stsr_core.store.group import finish, is_whole, open_array, remove_store, reopen
+from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, shard_path
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step
@@ -229,7 +221,7 @@ def generate_ensemble(
 
 def missing(plan: Plan, attempt: Attempt) -> list[Shard]:
     """Write an ensemble's metadata unless it is whole, and return the shards that are missing; then it is not whole."""
-    options, url = attempt.documents.options, attempt.ensemble_url
+    options, url = attempt.documents.options, attempt.group_url("ensemble")
     whole = is_whole(url, options)
     if not whole:
         create_ensemble(url, layout_of(plan), array=ARRAY, options=options)
@@ -245,7 +237,7 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
     factor = configuration.factor
     loaded = Downscaler.load(library.serving(factor), factor, choose_device("cpu"))
     downscaler = loaded.told(configuration.spacing_km)
-    target = Target(attempt.ensemble_url, ARRAY, attempt.documents.options)
+    target = Target(attempt.group_url("ensemble"), ARRAY, attempt.documents.options)
     total, key = sum(plan.evaluations(shard) for shard in shards), artifacts.key_of("progress", attempt.product)
     with (
         shards_to_stderr(),
@@ -301,7 +293,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
     ]
     measured = plan.recipe.served.measured_here
     stored = Stored(
-        attempt.ensemble_url,
+        attempt.group_url("ensemble"),
         ARRAY,
         plan.recipe.served.configuration.factor,
         [cube.amount for cube in plan.cubes],
@@ -311,7 +303,7 @@ def check(plan: Plan, attempt: Attempt, product: Product) -> GateReport:
         measured.scores,
         measured.statistics,
     )
-    report = verify(stored, expected, read_receipts(attempt.ensemble_url, ARRAY, options), product.gates)
+    report = verify(stored, expected, read_receipts(attempt.group_url("ensemble"), ARRAY, options), product.gates)
     attempt.write_side_file("quality.json", quality_json(report), "application/json", "Quality report", "metadata")
     for gate in report.gates:
         event("gate", gate=gate.name, passed=gate.passed, found=gate.found, needed=gate.needed)
@@ -379,7 +371,7 @@ def _description(job: Job) -> Description:
 
 
 def _side_files(job: Job, plan: Plan, attempt: Attempt, report: GateReport) -> dict[str, SideFile]:
-    bands = summary(attempt.overview_url, attempt.documents.options)
+    bands = summary(attempt.group_url("overview"), attempt.documents.options)
     tiff = "image/tiff; application=geotiff; profile=cloud-optimized"
     picture, small = _picture(job, plan, attempt), thumbnail(bands[0], plan.fine_grid)
     write = attempt.write_side_file
@@ -393,7 +385,7 @@ def _side_files(job: Job, plan: Plan, attempt: Attempt, report: GateReport) -> d
 
 def _shard_digests(plan: Plan, attempt: Attempt) -> dict[str, str]:
     """Digests of the shards by their receipts, by path below the attempt."""
-    receipts = read_receipts(attempt.ensemble_url, ARRAY, attempt.documents.options)
+    receipts = read_receipts(attempt.group_url("ensemble"), ARRAY, attempt.documents.options)
     shape = layout_of(plan).shard
     return {
         shard_path("data.zarr/ensemble", ARRAY, shape, shard.region(plan.space, plan.time)): receipts[
@@ -438,14 +430,10 @@ def _provenance(job: Job, plan: Plan, found: Match, digest: str, library: Librar
 
 
 def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
-    import zarr
-
-    from stsr_core.store.layout import open_store
-
     coarse = np.mean([cube.amount for cube in plan.cubes], axis=0)
     step = wettest_step(coarse)
     fine = step * plan.time
-    array = zarr.open_array(open_store(f"{attempt.ensemble_url}/{ARRAY}", attempt.documents.options), mode="r")
+    array = open_array(attempt.group_url("ensemble"), ARRAY, attempt.documents.options, mode="r")
     quanta = np.asarray(array[:, fine])
     ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM))
     stamp = np.datetime_as_string(plan.fine_times.labels[fine], "m") if plan.fine_times.labels.dtype != object else ""

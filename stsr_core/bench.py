@@ -35,7 +35,8 @@ from stsr_core.factors import recipe
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
-from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_store
+from stsr_core.store.group import filesystem, finish, remove_store
+from stsr_core.store.layout import create_ensemble
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, distillation_loss
 from stsr_core.training.losses import denoiser_loss, mean_loss
 from stsr_core.training.patches import region_of

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from stsr_core import operations
 from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
 from stsr_core.home import at_home
+
+if TYPE_CHECKING:
+    from stsr_core.settings import DeviceName, Settings
+    from stsr_core.statics import StaticSource
 
 app = typer.Typer(
     help="Turn coarse climate-model precipitation into published, versioned, high-resolution ensembles.",
@@ -164,11 +168,11 @@ def plan(
         f"{planned.recipe.served.configuration.spacing_km} km"
     )
     place = settings.destination.rstrip("/")
-    last = newest(product, place, storage_options=_options(place, settings))
+    last = newest(product, place, storage_options=settings.options_of(place))
     found_now = fingerprint(source.url, base=path.parent, storage_options=options)
     attempt = attempt_name(planned, found_now, last.version if last is not None else "")
     done = made_before(
-        planned, f"{place}/{product}/data/{attempt}/data.zarr/ensemble", "precipitation", _options(place, settings)
+        planned, f"{place}/{product}/data/{attempt}/data.zarr/ensemble", "precipitation", settings.options_of(place)
     )
     rows = [*cost.rows(settings.price_per_device_hour), ("shards done before", str(done))]
     if len(planned.cubes) > 1:
@@ -261,7 +265,7 @@ def downscale(
             cluster=cluster,
             overwrite=overwrite,
             extend=extend,
-            storage_options=_options(output, settings),
+            storage_options=settings.options_of(output),
             progress=advance,
         )
     made, nt, ny, nx = plan.fine_shape
@@ -301,7 +305,7 @@ def inspect(
     say(found.text())
 
 
-def _statics(lines: list[str] | None, settings: Any) -> Any:
+def _statics(lines: list[str] | None, settings: Settings) -> dict[str, StaticSource]:
     """Where the static fields are that are named on the command line."""
     from stsr_core.configuration import choose_catalog
     from stsr_core.statics import named_sources
@@ -309,12 +313,8 @@ def _statics(lines: list[str] | None, settings: Any) -> Any:
     return named_sources(lines or [], choose_catalog(settings.catalog_file), settings.source_options)
 
 
-def _device(chosen: Device | None, settings: Any) -> Any:
+def _device(chosen: Device | None, settings: Settings) -> DeviceName:
     return settings.device if chosen is None else chosen.value
-
-
-def _options(url: str, settings: Any) -> dict[str, object]:
-    return settings.s3_options if url.startswith("s3://") else {}
 
 
 @app.command()
@@ -574,7 +574,7 @@ def bench(
     options = benchmark.Options(
         factor=Factor.of(*_factor(factor)), cells=cells, steps=steps, members=members,
         workers=tuple(workers or sorted({1, os.cpu_count() or 1})), device=_device(device, settings),
-        precision=settings.precision, output=output, storage_options=_options(output or "", settings),
+        precision=settings.precision, output=output, storage_options=settings.options_of(output or ""),
         source=of,
     )  # fmt: skip
     if profile:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,6 +27,7 @@ def free_name(name: str) -> str:
     return name
 
 
+Entry = TypeVar("Entry")
 FreeName = Annotated[str, Field(pattern=PRODUCT_NAME), AfterValidator(free_name)]
 
 
@@ -305,37 +306,23 @@ class Configuration(_Frozen):
             raise ConfigurationError(f"{path} is not understood: {problems}. Mend these entries.") from e
 
     def source(self, name: str) -> Source:
-        """Return a source.
-
-        Raises:
-            ConfigurationError: there is none of that name.
-        """
-        if name not in self.sources:
-            have = ", ".join(self.sources) or "none"
-            raise ConfigurationError(f"No source {name!r} in catalog.yaml; there are {have}. Name one of these.")
-        return self.sources[name]
+        """Return a source; raises ConfigurationError where there is none of that name."""
+        return _named("source", self.sources, name)
 
     def archive(self, name: str) -> Archive:
-        """Return an archive.
-
-        Raises:
-            ConfigurationError: there is none of that name.
-        """
-        if name not in self.archives:
-            have = ", ".join(self.archives) or "none"
-            raise ConfigurationError(f"No archive {name!r} in catalog.yaml; there are {have}. Name one of these.")
-        return self.archives[name]
+        """Return an archive; raises ConfigurationError where there is none of that name."""
+        return _named("archive", self.archives, name)
 
     def product(self, name: str) -> Product:
-        """Return a product.
+        """Return a product; raises ConfigurationError where there is none of that name."""
+        return _named("product", self.products, name)
 
-        Raises:
-            ConfigurationError: there is none of that name.
-        """
-        if name not in self.products:
-            have = ", ".join(self.products) or "none"
-            raise ConfigurationError(f"No product {name!r} in catalog.yaml; there are {have}. Name one of these.")
-        return self.products[name]
+
+def _named(kind: str, there: Mapping[str, Entry], name: str) -> Entry:
+    if name not in there:
+        have = ", ".join(there) or "none"
+        raise ConfigurationError(f"No {kind} {name!r} in catalog.yaml; there are {have}. Name one of these.")
+    return there[name]
 
 
 def shipped_catalog() -> Path:

@@ -14,8 +14,8 @@
         |-- ShapeError           arrays whose shapes do not belong together
         `-- ClosureError         a coarse total that cannot be, or was not, conserved
 
-What only one stage raises is defined there: TrainingError, RedeployError and those of `catalog/documents.py`, all of
-them an OperatorError, and ShardError, of a shard that could not be made.
+What only one stage raises is defined there: TrainingError, RedeployError, and those of `catalog/documents.py` and
+`catalog/publish.py`, all of them an OperatorError, and ShardError, of a shard that could not be made.
 
 Every message says what was found, what is needed and what to do.
 """

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, SettingsConfig
 from stsr_core.errors import ConfigurationError
 from stsr_core.home import at_home
 
+DeviceName = Literal["auto", "cpu", "cuda"]
 OTHERS = {"DEBUG"}  # variables with the prefix of settings that the command line reads itself
 
 
@@ -44,7 +45,7 @@ class Settings(BaseSettings):
     scheduler_address: str | None = Field(
         default=None, description="Address of an existing Dask scheduler; without it a local cluster is started."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the networks run.")
+    device: DeviceName = Field(default="auto", description="Where the networks run.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="In which the networks compute; auto is bfloat16 on GPUs and float32 on CPUs."
     )
@@ -130,6 +131,10 @@ class Settings(BaseSettings):
         }
         own = {name: value for name, value in found.items() if value is not None}
         return own or self.s3_options
+
+    def options_of(self, url: str) -> dict[str, object]:
+        """Storage options for a catalogue or a store; none for folders."""
+        return self.s3_options if url.startswith("s3://") else {}
 
     def source_options(self, url: str) -> dict[str, object]:
         """Storage options for a source; filesystems other than S3 find their credentials in the environment."""

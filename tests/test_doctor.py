@@ -158,17 +158,17 @@ def test_a_prefect_server_that_asks_for_a_password_gets_it(here, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
         monkeypatch.setenv("PREFECT_API_URL", url)
-        assert f"{url} answers 401 Unauthorized -> Correct the URL, or PREFECT_API_AUTH_STRING" in str(
-            doctor._prefect(Settings())
-        )
+        refused = doctor._checked("server", doctor._prefect, Settings())
+        assert f"{url} answers 401 Unauthorized -> Correct the URL, or PREFECT_API_AUTH_STRING" in str(refused)
         inside = url.replace("//", "//admin:word@")
         for name, word in (
             ("PREFECT_API_AUTH_STRING", "admin:word"), ("PREFECT_API_KEY", "pnu_word"), ("PREFECT_API_URL", inside)
         ):  # fmt: skip
             with monkeypatch.context() as patch:
                 patch.setenv(name, word)
-                found = doctor._prefect(Settings())
-                assert (found.health, found.found) == (Health.good, f"{url} answers, version {version('prefect')}")
+                assert doctor._prefect(Settings()) == (
+                    Health.good, f"{url} answers, version {version('prefect')}", ""
+                )  # fmt: skip
         server.shutdown()
 
 
@@ -215,7 +215,7 @@ DEPLOYED = {"/deployments/name/nightly/nightly": {"work_pool_name": "stsr"}}
 def test_a_pool_that_no_worker_serves_is_found(monkeypatch, answers, health, message):
     with prefect(answers) as url:
         monkeypatch.setenv("PREFECT_API_URL", url)
-        finding = doctor._worker(Settings())
+        finding = doctor._checked("worker", doctor._worker, Settings())
     assert finding.health is health
     assert message in str(finding)
     assert "unknown" in doctor._worker(Settings()).found  # it is gone
@@ -238,7 +238,7 @@ def test_alerts_that_reach_nobody_are_found(monkeypatch, block, actions, enabled
     assert doctor._alerts(settings).health is Health.good
     with prefect({"/automations/filter": [automation, other]} | ({BLOCK: {}} if block else {})) as url:
         monkeypatch.setenv("PREFECT_API_URL", url)
-        finding = doctor._alerts(settings)
+        finding = doctor._checked("alerts", doctor._alerts, settings)
     assert finding.health is health
     assert ("the server calls none -> Run `stsr deploy`" in str(finding)) is (health is Health.warning)
     assert "unknown whether the server" in doctor._alerts(settings).found  # it is gone

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import checksum
 from stsr_core.catalog.documents import ConflictError, Documents
-from stsr_core.catalog.items import EXTENSIONS, MLM, stamp
+from stsr_core.catalog.items import FILE, MLM, stamp
 from stsr_core.catalog.publish import add_to_root
 
 if TYPE_CHECKING:
     from stsr_core.checkpoint import Checkpoint, Served
 
-FILE = EXTENSIONS[4]
 TASKS = ["downscaling", "super-resolution", "generative"]
 
 
@@ -81,8 +80,7 @@ def checkpoint_item(checkpoint: Checkpoint, card: bytes, weights: bytes) -> dict
 
 
 def _file(href: str, data: bytes, media_type: str) -> dict[str, Any]:
-    digest = hashlib.sha256(data).hexdigest()
-    return {"href": href, "type": media_type, "file:checksum": f"1220{digest}", "file:size": len(data)}
+    return {"href": href, "type": media_type, "file:checksum": checksum(data), "file:size": len(data)}
 
 
 def _scores(served: Served) -> dict[str, Any]:

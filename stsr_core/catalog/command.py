@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +21,21 @@ catalog_app = typer.Typer(help="Find, open, check and cite published versions.",
 CatalogOption = Annotated[str, typer.Option("--catalog", callback=at_home, help="Folder or URL of the catalogue.")]
 VersionOption = Annotated[str, typer.Option("--version", help="v1, v2, ... or latest.")]
 CENTURY_DAYS = 36_500  # beyond it dates before a number of days come to an end
-GroupOption = Annotated[str, typer.Option(help="ensemble, series, overview or coarse.")]
+
+
+class Group(StrEnum):
+    """A group of a version's store."""
+
+    ensemble = "ensemble"
+    series = "series"
+    overview = "overview"
+    coarse = "coarse"
 
 
 def _options(url: str) -> dict[str, object]:
     from stsr_core.settings import Settings
 
-    return Settings().s3_options if url.startswith("s3://") else {}
+    return Settings().options_of(url)
 
 
 @catalog_app.command("ls")
@@ -60,15 +69,16 @@ def catalog_show(product: str, catalog: CatalogOption, version: VersionOption = 
 
 @catalog_app.command("open")
 def catalog_open(
-    product: str, catalog: CatalogOption, version: VersionOption = "latest", group: GroupOption = "ensemble"
+    product: str,
+    catalog: CatalogOption,
+    version: VersionOption = "latest",
+    group: Annotated[Group, typer.Option(help="Which group of it.")] = Group.ensemble,
 ) -> None:
     """Open a version and show the dataset."""
     from stsr_core.catalog.search import open_version
 
-    chosen: Any = group
-    if chosen not in ("ensemble", "series", "overview", "coarse"):
-        raise ConfigurationError(f"There is no group {group!r}; ask for ensemble, series, overview or coarse.")
-    typer.echo(str(open_version(product, version, catalog=catalog, group=chosen, storage_options=_options(catalog))))
+    opened = open_version(product, version, catalog=catalog, group=group.value, storage_options=_options(catalog))
+    typer.echo(str(opened))
 
 
 @catalog_app.command("search")
@@ -145,11 +155,11 @@ def catalog_verify(
 @catalog_app.command("cite")
 def catalog_cite(product: str, catalog: CatalogOption, version: VersionOption = "latest") -> None:
     """Print a citation of exactly this version, and the same as BibTeX."""
-    from stsr_core.catalog.integrity import citation, manifest_digest
+    from stsr_core.catalog.integrity import citation
     from stsr_core.catalog.search import find
 
     found = find(product, version, catalog, storage_options=_options(catalog))
-    for text in citation(found.item, manifest_digest(found.item), found.url):
+    for text in citation(found.item, found.url):
         typer.echo(f"{text}\n")
 
 

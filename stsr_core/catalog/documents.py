@@ -246,7 +246,7 @@ class Documents:
                     refuse()
                 _write(target, encode(document))
             return
-        if self.sole_publisher and (now := self.fetch(path)) is not None and now[1] != tag:
+        if self.sole_publisher and ((now := self.fetch(path)) is None or now[1] != tag):
             refuse()
         self._put(path, encode(document), "overwrite" if self.sole_publisher else {"e_tag": tag}, refuse)
 

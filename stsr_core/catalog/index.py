@@ -7,7 +7,6 @@ in the compare-and-swap of the collection that publishes the version.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import uuid
@@ -17,7 +16,8 @@ from datetime import datetime
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from stsr_core.catalog.query import interval, mask, parse, properties, touching
+from stsr_core.catalog.addresses import checksum, inside
+from stsr_core.catalog.query import interval, mask, parse, period, properties, touching
 from stsr_core.errors import ConfigurationError, StoreError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PARQUET = "application/vnd.apache.parquet"
 KEYS = ("index", "index-recent")  # assets of the collection
 RECENT = 256  # rows of the file that every publication writes
 TIMES = ("datetime", "start_datetime", "end_datetime", "created", "updated")
-ALWAYS = ("id", "href", "version", "bbox", *TIMES)  # columns that every search reads
+ALWAYS = ("id", "version", "bbox", *TIMES)  # columns that every search reads
 TEXTS = ("stsr:configuration",)  # kept as JSON: `select` may hold a number here and a list there, no column both
 MAX_LIMIT = 10_000
 
@@ -84,13 +84,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return table.replace_schema_metadata({"geo": json.dumps(geo), "stac-geoparquet": json.dumps({"version": "1.1.0"})})
 
 
-def joined(tables: Iterable[pa.Table | None]) -> pa.Table:
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Join tables of rows whose columns may differ; at least one is there."""
     import pyarrow as pa
 
-    there = [t for t in tables if t is not None]
-    metadata = there[-1].schema.metadata  # of the newest, which knows all that rows may hold
-    return pa.concat_tables(there, promote_options="permissive").replace_schema_metadata(metadata)
+    metadata = tables[-1].schema.metadata  # of the newest, which knows all that rows may hold
+    return pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(metadata)
 
 
 def _encoded(table: pa.Table) -> bytes:
@@ -101,32 +100,27 @@ def _encoded(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _opened(documents: Documents, product: str, asset: Mapping[str, Any] | None) -> bytes | None:
-    """Bytes of an index file, None where the collection names none.
+def _read(
+    documents: Documents, product: str, asset: Mapping[str, Any], columns: Iterable[str] | None = None
+) -> pa.Table:
+    """Rows of an index file; of all columns without a choice.
 
     Raises:
         StoreError: the file is missing, outside the product, or not the one that was published.
     """
-    if asset is None:
-        return None
-    href = str(asset["href"]).removeprefix("./")
-    if not href.startswith("index/") or ".." in href:
-        raise StoreError(
-            f"The collection of {product} names an index at {asset['href']!r}, outside it. Do not trust it."
-        )
-    found = documents.fetch(f"{product}/{href}")
-    if found is None or f"1220{hashlib.sha256(found[0]).hexdigest()}" != asset.get("file:checksum"):
-        raise StoreError(f"Index {product}/{href} is missing or not as published. Restore it from a backup.")
-    return found[0]
-
-
-def _read(raw: bytes | None, columns: Iterable[str] | None = None) -> pa.Table | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if raw is None:
-        return None
-    source = pq.ParquetFile(pa.BufferReader(raw))
+    href = str(asset["href"])
+    if not inside(href) or not href.startswith("./index/"):
+        raise StoreError(
+            f"The collection of {product} names an index at {asset['href']!r}, outside it. Do not trust it."
+        )
+    path = f"{product}/{href.removeprefix('./')}"
+    found = documents.fetch(path)
+    if found is None or checksum(found[0]) != asset.get("file:checksum"):
+        raise StoreError(f"Index {path} is missing or not as published. Restore it from a backup.")
+    source = pq.ParquetFile(pa.BufferReader(found[0]))
     wanted = None if columns is None else [c for c in columns if c in source.schema_arrow.names]
     return _with_texts(source.read(columns=wanted))
 
@@ -149,9 +143,13 @@ def with_row(documents: Documents, product: str, collection: Document, item: Doc
         Assets of the collection that name it.
     """
     assets = dict(collection.get("assets", {}))
-    recent = joined([_read(_opened(documents, product, assets.get(KEYS[1]))), _table([_row(item, href)])])
+
+    def there(key: str) -> list[pa.Table]:
+        return [_read(documents, product, assets[key])] if key in assets else []
+
+    recent = joined([*there(KEYS[1]), _table([_row(item, href)])])
     if recent.num_rows > RECENT:
-        full = joined([_read(_opened(documents, product, assets.get(KEYS[0]))), recent.slice(0, RECENT)])
+        full = joined([*there(KEYS[0]), recent.slice(0, RECENT)])
         assets[KEYS[0]] = _written(documents, product, full, "Index of all versions but the newest")
         recent = recent.slice(RECENT)
     assets[KEYS[1]] = _written(documents, product, recent, "Index of the newest versions")
@@ -169,9 +167,7 @@ def without_rows(documents: Documents, product: str, collection: Document, versi
 
     assets = dict(collection.get("assets", {}))
     for key in (k for k in KEYS if k in assets):
-        table = _read(_opened(documents, product, assets[key]))
-        if table is None:
-            continue
+        table = _read(documents, product, assets[key])
         kept = table.filter(pc.invert(pc.is_in(table["version"], pa.array(list(versions), pa.string()))))
         if kept.num_rows < table.num_rows:
             assets[key] = _written(documents, product, kept, assets[key]["title"])
@@ -190,9 +186,7 @@ def with_values(
 
     assets = dict(collection.get("assets", {}))
     for key in (k for k in KEYS if k in assets):
-        table = _read(_opened(documents, product, assets[key]))
-        if table is None:
-            continue
+        table = _read(documents, product, assets[key])
         mine = pc.equal(table["version"], version)
         if pc.any(mine).as_py():
             assets[key] = _written(documents, product, _with_columns(table, mine, values), assets[key]["title"])
@@ -219,7 +213,7 @@ def _written(documents: Documents, product: str, table: pa.Table, title: str) ->
     documents.write(f"{product}/{path}", raw)
     return {
         "href": f"./{path}", "type": PARQUET, "title": title, "roles": ["index", "stac-items"],
-        "file:checksum": f"1220{hashlib.sha256(raw).hexdigest()}", "file:size": len(raw), "stsr:rows": table.num_rows,
+        "file:checksum": checksum(raw), "file:size": len(raw), "stsr:rows": table.num_rows,
     }  # fmt: skip
 
 
@@ -264,18 +258,7 @@ class Query:
     intersects: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A version that a search found: its item's id and version, and the item's address in the product."""
-
-    id: str
-    version: str
-    href: str
-
-
-def look_up(
-    documents: Documents, collections: Mapping[str, Document], query: Query
-) -> dict[str, tuple[list[Hit], int]]:
+def look_up(documents: Documents, collections: Mapping[str, Document], query: Query) -> dict[str, list[str]]:
     """Search the indexes of products; a property that only some of them have is null in the others.
 
     Args:
@@ -284,7 +267,7 @@ def look_up(
         query: what to look for; its limit counts per product.
 
     Returns:
-        The hits that were asked for, and how many there are in all, of each product that has an index.
+        The versions that were asked for, of each product that has an index.
 
     Raises:
         ConfigurationError: the query is not understood.
@@ -294,7 +277,7 @@ def look_up(
     needed = _needed(parse(query.filter) if query.filter else None, _order(query), query)
     read = {name: read_index(documents, name, collection, needed) for name, collection in collections.items()}
     tables = _alike({name: table for name, table in read.items() if table is not None})
-    return {name: _hits(table, query) for name, table in tables.items()}
+    return {name: table["version"].take(select(table, query)[0]).to_pylist() for name, table in tables.items()}
 
 
 def _alike(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
@@ -306,11 +289,6 @@ def _alike(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     for name, column in [(n, c) for n, t in tables.items() for c in kinds.keys() - set(t.column_names)]:
         found[name] = found[name].append_column(column, pa.nulls(found[name].num_rows, kinds[column]))
     return found
-
-
-def _hits(table: pa.Table, query: Query) -> tuple[list[Hit], int]:
-    rows, total = select(table, query)
-    return [Hit(**row) for row in table.select(["id", "version", "href"]).take(rows).to_pylist()], total
 
 
 def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
@@ -345,7 +323,7 @@ def select(table: pa.Table, query: Query) -> tuple[pa.Array, int]:
     parts += [mask(table, expression)] if expression is not None else []
     kept = reduce(pc.and_, [p for p in parts if p is not None], pa.array(np.ones(table.num_rows, bool)))
     table = table.filter(kept)
-    started = pc.coalesce(table["datetime"], table["start_datetime"])  # a period is sorted by its start
+    started = period(table)[0]  # a period is sorted by its start
     table = table.set_column(table.column_names.index("datetime"), "datetime", started)
     keys = [*order, ("__row", "descending")]
     found = pc.sort_indices(table, sort_keys=keys)[query.offset : query.offset + query.limit]
@@ -394,7 +372,7 @@ def read_index(
         StoreError: the index is damaged.
     """
     assets = [collection["assets"][k] for k in KEYS if k in collection.get("assets", {})]  # in order of publication
-    tables = [_read(_opened(documents, product, a), columns) for a in assets]
+    tables = [_read(documents, product, a, columns) for a in assets]
     return joined(tables) if tables else None
 
 
@@ -423,6 +401,5 @@ def _during(table: pa.Table, text: str | None) -> Any:
     if text is None:
         return None
     start, end = (pa.scalar(t, pa.timestamp("us", "UTC")) for t in interval(text))
-    first = pc.coalesce(table["datetime"], table["start_datetime"])
-    last = pc.coalesce(table["datetime"], table["end_datetime"])
+    first, last = period(table)
     return pc.and_(pc.less_equal(first, end), pc.greater_equal(last, start))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from pydantic import BaseModel, ConfigDict
 
+from stsr_core.catalog.addresses import SHA256, checksum
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.manifest import NAME, Manifest, compare, is_item
 from stsr_core.errors import StoreError
 from stsr_core.store.coarse import ARRAY, factor_between, read_coarse, totals_of_members
-from stsr_core.store.layout import open_store
+from stsr_core.store.group import open_array
+from stsr_core.store.layout import blocks, coarse_region
 from stsr_core.store.verify import closure_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import zarr
     from numpy.typing import NDArray
 
     from stsr_core.catalog.documents import Document, Options
@@ -29,7 +30,6 @@ class Verdict(BaseModel):
     """What was found of a version.
 
     Attributes:
-        where: address of the version.
         item: id of its item.
         digest: sha256 of its manifest, which identifies every byte of it.
         objects: objects that were read.
@@ -39,7 +39,6 @@ class Verdict(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    where: str
     item: str
     digest: str
     objects: int
@@ -68,9 +67,9 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
     found = documents.fetch(NAME)
     if found is None:
         raise StoreError(f"{url} has no {NAME}. Copy the whole version, or fetch it again.")
-    digest = hashlib.sha256(found[0]).hexdigest()
+    digest = checksum(found[0])
     manifest = Manifest.decode(found[0], f"{url}/{NAME}")
-    flaws = [] if item["assets"]["manifest"].get("file:checksum") == f"1220{digest}" else [
+    flaws = [] if item["assets"]["manifest"].get("file:checksum") == digest else [
         f"{NAME} is not the one that the item names"
     ]  # fmt: skip
     damaged = compare(documents, "", manifest)
@@ -80,7 +79,7 @@ def verify_version(url: str, options: Options | None = None, *, item_name: str |
         worst, more = _closure(url, options, bool(item["properties"].get("stsr:conserved", True)))
         flaws += more
     return Verdict(
-        where=url, item=str(item["id"]), digest=digest, objects=len(manifest.objects), flaws=tuple(flaws),
+        item=str(item["id"]), digest=digest.removeprefix(SHA256), objects=len(manifest.objects), flaws=tuple(flaws),
         closure_quanta=worst,
     )  # fmt: skip
 
@@ -100,11 +99,11 @@ def _item(documents: Documents, name: str | None) -> Document:
 
 def _closure(url: str, options: Mapping[str, object] | None, conserved: bool) -> tuple[int, list[str]]:
     """Largest closure [quanta] over all members and coarse cells, and what is wrong with it."""
-    coarse = read_coarse(f"{url}/data.zarr/coarse", options)
-    array: zarr.Array[Any] = zarr.open_array(open_store(f"{url}/data.zarr/ensemble/{ARRAY}", options), mode="r")
+    ensemble, totals_url = f"{url}/data.zarr/ensemble", f"{url}/data.zarr/coarse"
+    coarse = read_coarse(totals_url, options)
+    array = open_array(ensemble, ARRAY, options, mode="r")
     factor = factor_between(array.shape, coarse.shape)
-    stores = f"{url}/data.zarr"
-    driving = totals_of_members(f"{stores}/ensemble", f"{stores}/coarse", array.shape[0], options)
+    driving = totals_of_members(ensemble, totals_url, array.shape[0], options)
     worst, flaws = 0, []
     for quanta, totals, where in _of_driving_members(array, coarse, factor, driving):
         closure, wrong = closure_of(quanta, totals, factor)
@@ -121,19 +120,15 @@ def _of_driving_members(
 ) -> Iterator[tuple[NDArray[np.uint16], NDArray[np.float32], str]]:
     """Members of the shards of an ensemble with the coarse totals that belong to them."""
     shard = array.shards or array.chunks
-    sizes = (factor.time, factor.space, factor.space)
-    starts = [range(0, size, n) for size, n in zip(array.shape, shard, strict=True)]
-    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
-        region = tuple(slice(int(a), min(int(a) + n, s)) for a, n, s in zip(corner, shard, array.shape, strict=True))
-        inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[1:], sizes, strict=True))
-        of = driving[region[0]]
-        quanta, where = np.asarray(array[region]), "-".join(str(int(a)) for a in corner)
+    for region in blocks(array.shape, shard):
+        of, inside = driving[region[0]], coarse_region(region, factor)
+        quanta, where = np.asarray(array[region]), "-".join(str(part.start) for part in region)
         yield from ((quanta[of == r], coarse[r][inside], where) for r in np.unique(of))
 
 
-def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:
-    """Citation of a version as a sentence and as BibTeX; `digest` is the sha256 of its manifest."""
-    p = item["properties"]
+def citation(item: Mapping[str, Any], url: str) -> tuple[str, str]:
+    """Citation of a version as a sentence and as BibTeX."""
+    p, digest = item["properties"], manifest_digest(item)
     year, version = p["created"][:4], p["version"]
     title = p["title"].removesuffix(f", {version}")
     maker = p["providers"][0]["name"]
@@ -155,4 +150,4 @@ def citation(item: Mapping[str, Any], digest: str, url: str) -> tuple[str, str]:
 
 def manifest_digest(item: Mapping[str, Any]) -> str:
     """Digest of a version's manifest as its item states it."""
-    return str(item["assets"]["manifest"]["file:checksum"]).removeprefix("1220")
+    return str(item["assets"]["manifest"]["file:checksum"]).removeprefix(SHA256)

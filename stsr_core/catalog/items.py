@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 ZARR = "application/vnd.zarr"
 _BASE = "https://stac-extensions.github.io"
+VERSION = f"{_BASE}/version/v1.2.0/schema.json"
+FILE = f"{_BASE}/file/v2.1.0/schema.json"
 EXTENSIONS = [
-    f"{_BASE}/version/v1.2.0/schema.json",
+    VERSION,
     f"{_BASE}/processing/v1.2.0/schema.json",
     f"{_BASE}/datacube/v2.3.0/schema.json",
     f"{_BASE}/projection/v2.0.0/schema.json",
-    f"{_BASE}/file/v2.1.0/schema.json",
+    FILE,
     f"{_BASE}/zarr/v1.1.0/schema.json",
     f"{_BASE}/render/v2.0.0/schema.json",
 ]
 MLM = f"{_BASE}/mlm/v1.5.2/schema.json"
-COLLECTION_EXTENSIONS = [EXTENSIONS[0], EXTENSIONS[4]]  # version, file
 ROOT = "../../../catalog.json"  # from an item
 COLLECTION = "../../collection.json"
 
@@ -103,11 +104,11 @@ class Description:
 
 @dataclass(frozen=True)
 class SideFile:
-    """A small file beside the data: address relative to the item, media type, sha256, size."""
+    """A small file beside the data: address relative to the item, media type, checksum, size."""
 
     href: str
     media_type: str
-    sha256: str
+    checksum: str
     size: int
     title: str
     roles: tuple[str, ...]
@@ -206,7 +207,7 @@ def _assets(side_files: Mapping[str, SideFile]) -> dict[str, Any]:
     small = {
         key: {
             "href": side.href, "type": side.media_type, "title": side.title, "roles": list(side.roles),
-            "file:checksum": f"1220{side.sha256}", "file:size": side.size,
+            "file:checksum": side.checksum, "file:size": side.size,
         }
         for key, side in side_files.items()
     }  # fmt: skip
@@ -309,7 +310,7 @@ def collection(description: Description, bbox: list[float], interval: list[str])
     return {
         "type": "Collection",
         "stac_version": "1.1.0",
-        "stac_extensions": COLLECTION_EXTENSIONS,
+        "stac_extensions": [VERSION, FILE],
         "id": description.product,
         **told(description),
         "extent": {"spatial": {"bbox": [bbox]}, "temporal": {"interval": [interval]}},

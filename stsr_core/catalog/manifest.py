@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stsr_core.catalog.addresses import inside
 from stsr_core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Manifest(BaseModel):
         except ValidationError as e:
             raise StoreError(f"{where} is no manifest ({e.error_count()} errors). Fetch the version again.") from e
         for path in manifest.objects:
-            if path.startswith("/") or ".." in path.split("/"):
+            if not inside(f"./{path}"):
                 raise StoreError(
                     f"{where} names {path!r}, outside the version. It is damaged or forged; do not use it."
                 )

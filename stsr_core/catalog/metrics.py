@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
@@ -48,12 +47,8 @@ class Catalogue(Collector):
                 continue
             versions.add_metric([name], product.rows.num_rows)
             withdrawn.add_metric([name], len(product.withdrawn))
-            newest.add_metric([name], _seconds(pc.max(product.rows["created"]).as_py()))
+            newest.add_metric([name], pc.max(product.rows["created"]).as_py().timestamp())
         return [up, versions, withdrawn, newest]
-
-
-def _seconds(created: datetime | str) -> float:
-    return (datetime.fromisoformat(created) if isinstance(created, str) else created).timestamp()
 
 
 def add_metrics(app: FastAPI, loaded: Loaded) -> None:

@@ -11,7 +11,6 @@ Publishers share no name but the collection's: whatever one of them does or leav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import CATALOG, checksum, collection_path
 from stsr_core.catalog.documents import PATIENCE_SECONDS, ConflictError, DamagedError, Documents, tries
 from stsr_core.catalog.footprint import footprint, union
 from stsr_core.catalog.index import with_row
@@ -40,7 +40,7 @@ from stsr_core.catalog.manifest import NAME as MANIFEST
 from stsr_core.catalog.manifest import make_manifest
 from stsr_core.catalog.schema import validate
 from stsr_core.errors import PublicationError
-from stsr_core.store.layout import is_whole
+from stsr_core.store.group import is_whole
 
 if TYPE_CHECKING:
     from stsr_core.catalog.documents import Document, Options
@@ -88,20 +88,10 @@ class Attempt:
         """Address of a group of the store: ensemble, series, overview or coarse."""
         return f"{self.url}/data.zarr/{group}"
 
-    @property
-    def ensemble_url(self) -> str:
-        """Address of the ensemble's group."""
-        return self.group_url("ensemble")
-
-    @property
-    def overview_url(self) -> str:
-        """Address of the overview's group."""
-        return self.group_url("overview")
-
     def write_side_file(self, name: str, data: bytes, media_type: str, title: str, *roles: str) -> SideFile:
         """Write a small file beside the stores and describe it."""
         self.documents.write(f"{self.prefix}/{name}", data)
-        return SideFile(f"./{name}", media_type, hashlib.sha256(data).hexdigest(), len(data), title, roles)
+        return SideFile(f"./{name}", media_type, checksum(data), len(data), title, roles)
 
 
 class RedundantError(PublicationError):
@@ -161,11 +151,6 @@ def listed(document: Mapping[str, Any]) -> dict[str, str]:
     return {version: found[version] for version in sorted(found, key=lambda version: int(version[1:]))}
 
 
-def versions(document: Mapping[str, Any]) -> list[str]:
-    """Names of the versions that a collection lists, oldest first."""
-    return list(listed(document))
-
-
 def listed_attempts(document: Mapping[str, Any]) -> set[str]:
     """Names of the attempts that a collection lists as versions; nothing in them is written again."""
     return {href.split("/")[1] for href in listed(document).values()}
@@ -213,8 +198,8 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
         ConflictError: another publisher was faster; nothing is visible.
     """
     documents, product = attempt.documents, attempt.product
-    bbox, interval = _extent(publication.layout)
-    path = f"{product}/collection.json"
+    bbox, interval = footprint(publication.layout.grid)[0], period_of(publication.layout)
+    path = collection_path(product)
     current, tag = _collection(documents, path, collection(publication.description, bbox, interval))
     there = listed(current)
     mine = [v for v, href in there.items() if href.split("/")[1] == attempt.name]
@@ -239,11 +224,6 @@ def _try_publish(attempt: Attempt, publication: Publication, side_files: Mapping
     if predecessor is not None:
         link_neighbours(documents, product, listed(changed), predecessor)
     return Published(product, version, f"{attempt.url}/{version}.json")
-
-
-def _extent(layout: StoreLayout) -> tuple[list[float], list[str]]:
-    """Box and period of a version."""
-    return footprint(layout.grid)[0], period_of(layout)
 
 
 def _item(
@@ -303,7 +283,7 @@ def _require_not_removed(attempt: Attempt, current: Mapping[str, Any]) -> None:
 def _discard(attempt: Attempt, version: str, before: Mapping[str, Any], assets: Mapping[str, Any]) -> None:
     """Remove the item and index files of a lost race, unless the swap succeeded and only its answer was lost."""
     documents, product = attempt.documents, attempt.product
-    now = documents.read(f"{product}/collection.json")
+    now = documents.read(collection_path(product))
     if now is None or attempt.name in listed(now[0]).get(version, "").split("/"):
         return
     documents.remove(f"{attempt.prefix}/{version}.json")
@@ -350,10 +330,10 @@ def link_neighbours(documents: Documents, product: str, there: Mapping[str, str]
         {"rel": rel, "href": f"../../{there[name]}", "type": "application/geo+json"}
         for rel, found in around.items() for name in found
     ]  # fmt: skip
-    told = {"predecessor-version", *(link["rel"] for link in links)}
+    replaced = {"predecessor-version", *(link["rel"] for link in links)}
 
     def change(item: Document) -> Document:
-        return {**item, "links": [*(x for x in item["links"] if x["rel"] not in told), *links]}
+        return {**item, "links": [*(x for x in item["links"] if x["rel"] not in replaced), *links]}
 
     amend_item(documents, f"{product}/{there[version]}", change)
 
@@ -370,7 +350,7 @@ def link_product(documents: Documents, product: str, title: str) -> None:
     """List a product in the catalogue's root."""
     add_to_root(
         documents,
-        {"rel": "child", "href": f"./{product}/collection.json", "type": "application/json", "title": title},
+        {"rel": "child", "href": f"./{collection_path(product)}", "type": "application/json", "title": title},
     )
 
 
@@ -381,9 +361,9 @@ def add_to_root(documents: Documents, link: dict[str, str]) -> None:
         links = [link if x.get("href") == link["href"] else x for x in root["links"]]
         return {**root, "links": links if link in links else [*links, link]}
 
-    while documents.amend("catalog.json", change) is None:
+    while documents.amend(CATALOG, change) is None:
         with suppress(ConflictError):  # another publisher made the same
-            documents.create("catalog.json", root_catalog())
+            documents.create(CATALOG, root_catalog())
 
 
 def quality_json(report: GateReport) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,8 @@ def properties(expression: Any) -> set[str]:
     if isinstance(expression, dict):
         if "property" in expression:
             return {str(expression["property"])}
-        return set().union(*(properties(v) for v in expression.values())) if expression else set()
-    if isinstance(expression, list):
-        return set().union(*(properties(v) for v in expression)) if expression else set()
-    return set()
+        expression = list(expression.values())
+    return set().union(*map(properties, expression)) if isinstance(expression, list) else set()
 
 
 def moment(text: str) -> datetime:
@@ -130,11 +128,17 @@ def _evaluate(table: pa.Table, node: Any, depth: int) -> Any:
     return _operate(table, str(node.get("op")), list(node.get("args", [])), depth + 1)
 
 
-def _column(table: pa.Table, name: str) -> Any:
+def period(table: pa.Table) -> tuple[Any, Any]:
+    """First and last moment of each row of an index; they are one where it has no period."""
     import pyarrow.compute as pc
 
+    first, last = (pc.coalesce(table["datetime"], table[end]) for end in ("start_datetime", "end_datetime"))
+    return first, last
+
+
+def _column(table: pa.Table, name: str) -> Any:
     if name == "datetime":
-        return pc.coalesce(table["datetime"], table["start_datetime"])
+        return period(table)[0]
     if name not in table.column_names:
         raise ConfigurationError(f"Items have no property {name!r}. `stsr catalog show` lists those they have.")
     return table[name]
@@ -286,10 +290,7 @@ def _temporal(table: pa.Table, op: str, args: list[Any]) -> Any:
     ):
         raise ConfigurationError(f"{op} is served for the property datetime first, then a literal time or interval.")
     start, end = (pa.scalar(t, pa.timestamp("us", "UTC")) for t in _interval(args[1]))
-    first, last = (
-        pc.coalesce(table["datetime"], table["start_datetime"]),
-        pc.coalesce(table["datetime"], table["end_datetime"]),
-    )
+    first, last = period(table)
     before, after = pc.less(last, start), pc.greater(first, end)
     if op == "t_before":
         return before
@@ -315,8 +316,6 @@ def interval(text: str) -> tuple[datetime, datetime]:
     Raises:
         ConfigurationError: it is none.
     """
-    from datetime import time
-
     low, slash, high = text.partition("/")
     high = high if slash else low
     start = FAR[0] if low in ("..", "") and slash else moment(low)

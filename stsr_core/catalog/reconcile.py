@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import CATALOG, collection_path, is_name
 from stsr_core.catalog.claims import FOLDER
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.footprint import WORLD
@@ -56,10 +57,10 @@ def reconcile(
         ConfigurationError: there is no such product.
         PublicationError: the collection is damaged, the store cannot be used, or something cannot be removed.
     """
-    if not product or product != product.strip("./\\") or "/" in product:
+    if not is_name(product):
         raise PublicationError(f"{product!r} is no name of a product. Give the one of its folder in {destination}.")
     documents = Documents.at(destination, options, sole_publisher=sole_publisher)
-    path = f"{product}/collection.json"
+    path = collection_path(product)
     found = documents.read(path)
     if found is None:
         require_data(documents, product)
@@ -99,9 +100,9 @@ def unlisted(destination: str, options: Options | None = None) -> list[str]:
         PublicationError: the store cannot be used.
     """
     documents = Documents.at(destination, options)
-    found = documents.read("catalog.json")
+    found = documents.read(CATALOG)
     there = {link.get("href") for link in found[0].get("links", [])} if found is not None else set()
-    names = [name for name in documents.names("") if f"./{name}/collection.json" not in there]
+    names = [name for name in documents.names("") if f"./{collection_path(name)}" not in there]
     left = {name: [*documents.names(f"{name}/data"), *documents.names(f"{name}/{FOLDER}")] for name in names}
     return [name for name in names if any(map(OURS.match, left[name]))]
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import collection_path
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.index import created, without_rows
 from stsr_core.catalog.publish import listed
@@ -46,7 +47,7 @@ def expiring(product: str, destination: str, options: Options | None = None, *, 
         StoreError: the index is damaged.
     """
     documents = Documents.at(destination, options)
-    found = documents.read(f"{product}/collection.json")
+    found = documents.read(collection_path(product))
     if found is None:
         require_data(documents, product)
     collection = found[0] if found else {}
@@ -78,7 +79,7 @@ def retire(
         return _without(documents, product, collection, names)
 
     if names:
-        documents.amend(f"{product}/collection.json", change)
+        documents.amend(collection_path(product), change)
 
 
 def _without(documents: Documents, product: str, collection: Document, names: Sequence[str]) -> dict[str, Any]:

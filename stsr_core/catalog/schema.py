@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stsr_core.catalog.addresses import SHA256, inside
 from stsr_core.catalog.items import EXTENSIONS, Entries
 from stsr_core.configuration import PRODUCT_NAME
 from stsr_core.errors import PublicationError
 
 
 def _inside(href: str) -> str:
-    if not href.startswith("./") or ".." in href.split("/"):
+    if not inside(href):
         raise ValueError(f"{href!r} is outside the version; addresses begin with ./")
     return href
 
@@ -29,7 +30,7 @@ Name = Annotated[str, Field(pattern=PRODUCT_NAME)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class ZarrAsset(_Strict):
@@ -51,7 +52,7 @@ class FileAsset(_Strict):
     type: str
     title: str
     roles: list[str] = Field(min_length=1)
-    checksum: str = Field(alias="file:checksum", pattern="^1220[0-9a-f]{64}$")
+    checksum: str = Field(alias="file:checksum", pattern=f"^{SHA256}[0-9a-f]{{64}}$")
     size: int = Field(alias="file:size", gt=0)
 
 
@@ -72,9 +73,7 @@ class Assets(_Strict):
 class Link(_Strict):
     """A link; those into the catalogue are relative."""
 
-    rel: Literal[
-        "root", "parent", "collection", "derived_from", "predecessor-version", "successor-version", "latest-version"
-    ]
+    rel: Literal["root", "parent", "collection", "derived_from", "predecessor-version"]
     href: str = Field(min_length=1)
     type: str | None = None
     title: str | None = None
@@ -166,10 +165,10 @@ class Properties(_Strict):
     source_license: str = Field(alias="stsr:source_license")
     requested_factor: tuple[float, float] = Field(alias="stsr:requested_factor")
     factor: tuple[int, int] = Field(alias="stsr:factor")
-    spacing_km: int = Field(default=1, alias="stsr:spacing_km", ge=1)
+    spacing_km: int = Field(alias="stsr:spacing_km", ge=1)
     match_distance: float = Field(alias="stsr:match_distance", ge=0)
     beta: float = Field(alias="stsr:beta")
-    noise: dict[str, float] = Field(default={}, alias="stsr:noise")
+    noise: dict[str, float] = Field(alias="stsr:noise")
     context_length: int = Field(alias="stsr:context_length")
     conservation: dict[str, float | None] = Field(alias="stsr:conservation")
     conserved: bool = Field(alias="stsr:conserved")
@@ -179,9 +178,9 @@ class Properties(_Strict):
     code_version: str = Field(alias="stsr:code_version")
     seed: int = Field(alias="stsr:seed")
     members: int = Field(alias="stsr:members", ge=1)
-    driving_members: list[str] = Field(default=[], alias="stsr:driving_members")
+    driving_members: list[str] = Field(alias="stsr:driving_members")
     scores: dict[str, float] = Field(alias="stsr:scores")
-    statics: dict[str, str] = Field(default={}, alias="stsr:statics")
+    statics: dict[str, str] = Field(alias="stsr:statics")
     configuration: Entries = Field(alias="stsr:configuration")
     gates: list[GateResult] = Field(alias="stsr:gates", min_length=1)
 

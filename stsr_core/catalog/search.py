@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from stsr_core.catalog.addresses import collection_path, inside, is_name, product_names
 from stsr_core.errors import StoreError, WithdrawnWarning
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Version:
         if key not in assets:
             raise StoreError(f"{self.product} {self.version} has no asset {key!r}; it has {', '.join(assets)}.")
         href = str(assets[key]["href"])
-        if not href.startswith("./") or ".." in href.split("/"):
+        if not inside(href):
             raise StoreError(f"{self.url} names {href!r} outside the version as {key!r}. It is forged; do not use it.")
         return f"{self.folder}/{href.removeprefix('./')}"
 
@@ -61,19 +62,11 @@ def _documents(catalog: str, options: Mapping[str, object] | None) -> Documents:
     return Documents.at(catalog, options)
 
 
-def _products(documents: Documents) -> list[str]:
-    root = documents.read("catalog.json")
-    if root is None:
-        raise StoreError(f"No catalogue is at {documents.destination}. Name the folder or prefix of its catalog.json.")
-    links = [str(link["href"]) for link in root[0]["links"] if link["rel"] == "child"]
-    return [href.removeprefix("./").split("/")[0] for href in links]
-
-
 def _collection(documents: Documents, product: str) -> Document:
     """Collection of a product; without versions where there is none."""
-    if not product or product != product.strip("./\\") or "/" in product:
+    if not is_name(product):
         raise StoreError(f"{product!r} is no name of a product.")
-    found = documents.read(f"{product}/collection.json")
+    found = documents.read(collection_path(product))
     return found[0] if found else {}
 
 
@@ -83,17 +76,17 @@ def ls(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> 
     Raises:
         StoreError: there is no catalogue.
     """
-    from stsr_core.catalog.publish import versions
+    from stsr_core.catalog.publish import listed
 
     documents = _documents(catalog, storage_options)
-    return {product: versions(_collection(documents, product)) for product in _products(documents)}
+    return {product: list(listed(_collection(documents, product))) for product in product_names(documents)}
 
 
 def published(product: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:
     """List the versions of one product, oldest first; none where there is no such product."""
-    from stsr_core.catalog.publish import versions
+    from stsr_core.catalog.publish import listed
 
-    return versions(_collection(_documents(catalog, storage_options), product))
+    return list(listed(_collection(_documents(catalog, storage_options), product)))
 
 
 def products(catalog: str, *, storage_options: Mapping[str, object] | None = None) -> list[str]:
@@ -102,7 +95,7 @@ def products(catalog: str, *, storage_options: Mapping[str, object] | None = Non
     Raises:
         StoreError: there is no catalogue.
     """
-    return _products(_documents(catalog, storage_options))
+    return product_names(_documents(catalog, storage_options))
 
 
 def find(product: str, version: str, catalog: str, *, storage_options: Mapping[str, object] | None = None) -> Version:
@@ -191,7 +184,7 @@ def search(
         StoreError: no catalogue, or a damaged one.
     """
     documents = _documents(catalog, storage_options)
-    found = _found(documents, [product] if product else _products(documents), query)
+    found = _found(documents, [product] if product else product_names(documents), query)
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda p: _version(documents, *p), found))
 
@@ -213,7 +206,7 @@ def _found(documents: Documents, products: Sequence[str], query: Query) -> list[
                 raise
             before = collections
             continue
-        return [(name, collections[name], hit.version) for name, (hits, _) in found.items() for hit in hits]
+        return [(name, collections[name], version) for name, versions in found.items() for version in versions]
 
 
 def open_version(

@@ -17,8 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import collection_path, inside, product_names
 from stsr_core.catalog.documents import DamagedError, Documents, encode
 from stsr_core.catalog.index import TEXTS, TIMES, Query, bare, joined, read_index, select
+from stsr_core.catalog.items import stamp
 from stsr_core.catalog.publish import listed
 from stsr_core.catalog.withdrawal import Withdrawal, as_withdrawn, withdrawals
 from stsr_core.errors import StoreError, StsrError
@@ -66,7 +68,7 @@ class Product:
         return {
             **self.collection,
             "assets": _placed(self.collection.get("assets", {}), f"{place}/{name}"),
-            "links": [{"rel": "canonical", "href": f"{place}/{name}/collection.json", "type": "application/json"}],
+            "links": [{"rel": "canonical", "href": f"{place}/{collection_path(name)}", "type": "application/json"}],
         }
 
 
@@ -153,7 +155,7 @@ def item_of(row: Mapping[str, Any]) -> Document:
     import shapely
 
     properties = {k: v for k, v in row.items() if k not in (*TOP, *OTHER) and v is not None}
-    times = {t: _instant(row[t]) for t in TIMES if row.get(t) is not None}
+    times = {t: stamp(row[t]) for t in TIMES if row.get(t) is not None}
     objects = {name: json.loads(properties[name]) for name in TEXTS if name in properties}
     west, south, east, north = (row["bbox"][k] for k in ("xmin", "ymin", "xmax", "ymax"))
     return {
@@ -165,10 +167,6 @@ def item_of(row: Mapping[str, Any]) -> Document:
     }
 
 
-def _instant(time: Any) -> str:
-    return time.isoformat().replace("+00:00", "Z")
-
-
 @dataclass
 class Loaded:
     """A catalogue in memory that follows the one at its destination.
@@ -176,13 +174,14 @@ class Loaded:
     Attributes:
         documents: where the catalogue is.
         every_s: seconds after which a request looks for changes.
+        failure: why the last change could not be read; None where it could.
     """
 
     documents: Documents
     every_s: float = 5.0
+    failure: str | None = field(default=None, init=False)
     _recent: list[Snapshot] = field(default_factory=list, init=False)
     _checked: float = field(default=0.0, init=False)
-    _failure: str | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def current(self) -> Snapshot:
@@ -198,18 +197,13 @@ class Loaded:
             finally:
                 self._lock.release()
         if not self._recent:
-            raise StoreError(self._failure or "Nothing is read yet.")
+            raise StoreError(self.failure or "Nothing is read yet.")
         return self._recent[-1]
 
     def of(self, name: str | None) -> Snapshot:
         """The snapshot of a name, so that pages follow each other; the current one where it is forgotten."""
         found = [s for s in self._recent if s.name == name]
         return found[-1] if found else self.current()
-
-    @property
-    def failure(self) -> str | None:
-        """Why the last change could not be read; None where it could."""
-        return self._failure
 
     def _follow(self) -> None:
         flaws: list[str] = []
@@ -221,23 +215,16 @@ class Loaded:
         finally:
             self._checked = time.monotonic()
         failure = " ".join(flaws) or None
-        if failure not in (None, self._failure):
+        if failure not in (None, self.failure):
             _log.error("The catalogue cannot be read again; what was good is served on. %s", failure)
-        self._failure = failure
+        self.failure = failure
         if read is not None and (not self._recent or read.name != self._recent[-1].name):
             self._recent = [*self._recent, read][-KEPT:]
 
     def _read(self, before: Mapping[str, Product], flaws: list[str]) -> Snapshot:
         """Read what changed; of a damaged product, noted among the flaws, what was good of it stays."""
-        root = self.documents.read("catalog.json")
-        if root is None:
-            raise StoreError(f"No catalogue is at {self.documents.destination}. Name the folder of its catalog.json.")
-        hrefs = [str(link.get("href")) for link in root[0].get("links", []) if link.get("rel") == "child"]
-        names = [href.removeprefix("./").removesuffix("/collection.json") for href in hrefs]
-        if bad := [n for n in names if not n or "/" in n or n.startswith(".")]:
-            raise StoreError(f"The catalogue names a product at {bad[0]!r}, outside it. Do not trust it.")
         products = {}
-        for name in names:
+        for name in product_names(self.documents):
             try:
                 product = self._product(name, before.get(name))
             except (StoreError, DamagedError) as e:
@@ -250,7 +237,7 @@ class Loaded:
     def _product(self, name: str, before: Product | None) -> Product | None:
         """A product; again where a publisher replaced the index meanwhile and a reconcile removed the old one."""
         tried = None
-        while (found := self.documents.read(f"{name}/collection.json")) is not None:
+        while (found := self.documents.read(collection_path(name))) is not None:
             collection, tag = found
             if before is not None and before.tag == tag:
                 return before
@@ -274,5 +261,5 @@ def _require_own(name: str, collection: Document, rows: pa.Table | None) -> None
         raise StoreError(f"Collection {name} and its index name different items. Restore them from a backup.")
     for asset in [] if rows is None else rows["assets"].combine_chunks().flatten():
         hrefs = {h for h in asset.field("href").to_pylist() if h is not None}
-        if bad := [h for h in sorted(hrefs) if not h.startswith("./") or ".." in h.split("/")]:
+        if bad := [h for h in sorted(hrefs) if not inside(h)]:
             raise StoreError(f"An item of {name} names {bad[0]!r}, outside its version. It is forged; do not trust it.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from stsr_core.catalog.addresses import collection_path
 from stsr_core.catalog.documents import Documents
 from stsr_core.catalog.index import with_values
 from stsr_core.catalog.items import stamp
@@ -121,7 +122,7 @@ def _settle(
         marked = _marked(collection, version, withdrawal)
         return marked if dry_run else {**marked, "assets": _indexed(documents, product, marked, version, withdrawal)}
 
-    path = f"{product}/collection.json"
+    path = collection_path(product)
     if dry_run:
         found = documents.read(path)
         return latest_good(change(found[0] if found else {}))
@@ -183,7 +184,7 @@ def settle_item(documents: Documents, product: str, collection: Mapping[str, Any
     def change(item: Document) -> Document:
         if as_withdrawn(item, withdrawals(collection).get(version)) is item:
             return item
-        found = documents.read(f"{product}/collection.json")
+        found = documents.read(collection_path(product))
         return as_withdrawn(item, withdrawals(found[0] if found else {}).get(version))
 
     amend_item(documents, f"{product}/{listed(collection)[version]}", change)

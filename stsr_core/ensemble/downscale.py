@@ -26,6 +26,7 @@ from stsr_core.factors import Factor
 from stsr_core.grids import TimeLabel
 from stsr_core.regrid import regrid_to_factor
 from stsr_core.statics import StaticSource, require_seen, static_fields
+from stsr_core.store.group import finish, is_whole, remove_store, reopen, require_own, shape_of
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
@@ -34,12 +35,6 @@ from stsr_core.store.layout import (
     axis_attributes,
     coordinates,
     create_ensemble,
-    finish,
-    is_whole,
-    remove_store,
-    reopen,
-    require_own,
-    shape_of,
 )
 from stsr_core.store.patience import require_answer
 

@@ -28,7 +28,8 @@ from stsr_core.ensemble.shard import ShardResult, make_shard
 from stsr_core.errors import ConfigurationError, StoreError, StsrError
 from stsr_core.events import line
 from stsr_core.memory import keep_freed
-from stsr_core.store.layout import is_whole, shape_of, whole_shape, write_shard
+from stsr_core.store.group import is_whole, shape_of, whole_shape
+from stsr_core.store.layout import write_shard
 from stsr_core.store.receipts import Receipt, read_receipt, read_receipts, write_receipt
 from stsr_core.store.verify import StoredShard, damaged
 from stsr_core.version import code_version

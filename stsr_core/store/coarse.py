@@ -9,16 +9,8 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stsr_core.errors import StoreError
-from stsr_core.store.layout import (
-    DRIVING,
-    PRECIPITATION,
-    finish,
-    mapped,
-    open_store,
-    read_labels,
-    write_coordinates,
-    write_labels,
-)
+from stsr_core.store.group import finish, open_store
+from stsr_core.store.layout import DRIVING, PRECIPITATION, mapped, read_labels, write_coordinates, write_labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +19,7 @@ if TYPE_CHECKING:
 
     from stsr_core.factors import Factor
     from stsr_core.grids import Grid, TimeAxis
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 ARRAY = "precipitation"
 CHUNK_STEPS, CHUNK_CELLS = 744, 64

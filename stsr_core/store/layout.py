@@ -1,38 +1,46 @@
 """Layout of an ensemble store: Zarr v3, CF, packed integers, one Zarr shard per unit of work.
 
-Array metadata is written before workers start; the group's own metadata is written last, so a store opens as
-a group only when it is whole. Nothing in it depends on the clock: the same input gives the same bytes.
-
-The first object of all is a mark, which stays: only where it lies, or nothing, anything is written or removed.
+Array metadata is written before workers start; the group that they belong to is finished last, see `store.group`.
+Nothing in it depends on the clock: the same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from glob import has_magic
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import cftime
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
-from zarr.errors import ContainsArrayError, ZarrUserWarning
-from zarr.storage import FsspecStore, LocalStore, MemoryStore
+from zarr.errors import ContainsArrayError
+from zarr.storage import MemoryStore
 
 from stsr_core.errors import StoreError
 from stsr_core.grids import Grid, TimeAxis
-from stsr_core.store.patience import made_patient
+from stsr_core.store.group import (
+    GROUP,
+    begin,
+    drop,
+    ensure,
+    filesystem,
+    is_whole,
+    open_array,
+    open_store,
+    read_object,
+    remove_store,
+)
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
     from numpy.typing import NDArray
     from pyproj import CRS
     from zarr.abc.buffer import Buffer
-    from zarr.abc.store import Store
+
+    from stsr_core.factors import Factor
+    from stsr_core.store.group import Options
 
 QUANTUM_MM = 0.01  # storage quantum
 MISSING = 65535  # stored where the input is missing
@@ -48,15 +56,9 @@ PRECIPITATION = {
 # Units of length by their names in a CRS, as UDUNITS writes them.
 LENGTHS = {"metre": "m", "kilometre": "km", "foot": "foot", "US survey foot": "US_survey_foot"}
 
-MARK = "stsr.json"  # object that tells a group of this code, begun or whole, from whatever else lies at an address
-MARK_CONTENT = b'{"written_by": "stsr"}\n'
-GROUP = "zarr.json"  # metadata of a group, or an array
-BEFORE = "before.json"  # metadata of a group that was whole and is added to, until it is whole again
-
 DRIVING = "driving_member"  # coordinate along members
 DRIVING_ATTRIBUTES: Mapping[str, Any] = {"long_name": "realization of the driving model"}
 
-Options = Mapping[str, object]
 Region = tuple[slice, slice, slice, slice]
 
 
@@ -112,88 +114,9 @@ def _chunk_cells(tile: int, cells: int) -> int:
     return -(-tile // -(-tile // CHUNK_CELLS))
 
 
-def filesystem(url: str, options: Options | None = None) -> tuple[AbstractFileSystem, str]:
-    """Return the fsspec filesystem of a URL, and the path in it."""
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(url, **dict(options or {}))
-    return made_patient(fs), path
-
-
-def open_store(url: str, options: Options | None = None) -> Store:
-    """Return the Zarr store at a local path or fsspec URL."""
-    if "://" in url:
-        store = FsspecStore.from_url(url, storage_options=dict(options or {}) or None)
-        made_patient(store.fs)
-        return store
-    return LocalStore(url)
-
-
-def require_own(url: str, options: Options | None = None) -> None:
-    """Make sure that nothing but a group of this code, begun or whole, is at a URL.
-
-    Raises:
-        StoreError: something else is there, or what is there cannot be read.
-    """
-    fs, path = filesystem(url, options)
-    try:
-        own = _marked(fs, path) or not _contents(fs, path) or _marked(fs, path)  # begun by another meanwhile
-    except OSError as e:
-        raise StoreError(f"{url} cannot be read ({e}). Check the path and its permissions.") from e
-    if not own:
-        raise StoreError(
-            f"{url} is there and no Zarr store that stsr wrote, so nothing in it is changed. Name another output, or "
-            "remove it yourself."
-        )
-
-
-def _contents(fs: AbstractFileSystem, path: str) -> list[str]:
-    """Paths of what is in a folder; of a file, its own. None where nothing is, and in an empty folder."""
-    fs.invalidate_cache()  # others may have written since this process looked
-    try:
-        names = [str(name) for name in fs.ls(path, detail=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    if "file" in fs.protocol:
-        return names
-    return [name for name in names if _holds_objects(fs, name)]
-
-
-def _holds_objects(fs: AbstractFileSystem, path: str) -> bool:
-    """Whether an object is at or below a path.
-
-    Servers such as SeaweedFS list folders that hold none any more, the last of them as an object whose name ends in /.
-    """
-    levels = (files.values() for _, _, files in fs.walk(path, detail=True))
-    return any(info["type"] == "file" and not info["name"].endswith("/") for files in levels for info in files)
-
-
-def _marked(fs: AbstractFileSystem, path: str) -> bool:
-    """Whether the mark is there; part of it counts, for its writer may have been killed."""
-    try:
-        return MARK_CONTENT.startswith(fs.cat_file(f"{path}/{MARK}"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return False
-
-
-def begin(url: str, options: Options | None = None) -> None:
-    """Mark a place as that of a group of this code, before anything else is written there.
-
-    Raises:
-        StoreError: something else is there.
-    """
-    require_own(url, options)
-    fs, path = filesystem(url, options)
-    if "file" in fs.protocol:  # elsewhere it may create a bucket
-        fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(f"{path}/{MARK}", MARK_CONTENT)
-
-
-def time_units(times: TimeAxis) -> tuple[str, str]:
-    """CF units and calendar of a time axis."""
-    if isinstance(times.start, cftime.datetime):
-        return EPOCH, str(times.start.calendar)
-    return EPOCH, "proleptic_gregorian"
+def calendar_of(times: TimeAxis) -> str:
+    """CF calendar of a time axis."""
+    return str(times.start.calendar) if isinstance(times.start, cftime.datetime) else "proleptic_gregorian"
 
 
 def encoded_times(values: NDArray[Any], calendar: str) -> NDArray[np.int64]:
@@ -260,18 +183,7 @@ def write_array(
     )  # fmt: skip
     fs, path = filesystem(url, options)
     for key, value in made.items():
-        _put(fs, f"{path}/{key}", value.to_bytes())
-
-
-def _put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write an object unless it is there as it should be."""
-    try:
-        if fs.cat_file(path) == content:
-            return
-    except FileNotFoundError:
-        if "file" in fs.protocol:  # elsewhere it may create a bucket
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    fs.pipe_file(path, content)
+        ensure(fs, f"{path}/{key}", value.to_bytes())
 
 
 def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | None = None) -> None:
@@ -281,9 +193,9 @@ def write_coordinates(url: str, times: TimeAxis, grid: Grid, options: Options | 
         StoreError: something else is there.
     """
     begin(url, options)
-    units, calendar = time_units(times)
+    calendar = calendar_of(times)
     y, x = axis_attributes(grid)
-    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": units, "calendar": calendar}
+    stamp = {"standard_name": "time", "long_name": "time", "axis": "T", "units": EPOCH, "calendar": calendar}
     stamp["bounds"] = "time_bnds"
     if calendar == "proleptic_gregorian":
         stamp["units_metadata"] = "leap_seconds: none"
@@ -359,7 +271,7 @@ def create_ensemble(
                 remove_store(url, options)  # another command began it, and was stopped before its first shard
                 begun = None
         if not is_whole(url, options):
-            _drop(f"{url}/{GROUP}", options)  # of a run that was stopped while it finished
+            drop(f"{url}/{GROUP}", options)  # of a run that was stopped while it finished
         write_coordinates(url, layout.times, layout.grid, options)
         write_members(url, layout, options)
         if begun is not None:
@@ -399,124 +311,22 @@ def _begun(url: str, array: str, options: Options | None) -> zarr.Array[Any] | N
     return open_array(url, array, options, mode="r+")
 
 
-def open_array(url: str, array: str, options: Options | None = None, *, mode: Literal["r", "r+"]) -> zarr.Array[Any]:
-    """Open the array of an ensemble.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        StoreError: its metadata is damaged.
-    """
-    try:
-        return zarr.open_array(open_store(f"{url}/{array}", options), mode=mode)
-    except FileNotFoundError:  # which zarr makes a ValueError too
-        raise
-    except ValueError as e:
-        raise StoreError(f"{url}/{array}/{GROUP} is damaged ({e}). Start over with --overwrite.") from e
+def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """Blocks of an array of any rank, slices along each axis, in order; those at its far edges end there."""
+    axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))
+    return product(*axes)
 
 
-def finish(url: str, attributes: Mapping[str, str], options: Options | None = None) -> None:
-    """Write the group's metadata, consolidated: from now on the store opens and counts as whole.
-
-    Another run of the same plan may have done so already.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    store = open_store(url, options)
-    if isinstance(store, LocalStore):
-        for begun in store.root.rglob("*.partial"):  # by zarr, whose writer was killed
-            begun.unlink(missing_ok=True)
-    made: dict[str, Buffer] = {}
-    zarr.create_group(MemoryStore(made), attributes={"Conventions": "CF-1.11", **attributes})
-    fs, path = filesystem(url, options)
-    try:
-        _put(fs, f"{path}/{GROUP}", made[GROUP].to_bytes())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZarrUserWarning)
-            zarr.consolidate_metadata(store)
-        _drop(f"{url}/{BEFORE}", options)
-    except OSError as e:
-        raise StoreError(f"{url} cannot be finished ({e}). Check free space and permissions; go on then.") from e
-
-
-def reopen(url: str, options: Options | None = None) -> None:
-    """Put the group's metadata aside: the store no longer counts as whole, until `finish`."""
-    fs, path = filesystem(url, options)
-    fs.pipe_file(f"{path}/{BEFORE}", fs.cat_file(f"{path}/{GROUP}"))
-    fs.rm(f"{path}/{GROUP}")
-
-
-def whole_shape(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
-    """Shape of an array when its group was last whole; as it is, where that never was."""
-    fs, path = filesystem(url, options)
-    if is_whole(url, options) or not fs.exists(f"{path}/{BEFORE}"):
-        return shape_of(url, array, options)
-    try:
-        return tuple(json.loads(fs.cat_file(f"{path}/{BEFORE}"))["consolidated_metadata"]["metadata"][array]["shape"])
-    except ValueError:  # written in part, so the group is still as it was
-        return shape_of(url, array, options)
-
-
-def shape_of(url: str, array: str, options: Options | None = None) -> tuple[int, ...]:
-    """Shape of an array; of one that is lost, none.
-
-    Raises:
-        StoreError: its metadata is damaged.
-    """
-    try:
-        return open_array(url, array, options, mode="r").shape
-    except FileNotFoundError:
-        return ()
-
-
-def is_whole(url: str, options: Options | None = None) -> bool:
-    """Whether the store at a URL was finished."""
-    fs, path = filesystem(url, options)
-    try:
-        return "consolidated_metadata" in json.loads(fs.cat_file(f"{path}/{GROUP}"))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError as e:
-        raise StoreError(f"{url}/{GROUP} is damaged ({e}). Remove the store, or write it again.") from e
-
-
-def remove_store(url: str, options: Options | None = None) -> None:
-    """Remove the group at a URL, begun or whole; its mark last, so that a removal cut short can be done again.
-
-    Raises:
-        StoreError: something else is there.
-    """
-    require_own(url, options)
-    fs, path = filesystem(url, options)
-    if "file" not in fs.protocol and has_magic(path):  # fsspec would remove whatever fits the pattern
-        raise StoreError(
-            f"{url} has *, ? or [ in its name, so it is not removed: other stores may fit that. Remove it yourself, or "
-            "name another output."
-        )
-    for name in _contents(fs, path):
-        if name != f"{path}/{MARK}":
-            fs.rm(name, recursive=True)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+def coarse_region(region: Sequence[slice], factor: Factor) -> tuple[slice, ...]:
+    """Steps, rows and columns of the coarse cells under a region whose last axes are time, y and x."""
+    parts = (factor.time, factor.space, factor.space)
+    return tuple(slice(r.start // n, r.stop // n) for r, n in zip(region[-3:], parts, strict=True))
 
 
 def shard_path(url: str, array: str, layout_shard: tuple[int, ...], region: Region) -> str:
     """Address of the object that holds a shard."""
     index = "/".join(str(part.start // n) for part, n in zip(region, layout_shard, strict=True))
     return f"{url}/{array}/c/{index}"
-
-
-def read_object(url: str, options: Options | None = None) -> bytes:
-    """Read one object.
-
-    Raises:
-        StoreError: it is not there or cannot be read.
-    """
-    fs, path = filesystem(url, options)
-    try:
-        return bytes(fs.cat_file(path))
-    except OSError as e:
-        raise StoreError(f"{url} cannot be read ({e.__class__.__name__}). It is missing, or the store is gone.") from e
 
 
 def write_shard(
@@ -542,15 +352,8 @@ def write_shard(
         try:
             target[region] = values
         except (ValueError, RuntimeError):  # zarr merges a shard at the edge into what is there, which may be damaged
-            _drop(address, options)
+            drop(address, options)
             target[region] = values
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check free space and permissions.") from e
     return hashlib.sha256(read_object(address, options)).hexdigest()
-
-
-def _drop(url: str, options: Options | None) -> None:
-    """Remove an object that may be there."""
-    fs, path = filesystem(url, options)
-    if fs.exists(path):
-        fs.rm(path)

@@ -8,9 +8,8 @@ objects, with which no dataset can be saved as NetCDF.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,14 +17,14 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stsr_core.grids import Axis, Grid
+from stsr_core.store.group import finish, open_array, open_store
 from stsr_core.store.layout import (
     MISSING,
     PRECIPITATION,
     QUANTUM_MM,
     StoreLayout,
-    finish,
+    blocks,
     mapped,
-    open_store,
     write_array,
     write_coordinates,
 )
@@ -33,7 +32,7 @@ from stsr_core.store.layout import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 QUANTILES = (0.1, 0.5, 0.9)
 THRESHOLDS_MM = (1.0, 5.0, 10.0)  # amount per fine step
@@ -69,9 +68,9 @@ def write_overview(
     ensemble_url: str, array: str, url: str, layout: StoreLayout, options: Options | None = None
 ) -> None:
     """Compute the overview of a finished ensemble block by block, and write it as a group of its own."""
-    source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
+    source = open_array(ensemble_url, array, options, mode="r")
     finest = _create_level(url, layout, options)
-    for part in _blocks(layout.shape[1:], _shard_of(finest["mean"])):
+    for part in blocks(layout.shape[1:], _shard_of(finest["mean"])):
         for name, values in _statistics_of(source, part).items():
             finest[name][(..., *part)] = values
     levels: list[str] = []
@@ -94,7 +93,7 @@ def _statistics_of(source: zarr.Array[Any], part: Part) -> Statistics:
         "mean": (), "quantile": (len(QUANTILES),), "exceedance": (len(THRESHOLDS_MM),)
     }  # fmt: skip
     found = {name: np.empty((*many, *size), np.float32) for name, many in lead.items()}
-    for _, rows, columns in _blocks(size, (size[0], *source.chunks[2:])):
+    for _, rows, columns in blocks(size, (size[0], *source.chunks[2:])):
         place = (slice(p.start + o.start, p.start + o.stop) for p, o in ((y, rows), (x, columns)))
         for name, values in over_members(np.asarray(source[(slice(None), t, *place)])).items():
             found[name][..., rows, columns] = values
@@ -108,9 +107,9 @@ def _create_level(url: str, layout: StoreLayout, options: Options | None) -> dic
     for name, (points, long_name, units) in axes.items():
         write_array(f"{url}/{name}", np.array(points), (name,), {"long_name": long_name, "units": units}, options)
     probability = {"long_name": "share of members above the threshold", "units": "1"}
-    over_members = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
+    mean = {**PRECIPITATION, "long_name": "precipitation amount per step, mean over members"}
     return {
-        "mean": _create(f"{url}/mean", layout, None, over_members, options),
+        "mean": _create(f"{url}/mean", layout, None, mean, options),
         "quantile": _create(f"{url}/quantile_amount", layout, "quantile", PRECIPITATION, options),
         "exceedance": _create(f"{url}/exceedance_probability", layout, "threshold", probability, options),
     }
@@ -122,7 +121,7 @@ def _write_level(
     """Write a level of cells of `parts` x `parts` of the finest, shard by shard: memory does not grow with the map."""
     level = replace(layout, grid=coarser_grid(layout.grid, parts))
     for name, target in _create_level(url, level, options).items():
-        for part in _blocks(target.shape[-3:], _shard_of(target)):
+        for part in blocks(target.shape[-3:], _shard_of(target)):
             target[(..., *part)] = _level_of(finest[name], part, parts)
     finish(url, layout.attributes, options)
 
@@ -132,7 +131,7 @@ def _level_of(finest: zarr.Array[Any], part: Part, parts: int) -> NDArray[np.flo
     t, y, x = part
     edge = max(1, MAP_CELLS // parts)
     level = np.empty((*finest.shape[:-3], *(p.stop - p.start for p in part)), np.float32)
-    for step, rows, columns in _blocks(level.shape[-3:], (1, edge, edge)):
+    for step, rows, columns in blocks(level.shape[-3:], (1, edge, edge)):
         below = (slice((p.start + o.start) * parts, (p.start + o.stop) * parts)
                  for p, o in ((y, rows), (x, columns)))  # fmt: skip
         fields = np.asarray(finest[(..., t.start + step.start, *below)])
@@ -159,12 +158,6 @@ def coarser_grid(grid: Grid, parts: int) -> Grid:
     """Grid of the cells of `averaged`; the last ones may reach beyond the grid."""
     y, x = (Axis(a.first + a.step * (parts - 1) / 2, parts * a.step, -(-a.size // parts)) for a in (grid.y, grid.x))
     return Grid(y, x, grid.crs_wkt)
-
-
-def _blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[Part]:
-    """Blocks of an array (T, Y, X), in order."""
-    axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))
-    return product(*axes)
 
 
 def _create(

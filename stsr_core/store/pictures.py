@@ -6,16 +6,15 @@ import io
 from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
 
-from stsr_core.store.layout import open_store
-from stsr_core.store.quicklook import LEVELS_MM
+from stsr_core.store.group import open_array
+from stsr_core.store.quicklook import LEVELS_MM, shading
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.grids import Grid
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 BANDS = (
     "ensemble mean, total of the period [mm]",
@@ -26,7 +25,7 @@ THUMBNAIL_PIXELS = 256
 
 def summary(overview_url: str, options: Options | None = None) -> NDArray[np.float32]:
     """Total and largest step of the ensemble mean, (2, Y, X) [mm], NaN where every step is missing."""
-    mean = zarr.open_array(open_store(f"{overview_url}/mean", options), mode="r")
+    mean = open_array(overview_url, "mean", options, mode="r")
     total = np.zeros(mean.shape[1:], np.float64)
     most = np.full(mean.shape[1:], -np.inf)
     steps = mean.chunks[0]
@@ -66,15 +65,11 @@ def cog(bands: NDArray[np.float32], grid: Grid) -> bytes:
 
 def thumbnail(total: NDArray[np.float32], grid: Grid) -> bytes:
     """Draw the total as a PNG of at most 256 pixels along an edge, north at the top."""
-    import matplotlib as mpl
-    from matplotlib.colors import BoundaryNorm
     from matplotlib.image import imsave
 
     every = -(-max(total.shape) // THUMBNAIL_PIXELS)
     image = (total[::-1] if grid.y.step > 0 else total)[::every, ::every]
-    colours = mpl.colormaps["turbo"].with_extremes(under="white", bad="lightgrey")
-    levels = tuple(level * 5 for level in LEVELS_MM)  # totals are larger than amounts of a step
-    shades = colours(BoundaryNorm(levels, colours.N, extend="max")(np.ma.masked_invalid(image)))
+    colours, norm = shading([level * 5 for level in LEVELS_MM])  # totals are larger than amounts of a step
     buffer = io.BytesIO()
-    imsave(buffer, shades, format="png")
+    imsave(buffer, colours(norm(np.ma.masked_invalid(image))), format="png")
     return buffer.getvalue()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +20,15 @@ def wettest_step(coarse: NDArray[np.float32]) -> int:
     return int(np.nansum(coarse, axis=(1, 2)).argmax())
 
 
+def shading(levels: Sequence[float]) -> tuple[Any, Any]:
+    """Colour map of amounts and the norm that lays it over levels; white below the first, grey where missing."""
+    import matplotlib as mpl
+    from matplotlib.colors import BoundaryNorm
+
+    colours = mpl.colormaps["turbo"].with_extremes(under="white", bad="lightgrey")
+    return colours, BoundaryNorm(levels, colours.N, extend="max")
+
+
 def quicklook(coarse: NDArray[np.float32], ensemble: NDArray[np.float32], *, title: str, km_per_cell: float) -> bytes:
     """Draw coarse input, ensemble mean and three members of one fine step.
 
@@ -31,15 +41,10 @@ def quicklook(coarse: NDArray[np.float32], ensemble: NDArray[np.float32], *, tit
     Returns:
         A PNG file.
     """
-    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 
-    colours = mpl.colormaps["turbo"].copy()
-    colours.set_under("white")
-    colours.set_bad("lightgrey")
-    norm = BoundaryNorm(LEVELS_MM, colours.N, extend="max")
+    colours, norm = shading(LEVELS_MM)
     height, width = (n * km_per_cell for n in ensemble.shape[1:])
     panels = [("coarse input", coarse), ("ensemble mean", ensemble.mean(axis=0))]
     panels += [(f"member {i}", ensemble[i]) for i in range(min(MEMBERS, len(ensemble)))]

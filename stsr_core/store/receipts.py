@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stsr_core.errors import StoreError
-from stsr_core.store.layout import filesystem, read_object
+from stsr_core.store.group import filesystem, put, read_object
 
 if TYPE_CHECKING:
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 
 class Receipt(BaseModel):
@@ -57,9 +57,8 @@ def _folder(array: str) -> str:
 def write_receipt(url: str, array: str, receipt: Receipt, options: Options | None = None) -> None:
     """Write a receipt; its shard must be stored before."""
     fs, path = filesystem(url, options)
-    folder = f"{path}/{_folder(array)}"
-    fs.makedirs(folder, exist_ok=True)
-    fs.pipe_file(f"{folder}/{receipt.shard}.json", (receipt.model_dump_json(indent=1) + "\n").encode())
+    content = (receipt.model_dump_json(indent=1) + "\n").encode()
+    put(fs, f"{path}/{_folder(array)}/{receipt.shard}.json", content)
 
 
 def read_receipt(url: str, array: str, shard: str, options: Options | None = None) -> Receipt | None:

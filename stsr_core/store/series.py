@@ -12,20 +12,20 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
+from stsr_core.store.group import finish, open_array, open_store
 from stsr_core.store.layout import (
     MISSING,
     QUANTUM_MM,
     StoreLayout,
+    blocks,
     described,
-    finish,
     mapped,
-    open_store,
     write_coordinates,
     write_members,
 )
 
 if TYPE_CHECKING:
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
 
 CHUNK_MEMBERS = 64
 CHUNK_STEPS = 8784  # a leap year of hours
@@ -55,7 +55,7 @@ def _edge(values: int, series: int) -> int:
 
 def write_series(ensemble_url: str, array: str, url: str, layout: StoreLayout, options: Options | None = None) -> None:
     """Copy a finished ensemble, shard by shard, into a group laid out for time series."""
-    source = zarr.open_array(open_store(f"{ensemble_url}/{array}", options), mode="r")
+    source = open_array(ensemble_url, array, options, mode="r")
     write_coordinates(url, layout.times, layout.grid, options)
     write_members(url, layout, options)
     shard = shard_of(layout)
@@ -65,8 +65,6 @@ def write_series(ensemble_url: str, array: str, url: str, layout: StoreLayout, o
         dimension_names=("member", "time", "y", "x"), overwrite=True,
         attributes={**mapped(described(layout), layout.grid), "scale_factor": QUANTUM_MM, "_FillValue": MISSING},
     )  # fmt: skip
-    starts = [range(0, size, n) for size, n in zip(layout.shape, shard, strict=True)]
-    for corner in np.array(np.meshgrid(*starts, indexing="ij")).reshape(4, -1).T:
-        region = tuple(slice(int(a), int(a) + n) for a, n in zip(corner, shard, strict=True))
+    for region in blocks(layout.shape, shard):
         target[region] = source[region]
     finish(url, layout.attributes, options)

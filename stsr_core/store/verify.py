@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from stsr_core.errors import GateError, StoreError
-from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, open_array, read_object, shard_path
+from stsr_core.store.group import open_array, read_object
+from stsr_core.store.layout import MISSING, QUANTUM_MM, Region, coarse_region, shard_path
 from stsr_core.store.statistics import STATISTICS, WET_MM, added, statistics
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from stsr_core.configuration import Gates, LikeCard
     from stsr_core.factors import Factor
-    from stsr_core.store.layout import Options
+    from stsr_core.store.group import Options
     from stsr_core.store.receipts import Receipt
 
 SAMPLE = 64  # shards that are read back
@@ -36,6 +37,10 @@ class Expected:
     region: Region
     plan_digest: str
     driving: int = 0
+
+
+Valid: TypeAlias = "tuple[Expected, Receipt]"
+"""A planned shard with the receipt of its plan."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,10 @@ class Stored:
 
 def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> GateReport:
     """Check an ensemble against its plan, its receipts and its product's gates."""
-    valid = [e for e in expected if e.key in receipts and receipts[e.key].plan_digest == e.plan_digest]
-    lacking = sorted({e.key for e in expected} - {e.key for e in valid})
-    results = [
+    found = ((e, receipts.get(e.key)) for e in expected)
+    valid = [(e, receipt) for e, receipt in found if receipt is not None and receipt.plan_digest == e.plan_digest]
+    lacking = sorted({e.key for e in expected} - {e.key for e, _ in valid})
+    gated = [
         Gate(
             name="receipts",
             passed=not lacking,
@@ -142,27 +148,25 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
             needed=f"{len(expected)}",
             where=", ".join(lacking[:5]),
         ),
-        *_read_back(stored, valid, receipts, gates),
-    ]
-    results += [
-        _plausible(valid, receipts, gates),
-        _spread(stored, valid, receipts, gates),
-        _wet_fraction(stored, valid, receipts, gates),
+        *_read_back(stored, valid, gates),
+        _plausible(valid, gates),
+        _spread(stored, valid, gates),
+        _wet_fraction(stored, valid, gates),
         _card("spread_skill", "spread over skill", stored, gates.spread_skill),
         _card("wet_fraction_ratio", "wet fraction over truth", stored, gates.wet_fraction_ratio),
-        *_like_card(stored, valid, receipts, gates),
+        *_like_card(stored, valid, gates),
     ]
-    return GateReport(gates=tuple(results))
+    return GateReport(gates=tuple(gated))
 
 
-def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
+def _read_back(stored: Stored, valid: Sequence[Valid], gates: Gates) -> list[Gate]:
     """Gates over closure and missing cells: of every shard by its receipt, of a sample by its stored bytes as well."""
     sample = valid[:: max(1, len(valid) // SAMPLE)]
-    shards = [StoredShard(e.key, e.region, receipts[e.key].bytes_digest) for e in sample]
+    shards = [StoredShard(e.key, e.region, receipt.bytes_digest) for e, receipt in sample]
     harmed = damaged(stored.url, stored.array, shards, stored.options)
     masks, worst, worst_key = [], 0, ""
-    sound = [e for e in sample if e.key not in harmed]
-    for key, closure, wrong in (*_vouched(stored, valid, receipts), *_recomputed(stored, sound)):
+    sound = [e for e, _ in sample if e.key not in harmed]
+    for key, closure, wrong in (*_vouched(stored, valid), *_recomputed(stored, sound)):
         if closure > worst:
             worst, worst_key = closure, key
         if wrong and key not in masks:
@@ -184,15 +188,13 @@ def _read_back(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str,
     ]  # fmt: skip
 
 
-def _vouched(
-    stored: Stored, shards: Sequence[Expected], receipts: Mapping[str, Receipt]
-) -> Iterator[tuple[str, int, bool]]:
+def _vouched(stored: Stored, valid: Sequence[Valid]) -> Iterator[tuple[str, int, bool]]:
     """Key, closure and whether missing cells differ from the input's, of each shard as its receipt says."""
     cells = stored.factor.space**2 * stored.factor.time
-    for e in shards:
+    for e, receipt in valid:
         members = e.region[0].stop - e.region[0].start
         holes = int(np.isnan(_coarse_part(stored, e)).sum()) * cells * members
-        yield e.key, receipts[e.key].closure_quanta, receipts[e.key].missing != holes
+        yield e.key, receipt.closure_quanta, receipt.missing != holes
 
 
 def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[str, int, bool]]:
@@ -205,13 +207,17 @@ def _recomputed(stored: Stored, shards: Sequence[Expected]) -> Iterator[tuple[st
 
 
 def _coarse_part(stored: Stored, e: Expected) -> NDArray[np.float32]:
-    parts = (stored.factor.time, stored.factor.space, stored.factor.space)
-    inside = tuple(slice(r.start // n, r.stop // n) for r, n in zip(e.region[1:], parts, strict=True))
-    return stored.coarse[e.driving][inside]
+    return stored.coarse[e.driving][coarse_region(e.region, stored.factor)]
 
 
 def closure_of(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: Factor) -> tuple[int, bool]:
-    """Largest closure [quanta] over the coarse cells, and whether missing cells differ from the input's."""
+    """Largest closure [quanta] over the coarse cells, and whether missing cells differ from the input's.
+
+    Args:
+        quanta: amount in quanta of 0.01 mm, (M, T*t, Y*s, X*s), uint16.
+        coarse: amount [mm per coarse step], (T, Y, X), NaN where missing.
+        factor: (s, t).
+    """
     s, t = factor.space, factor.time
     m, nt, ny, nx = quanta.shape
     blocks = quanta.reshape(m, nt // t, t, ny // s, s, nx // s, s)
@@ -222,8 +228,8 @@ def closure_of(quanta: NDArray[np.uint16], coarse: NDArray[np.float32], factor: 
     return int(np.abs(sums - wanted).max(initial=0)), bool((missing != hole).any())
 
 
-def _plausible(valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
-    worst = max((receipts[e.key] for e in valid), key=lambda r: r.max_mm, default=None)
+def _plausible(valid: Sequence[Valid], gates: Gates) -> Gate:
+    worst = max((receipt for _, receipt in valid), key=lambda r: r.max_mm, default=None)
     found = worst.max_mm if worst else 0.0
     passed = found <= gates.max_mm
     return Gate(
@@ -232,8 +238,8 @@ def _plausible(valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates
     )  # fmt: skip
 
 
-def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
-    several = [receipts[e.key] for e in valid if e.region[0].stop - e.region[0].start > 1]  # one alone has no spread
+def _spread(stored: Stored, valid: Sequence[Valid], gates: Gates) -> Gate:
+    several = [receipt for e, receipt in valid if e.region[0].stop - e.region[0].start > 1]  # one alone has no spread
     rain = sum(receipt.rain_mm * receipt.wet for receipt in several)
     spread = sum(receipt.spread_mm * receipt.wet for receipt in several)
     relative = spread / rain if rain else 0.0
@@ -245,9 +251,9 @@ def _spread(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Re
     )  # fmt: skip
 
 
-def _wet_fraction(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> Gate:
+def _wet_fraction(stored: Stored, valid: Sequence[Valid], gates: Gates) -> Gate:
     """Wet fine cells over the fine cells of coarse cells that are wet on average."""
-    wet = sum(receipts[e.key].wet for e in valid)
+    wet = sum(receipt.wet for _, receipt in valid)
     s, t = stored.factor.space, stored.factor.time
     under = sum(int((coarse > WET_MM * t).sum()) for coarse in stored.coarse) * s * s * t * stored.members
     share = wet / under if under else 1.0
@@ -267,9 +273,9 @@ def _card(score: str, name: str, stored: Stored, bounds: tuple[float, float]) ->
     )  # fmt: skip
 
 
-def _like_card(stored: Stored, valid: Sequence[Expected], receipts: Mapping[str, Receipt], gates: Gates) -> list[Gate]:
+def _like_card(stored: Stored, valid: Sequence[Valid], gates: Gates) -> list[Gate]:
     """Gates over the statistics of the ensemble against those on the checkpoint's card."""
-    total = added(receipts[e.key].sums for e in valid)
+    total = added(receipt.sums for _, receipt in valid)
     cells = stored.factor.space**2 * stored.factor.time * stored.members * len(stored.coarse)
     enough = total.get("under", 0.0) >= JUDGED * cells
     found = statistics(total) if enough else {}

@@ -10,7 +10,8 @@ from stsr_core.catalog.publish import Attempt, Publication, publish, quality_jso
 from stsr_core.configuration import Product, Source, TargetGrid
 from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.store.coarse import write_coarse
-from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
+from stsr_core.store.group import finish
+from stsr_core.store.layout import StoreLayout, create_ensemble, write_shard
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.series import write_series
@@ -55,13 +56,13 @@ CHECKPOINT = "checkpoints/cccccccccccccccc/checkpoint.json"
 
 def write_stores(attempt: Attempt, value: int) -> None:
     """Write all groups: every cell of every member holds `value` quanta."""
-    options = attempt.documents.options
-    create_ensemble(attempt.ensemble_url, LAYOUT, array="precipitation", options=options)
+    options, ensemble = attempt.documents.options, attempt.group_url("ensemble")
+    create_ensemble(ensemble, LAYOUT, array="precipitation", options=options)
     region = (slice(0, 2), slice(0, 2), slice(0, 4), slice(0, 4))
-    write_shard(attempt.ensemble_url, "precipitation", region, np.full(LAYOUT.shape, value, np.uint16), options)
-    finish(attempt.ensemble_url, LAYOUT.attributes, options)
-    write_series(attempt.ensemble_url, "precipitation", attempt.group_url("series"), LAYOUT, options)
-    write_overview(attempt.ensemble_url, "precipitation", attempt.overview_url, LAYOUT, options)
+    write_shard(ensemble, "precipitation", region, np.full(LAYOUT.shape, value, np.uint16), options)
+    finish(ensemble, LAYOUT.attributes, options)
+    write_series(ensemble, "precipitation", attempt.group_url("series"), LAYOUT, options)
+    write_overview(ensemble, "precipitation", attempt.group_url("overview"), LAYOUT, options)
     coarse = np.full((2, 2, 2), value * 0.01, np.float32)
     write_coarse(attempt.group_url("coarse"), [coarse], LAYOUT.times, COARSE_GRID, LAYOUT.attributes, options)
 
@@ -73,7 +74,7 @@ def prepared(destination: object, value: int = 7, options: dict[str, object] | N
 
 
 def publication(attempt: Attempt, report: GateReport = GOOD) -> Publication:
-    bands = summary(attempt.overview_url, attempt.documents.options)
+    bands = summary(attempt.group_url("overview"), attempt.documents.options)
     write = attempt.write_side_file
     side = {
         "quality": write("quality.json", quality_json(report), "application/json", "Quality report", "metadata"),

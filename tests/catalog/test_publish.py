@@ -16,7 +16,7 @@ from stsr_core.catalog.claims import claim
 from stsr_core.catalog.documents import ConflictError, Documents
 from stsr_core.catalog.index import with_row
 from stsr_core.catalog.manifest import make_manifest
-from stsr_core.catalog.publish import RedundantError, publish, versions
+from stsr_core.catalog.publish import RedundantError, listed, publish
 from stsr_core.catalog.reconcile import _dead, _forget, reconcile, unlisted
 from stsr_core.configuration import Gates
 from stsr_core.errors import GateError, PublicationError, StoreError
@@ -91,12 +91,12 @@ def test_a_failed_gate_publishes_nothing_and_keeps_the_attempt(tmp_path):
     with pytest.raises(GateError, match=r"closure: found 3 quanta, needed 0 quanta \(m0-t0\)"):
         publish(attempt, publication(attempt, bad))
     assert stsr_core.catalog.latest("rain", str(tmp_path)) is None
-    assert Path(attempt.ensemble_url).exists()
+    assert Path(attempt.group_url("ensemble")).exists()
 
 
 def test_a_store_that_is_not_whole_is_not_published(tmp_path):
     attempt = prepared(tmp_path)
-    Path(attempt.overview_url, "zarr.json").unlink()
+    Path(attempt.group_url("overview"), "zarr.json").unlink()
     with pytest.raises(PublicationError, match="overview is not whole"):
         publish(attempt, publication(attempt))
 
@@ -171,7 +171,7 @@ def test_a_publisher_that_loses_leaves_neither_item_nor_index_of_the_lost_number
 
 def test_versions_are_listed_by_number():
     links = [{"rel": "item", "href": f"./data/0123456789ab/v{n}.json"} for n in (10, 9, 2, 11)]
-    assert versions({"links": links}) == ["v2", "v9", "v10", "v11"]
+    assert list(listed({"links": links})) == ["v2", "v9", "v10", "v11"]
 
 
 def test_an_item_that_is_not_what_it_must_be_is_not_published(tmp_path):

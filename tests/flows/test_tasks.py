@@ -8,7 +8,7 @@ from stsr_core.catalog.publish import Attempt
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.downscale import ARRAY, prepared
 from stsr_core.ensemble.generate import Target, generate
-from stsr_core.store.layout import is_whole
+from stsr_core.store.group import is_whole
 from tests.ensemble.test_downscale import cube_of
 
 
@@ -23,18 +23,18 @@ def test_what_was_made_of_a_lost_shard_is_made_again(rain, checkpoints, cluster:
         with cluster.client() as client:
             todo = missing(plan, attempt)
             generate(
-                plan, todo, downscaler, Target(attempt.ensemble_url, ARRAY, {}), client, device="cpu",
+                plan, todo, downscaler, Target(attempt.group_url("ensemble"), ARRAY, {}), client, device="cpu",
                 progress=lambda *_: None,
             )  # fmt: skip
         return len(todo)
 
     assert run() == 2
-    lost = Path(attempt.ensemble_url) / ARRAY / "c" / "1" / "0" / "0" / "0"
+    lost = Path(attempt.group_url("ensemble")) / ARRAY / "c" / "1" / "0" / "0" / "0"
     lost.unlink()
     complete(plan, attempt)
     assert np.isnan(xr.open_zarr(attempt.group_url("series"))["precipitation"]).any()
     assert run() == 1
-    assert not is_whole(attempt.ensemble_url)
+    assert not is_whole(attempt.group_url("ensemble"))
     complete(plan, attempt)
     ensemble, series = (xr.open_zarr(attempt.group_url(group))["precipitation"] for group in ("ensemble", "series"))
     np.testing.assert_array_equal(series.transpose(*ensemble.dims).values, ensemble.values)

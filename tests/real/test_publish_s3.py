@@ -3,7 +3,6 @@
 STSR_FAULT_REPEATS=10 runs the full fault test (8 publishers x 25 versions, ten times); without it a short one runs.
 """
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -23,8 +22,9 @@ import pytest
 import xarray as xr
 
 import stsr_core.catalog
-from stsr_core.catalog.documents import Documents
-from stsr_core.catalog.index import Query, look_up
+from stsr_core.catalog.addresses import checksum
+from stsr_core.catalog.documents import ConflictError, Documents
+from stsr_core.catalog.index import Query, look_up, read_index
 from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.items import SideFile
 from stsr_core.catalog.publish import Attempt, Publication, listed, publish
@@ -83,7 +83,7 @@ def uploaded(url, options, template):
     for path in sorted(p for p in template.rglob("*") if p.is_file() and p.name[0] != "."):
         attempt.documents.write(f"{attempt.prefix}/{path.relative_to(template)}", path.read_bytes())
     side = {
-        name: SideFile(f"./{file}", "image/png", hashlib.sha256(raw).hexdigest(), len(raw), name, ("overview",))
+        name: SideFile(f"./{file}", "image/png", checksum(raw), len(raw), name, ("overview",))
         for name, file in SIDE_FILES.items()
         for raw in [(template / file).read_bytes()]
     }
@@ -199,13 +199,13 @@ def check_after_race(url, options, folder, withdrawn):
     assert len(by_attempt) == len(set(by_attempt))
     assert len([x for x in collection["links"] if x["rel"] == "item"]) == len(there)
     assert all(there[version] == f"data/{attempt}/{version}.json" for version, attempt in told)
-    rows, total = look_up(documents, {"rain": collection}, Query(limit=10_000))["rain"]
-    assert total == len(there)
-    assert {(row.version, row.href.removeprefix("./")) for row in rows} == set(there.items())
+    rows = read_index(documents, "rain", collection).to_pylist()
+    assert len(rows) == len(there)
+    assert {row["version"]: row["href"].removeprefix("./") for row in rows} == there
     assert set(withdrawals(collection)) == withdrawn
     if withdrawn:
-        rows, _ = look_up(documents, {"rain": collection}, Query(filter="deprecated = true", limit=10_000))["rain"]
-        assert {row.version for row in rows} == withdrawn
+        query = Query(filter="deprecated = true", limit=10_000)
+        assert set(look_up(documents, {"rain": collection}, query)["rain"]) == withdrawn
     removed = reconcile(url, "rain", options, grace=timedelta(0))
     items = {version: documents.read(f"rain/{href}")[0]["properties"] for version, href in there.items()}
     assert {v for v, properties in items.items() if properties["deprecated"]} == withdrawn
@@ -359,6 +359,16 @@ def test_a_store_without_conditional_writes_is_refused_for_more_than_one_publish
     assert alone.read("a.json")[0] == {"n": 2}
     with pytest.raises(PublicationError, match="exists already"):
         alone.create("a.json", {"n": 3})
+
+
+def test_the_sole_publisher_makes_no_document_anew_that_vanished(careless):
+    alone = Documents("s3://bucket", careless, sole_publisher=True)
+    alone.create("gone.json", {"n": 1})
+    _, tag = alone.read("gone.json")
+    alone.remove("gone.json")
+    with pytest.raises(ConflictError, match="was changed by another publisher"):
+        alone.replace("gone.json", {"n": 2}, tag)
+    assert alone.read("gone.json") is None
 
 
 def test_wrong_keys_are_an_error_that_says_so(s3):

@@ -20,7 +20,8 @@ from stsr_core.catalog.integrity import verify_version
 from stsr_core.catalog.server import make_app
 from stsr_core.catalog.snapshot import Loaded
 from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.store.layout import StoreLayout, create_ensemble, finish, write_shard
+from stsr_core.store.group import finish
+from stsr_core.store.layout import StoreLayout, create_ensemble, write_shard
 from stsr_core.store.overview import write_overview
 from stsr_core.store.series import write_series
 from tests.catalog.made import WKT, publish_one

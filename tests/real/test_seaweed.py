@@ -8,9 +8,10 @@ import s3fs
 import yaml
 import zarr
 
-from stsr_core.store.layout import create_ensemble, finish, remove_store
+from stsr_core.store.group import finish, remove_store
+from stsr_core.store.layout import create_ensemble
 from tests.real.seaweed import executable
-from tests.store.test_store import LAYOUT
+from tests.store.made import LAYOUT
 
 COMPOSE = Path(__file__).parents[2] / "infra" / "compose.yaml"
 
