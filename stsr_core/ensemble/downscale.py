@@ -18,7 +18,7 @@ import torch
 from stsr_core.checkpoint import Checkpoint, Library
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
-from stsr_core.ensemble.generate import Target, generate, remaining, require_receipts
+from stsr_core.ensemble.generate import Target, generate, remaining, require_made
 from stsr_core.ensemble.plan import Plan, Recipe, Shard
 from stsr_core.ensemble.shard import make_shard
 from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
@@ -305,7 +305,7 @@ def downscale_to_store(
             plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
             progress=progress,
         )  # fmt: skip
-    require_receipts(plan, target)
+    require_made(plan, target)
     finish(output, layout.attributes, options)
 
 

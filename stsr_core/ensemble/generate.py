@@ -278,19 +278,17 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
     return [shard for shard in plan.shards if shard.key not in kept]
 
 
-def require_receipts(plan: Plan, target: Target) -> None:
-    """Make sure that every shard of a plan has its receipt, before a store is called whole.
+def require_made(plan: Plan, target: Target) -> None:
+    """Make sure that every shard of a plan is there as its receipt says, before a store is called whole.
 
     Raises:
-        ShardError: some have none.
+        ShardError: some are not.
     """
-    receipts = read_receipts(target.url, target.array, target.options)
-    digests = {key: receipt.plan_digest for key, receipt in receipts.items()}
-    lost = [task.shard.key for task in plan.tasks() if digests.get(task.shard.key) != task.digest]
+    lost = remaining(plan, target, extend=True)
     if lost:
         raise ShardError(
-            f"{len(lost)} shards of {target.url} (first {lost[0]}) were lost while others were made. Does something "
-            "else write there? The same command makes them again."
+            f"{len(lost)} shards of {target.url} (first {lost[0].key}) were lost or damaged while others were made. "
+            "Does something else write there? The same command makes them again."
         )
 
 

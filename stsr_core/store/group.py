@@ -7,10 +7,12 @@ group's metadata is written last, so a store opens as a group only when it is wh
 from __future__ import annotations
 
 import json
+import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from glob import has_magic
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import zarr
@@ -55,10 +57,19 @@ def _is_local(fs: AbstractFileSystem) -> bool:
 
 
 def put(fs: AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write an object, below folders that are made only on a local disk: elsewhere that may create a bucket."""
-    if _is_local(fs):
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    fs.pipe_file(path, content)
+    """Write an object: the whole of it or nothing."""
+    if not _is_local(fs):
+        fs.pipe_file(path, content)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(target)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def ensure(fs: AbstractFileSystem, path: str, content: bytes) -> None:
@@ -144,7 +155,9 @@ def begin(url: str, options: Options | None = None) -> None:
     """
     require_own(url, options)
     fs, path = filesystem(url, options)
-    put(fs, f"{path}/{MARK}", MARK_CONTENT)
+    if _is_local(fs):  # elsewhere it may create a bucket
+        fs.makedirs(path, exist_ok=True)
+    fs.pipe_file(f"{path}/{MARK}", MARK_CONTENT)  # of which part counts, but nothing beside it does
 
 
 def open_array(url: str, array: str, options: Options | None = None, *, mode: Literal["r", "r+"]) -> zarr.Array[Any]:

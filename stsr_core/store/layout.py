@@ -30,7 +30,7 @@ from stsr_core.store.group import (
     is_whole,
     open_array,
     open_store,
-    read_object,
+    put,
     remove_store,
 )
 
@@ -332,12 +332,15 @@ def shard_path(url: str, array: str, layout_shard: tuple[int, ...], region: Regi
 def write_shard(
     url: str, array: str, region: Region, values: NDArray[np.uint16], options: Options | None = None
 ) -> str:
-    """Write one whole shard and return the sha256 of its stored bytes.
+    """Write one whole shard and return the sha256 of its bytes.
+
+    It is packed in memory: zarr would merge a shard at the edge into what is there, and store none without rain or
+    anything else than missing cells.
 
     Raises:
         StoreError: the region is not exactly one shard, its values have another shape, or writing failed.
     """
-    target = open_array(url, array, options, mode="r+")
+    target = open_array(url, array, options, mode="r")
     shard = target.shards or target.chunks
     for part, n, size in zip(region, shard, target.shape, strict=True):
         if part.start % n or part.stop not in (part.start + n, size):
@@ -347,13 +350,16 @@ def write_shard(
     expected = tuple(part.stop - part.start for part in region)
     if values.shape != expected or values.dtype != np.uint16:
         raise StoreError(f"Values {values.dtype} {values.shape} do not fill region {expected} of uint16.")
-    address = shard_path(url, array, shard, region)
+    made: dict[str, Buffer] = {}
+    packed = zarr.create_array(
+        MemoryStore(made), shape=shard, dtype=target.dtype, chunks=target.chunks, shards=target.shards,
+        compressors=target.compressors, fill_value=target.fill_value, config={"write_empty_chunks": True},
+    )  # fmt: skip
+    packed[tuple(slice(0, n) for n in values.shape)] = values
+    content = made["c/" + "/".join("0" * len(shard))].to_bytes()
+    fs, path = filesystem(shard_path(url, array, shard, region), options)
     try:
-        try:
-            target[region] = values
-        except (ValueError, RuntimeError):  # zarr merges a shard at the edge into what is there, which may be damaged
-            drop(address, options)
-            target[region] = values
+        put(fs, path, content)
     except OSError as e:
         raise StoreError(f"{url} cannot be written ({e}). Check free space and permissions.") from e
-    return hashlib.sha256(read_object(address, options)).hexdigest()
+    return hashlib.sha256(content).hexdigest()

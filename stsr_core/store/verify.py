@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stsr_core.store.group import Options
     from stsr_core.store.receipts import Receipt
 
-SAMPLE = 64  # shards that are read back
+SAMPLE = 64  # shards whose cells are added up anew
 READERS = 8  # objects read at a time
 JUDGED = 50  # wet coarse cells and steps below which statistics are those of single showers
 
@@ -160,12 +160,14 @@ def verify(stored: Stored, expected: Sequence[Expected], receipts: Mapping[str, 
 
 
 def _read_back(stored: Stored, valid: Sequence[Valid], gates: Gates) -> list[Gate]:
-    """Gates over closure and missing cells: of every shard by its receipt, of a sample by its stored bytes as well."""
-    sample = valid[:: max(1, len(valid) // SAMPLE)]
-    shards = [StoredShard(e.key, e.region, receipt.bytes_digest) for e, receipt in sample]
+    """Gates over closure and missing cells: by the receipts of all shards, of a sample by their cells as well.
+
+    Receipts hold only for the bytes that they were written for, so those of every shard are read.
+    """
+    shards = [StoredShard(e.key, e.region, receipt.bytes_digest) for e, receipt in valid]
     harmed = damaged(stored.url, stored.array, shards, stored.options)
     masks, worst, worst_key = [], 0, ""
-    sound = [e for e, _ in sample if e.key not in harmed]
+    sound = [e for e, _ in valid[:: max(1, len(valid) // SAMPLE)] if e.key not in harmed]
     for key, closure, wrong in (*_vouched(stored, valid), *_recomputed(stored, sound)):
         if closure > worst:
             worst, worst_key = closure, key
@@ -174,7 +176,7 @@ def _read_back(stored: Stored, valid: Sequence[Valid], gates: Gates) -> list[Gat
     bound = gates.max_closure_quanta
     return [
         Gate(
-            name="stored bytes", passed=not harmed, found=f"{len(harmed)} damaged of {len(sample)} read back",
+            name="stored bytes", passed=not harmed, found=f"{len(harmed)} damaged of {len(valid)} read back",
             needed="0", where=", ".join(harmed[:5]),
         ),
         Gate(

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+import zarr
 from pyproj import CRS
 
 import stsr_core
@@ -203,6 +204,20 @@ def test_windows_of_missing_and_dry_cells_need_no_network_and_are_planned_so(lib
     made = make_shard(plan.task(plan.shards[0]), downscaler)
     assert 0 < made.evaluations == plan.evaluations(plan.shards[0])
     assert len(plan.windows(plan.shards[0])) * 3 > 2 * made.evaluations
+
+
+def test_shards_of_nothing_but_missing_cells_are_stored_and_made_once(
+    rain, checkpoints, cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("stsr_core.ensemble.plan.SHARD_CELLS", 16)
+    sea = np.tile(rain, (1, 1, 2))
+    sea[:, :, 8:] = np.nan
+    plan = to_store(cube_of(sea), checkpoints, tmp_path / "out", cluster)
+    before = files_of(tmp_path / "out")
+    assert sum(name.startswith("precipitation/c/") for name in before) == len(plan.shards)
+    assert xr.open_zarr(tmp_path / "out")["precipitation"][..., 32:].isnull().all()
+    with pytest.raises(StoreError, match="is there and whole"):
+        to_store(cube_of(sea), checkpoints, tmp_path / "out", cluster)
 
 
 def test_a_dry_shard_counts_what_is_missing(library, rain):
@@ -652,6 +667,36 @@ def test_a_store_that_lost_a_receipt_meanwhile_is_not_called_whole(rain, checkpo
     assert not (tmp_path / "out" / "zarr.json").exists()
     to_store(cube_of(rain), checkpoints, tmp_path / "out", cluster, members=8, extend=True)
     assert not xr.open_zarr(tmp_path / "out")["precipitation"].isnull().any()
+
+
+def test_a_shard_that_is_damaged_meanwhile_is_found_before_a_store_is_called_whole(
+    rain, checkpoints, cluster, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def damaging(*args, **kwargs):
+        generate(*args, **kwargs)
+        shard = out / "precipitation" / "c" / "0" / "0" / "0" / "0"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+
+    with monkeypatch.context() as patch, pytest.raises(ShardError, match=r"1 shards of .* damaged while others were"):
+        patch.setattr("stsr_core.ensemble.downscale.generate", damaging)
+        to_store(cube_of(rain), checkpoints, out, cluster)
+    assert not (out / "zarr.json").exists()
+    to_store(cube_of(rain), checkpoints, out, cluster)
+    assert not xr.open_zarr(out)["precipitation"].isnull().any()
+
+
+def test_a_rebuilt_shard_at_the_edge_has_the_bytes_of_the_first(rain, checkpoints, cluster, tmp_path):
+    out, cube = tmp_path / "out", cube_of(rain)
+    to_store(cube, checkpoints, out, cluster)
+    before = files_of(out)
+    array = zarr.open_array(out / "precipitation", mode="r+")
+    array.resize((8, *array.shape[1:]))
+    array[2:4] = 7  # beyond the last member
+    array.resize((2, *array.shape[1:]))
+    to_store(cube, checkpoints, out, cluster)
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("whole", [True, False])
