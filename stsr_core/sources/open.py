@@ -303,17 +303,16 @@ def _fingerprint(place: Location) -> str:
     else:
         return _file_fingerprint(place)
     for key, info in sorted(found.items()):
-        digest.update(f"{key.removeprefix(path)} {stamp_of(info)}\n".encode())
+        one = place.at(key)  # of which listings of web servers say no more than its name
+        stamp = _fingerprint(one) if info["type"] == "directory" else stamp_of(info) or _file_fingerprint(one)
+        digest.update(f"{key.removeprefix(path)} {stamp}\n".encode())
     return digest.hexdigest()
 
 
 def _file_fingerprint(place: Location) -> str:
+    if not place.local and (stamp := stamp_of(place.filesystem.info(place.path))):
+        return hashlib.sha256(stamp.encode()).hexdigest()
     digest = hashlib.sha256()
-    if not place.local:
-        stamp = stamp_of(place.filesystem.info(place.path))
-        if not stamp.endswith("None"):
-            digest.update(stamp.encode())
-            return digest.hexdigest()
     with place.filesystem.open(place.path, "rb") as opened:
         while block := opened.read(CHUNK_BYTES):
             digest.update(block)
