@@ -21,7 +21,7 @@ from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.places import place_of, repeating
 from stsr_core.sources.plausible import mask_marked, mask_outside, valid_range
-from stsr_core.sources.remote import patiently
+from stsr_core.sources.remote import patiently, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -85,8 +85,8 @@ class StaticSource:
             found = regrid(CellCube(values, ONCE, part.grid, {}), grid).amount[0]
         if np.isnan(found).any():
             raise SourceError(
-                f"{self.variable!r} in {self.url} is missing in {int(np.isnan(found).sum())} of {found.size} cells. A "
-                "static field must be whole; fill it first, orography over the sea with 0."
+                f"{self.variable!r} in {shown(self.url)} is missing in {int(np.isnan(found).sum())} of {found.size} "
+                "cells. A static field must be whole; fill it first, orography over the sea with 0."
             )
         return found
 
@@ -95,11 +95,13 @@ class StaticSource:
         with open_dataset(self.url, base=self.base, storage_options=self.options) as dataset:
             if self.variable not in dataset.data_vars:
                 have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-                raise SourceError(f"{self.url} has no variable {self.variable!r}; it has {have}. Name one of these.")
+                raise SourceError(
+                    f"{shown(self.url)} has no variable {self.variable!r}; it has {have}. Name one of these."
+                )
             array = dataset[self.variable].squeeze(drop=True)
             if "units" not in array.attrs:
                 raise SourceError(
-                    f"{self.variable!r} in {self.url} has no units. Give it the attribute `units`, as 'm'."
+                    f"{self.variable!r} in {shown(self.url)} has no units. Give it the attribute `units`, as 'm'."
                 )
             if array.ndim not in (1, 2):
                 raise SourceError(

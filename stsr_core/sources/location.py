@@ -81,6 +81,15 @@ class Location:
         return "file" in self._protocols
 
     @property
+    def exists(self) -> bool:
+        """Whether something is there; unlike fsspec's `exists`, a refusal or an outage is an error."""
+        try:
+            self.filesystem.info(self.path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @property
     def in_parts(self) -> bool:
         """Whether parts of a file can be read; there are HTTP servers that send all of it or nothing."""
         if "http" not in self._protocols:

@@ -58,22 +58,13 @@ def open_dataset(
 def _open(place: Location) -> xr.Dataset:
     if any(c in place.path for c in GLOB) and not place.filesystem.exists(place.path):
         return _open_glob(place)
-    if not _exists(place):
+    if not place.exists:
         raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
     if _is_zarr(place):
         return _with_variables(_open_zarr(place), place)
     if place.filesystem.isdir(place.path):
         raise SourceError(f"{shown(place.url)} is a folder without a Zarr store. Name a file, a glob or a Zarr store.")
     return _open_file(place)
-
-
-def _exists(place: Location) -> bool:
-    """Whether something is there; unlike fsspec's `exists`, a refusal or an outage is an error."""
-    try:
-        place.filesystem.info(place.path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _is_zarr(place: Location) -> bool:
