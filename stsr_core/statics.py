@@ -17,6 +17,7 @@ from stsr_core.grids import Grid, TimeAxis
 from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box, part_of
 from stsr_core.sources.cube import CellCube, Cube
+from stsr_core.sources.harmonise import check_variable
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.places import place_of, repeating
@@ -93,11 +94,7 @@ class StaticSource:
     @contextmanager
     def _opened(self) -> Iterator[tuple[xr.Dataset, xr.DataArray]]:
         with open_dataset(self.url, base=self.base, storage_options=self.options) as dataset:
-            if self.variable not in dataset.data_vars:
-                have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-                raise SourceError(
-                    f"{shown(self.url)} has no variable {self.variable!r}; it has {have}. Name one of these."
-                )
+            check_variable(dataset, self.variable, shown(self.url))
             array = dataset[self.variable].squeeze(drop=True)
             if "units" not in array.attrs:
                 raise SourceError(

@@ -16,7 +16,7 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.geotiff import NAME
-from stsr_core.sources.harmonise import read_cube, read_grid
+from stsr_core.sources.harmonise import check_variable, read_cube, read_grid
 from stsr_core.sources.location import Location, OptionsOf, no_options
 from stsr_core.sources.open import GLOB, open_dataset
 from stsr_core.sources.period import overlap
@@ -106,9 +106,7 @@ def fine_runs(
             refuses.
     """
     dataset, place = with_time_named(open_dataset(url, base=base, storage_options=storage_options)), shown(url)
-    if variable not in dataset.data_vars:
-        have = sorted(map(str, dataset.data_vars))
-        raise SourceError(f"{place} has no variable {variable!r}; it has {have}. Name one of these.")
+    check_variable(dataset, variable, place)
     if "time" not in dataset[variable].dims or "time" not in dataset.coords:
         raise SourceError(
             f"{place} has dimensions {tuple(dataset[variable].dims)}; (time, y, x) with dates are needed."

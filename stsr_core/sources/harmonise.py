@@ -161,11 +161,16 @@ def names_of(dataset: xr.Dataset, variable: str) -> list[str]:
     """
     names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
     for name in names:
-        if name not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            why = dataset.attrs.get(LEFT_OUT, {}).get(name)
-            raise SourceError(why or f"No variable {name!r} in the file; it has {have}. Name one of these.")
+        check_variable(dataset, name)
     return names
+
+
+def check_variable(dataset: xr.Dataset, name: str, where: str = "the file") -> None:
+    """Refuse a variable that is not there, by what was found wrong with it on opening; raises SourceError."""
+    if name not in dataset.data_vars:
+        have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+        why = dataset.attrs.get(LEFT_OUT, {}).get(name)
+        raise SourceError(why or f"No variable {name!r} in {where}; it has {have}. Name one of these.")
 
 
 def _key(grid: Grid | Cells) -> object:

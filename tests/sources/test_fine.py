@@ -148,7 +148,7 @@ def test_bad_names_and_files_are_errors(hours, tmp_path):
         pass
     with pytest.raises(SourceError, match="holds no GeoTIFF"):
         open_dataset(str(empty))
-    with pytest.raises(SourceError, match="no variable 'rain'; it has"):
+    with pytest.raises(SourceError, match=r"No variable 'rain' in .*_RR.gtif; it has RR, crs"):
         fine_runs(f"{hours}/*_RR.gtif", "rain")
     with pytest.raises(SourceError, match="Nothing is at"):
         places_of([str(tmp_path / "nothing" / "*.nc")])
