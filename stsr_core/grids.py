@@ -120,14 +120,20 @@ class Cells:
     crs_wkt: str
 
     @property
-    def size(self) -> int:
-        """Number of cells, N."""
-        return int(self.corners.shape[0])
+    def shape(self) -> tuple[int]:
+        """(N,)."""
+        return (len(self.corners),)
+
+    def __eq__(self, other: object) -> bool:
+        return self._digest == other._digest if isinstance(other, Cells) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
 
     @cached_property
-    def digest(self) -> str:
-        """Digest of corners and CRS: equal cells have the same."""
-        return hashlib.sha256(np.ascontiguousarray(self.corners).tobytes() + self.crs_wkt.encode()).hexdigest()
+    def _digest(self) -> bytes:
+        """Of corners and CRS: millions of cells are compared by it again and again."""
+        return hashlib.sha256(np.ascontiguousarray(self.corners).tobytes() + self.crs_wkt.encode()).digest()
 
 
 @dataclass(frozen=True)

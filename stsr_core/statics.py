@@ -13,10 +13,10 @@ import numpy as np
 
 from stsr_core.configuration import Configuration, Static
 from stsr_core.errors import ConfigurationError, SourceError
-from stsr_core.grids import Grid, TimeAxis
+from stsr_core.grids import TimeAxis
 from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box, part_of
-from stsr_core.sources.cube import CellCube, Cube
+from stsr_core.sources.cube import coarse_of
 from stsr_core.sources.harmonise import check_variable
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.checkpoint import StaticField
+    from stsr_core.grids import Grid
 
 ONCE = TimeAxis(datetime(2000, 1, 1), timedelta(hours=1), 1)  # a field without time is regridded as one step
 
@@ -80,10 +81,7 @@ class StaticSource:
             values = patiently(lambda: part.take(ordered.expand_dims("time"), np.float32), "the values")
             mask_outside(values, *valid_range(array))
         mask_marked(values, self.missing_values)
-        if isinstance(part.grid, Grid):
-            found = regrid(Cube(values.reshape(1, *part.grid.shape), ONCE, part.grid, {}), grid).amount[0]
-        else:
-            found = regrid(CellCube(values, ONCE, part.grid, {}), grid).amount[0]
+        found = regrid(coarse_of(values, ONCE, part.grid, {}), grid).amount[0]
         if np.isnan(found).any():
             raise SourceError(
                 f"{self.variable!r} in {shown(self.url)} is missing in {int(np.isnan(found).sum())} of {found.size} "

@@ -18,7 +18,7 @@ from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
-from stsr_core.sources.cube import CellCube, Coarse, Cube
+from stsr_core.sources.cube import CellCube, Coarse, Cube, coarse_of
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.grib import LEFT_OUT
 from stsr_core.sources.layout import Layout, layout_of
@@ -93,8 +93,8 @@ def _regular(coarse: Coarse, variable: str) -> Cube:
 
 def _irregular(cells: Cells, variable: str) -> str:
     return (
-        f"The {cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: declare it as a "
-        "source of a product in catalog.yaml."
+        f"The {len(cells.corners)} cells of {variable!r} make no regular grid. Put the file on a target grid: declare "
+        "it as a source of a product in catalog.yaml."
     )
 
 
@@ -147,7 +147,7 @@ def find(
     for name, one in zip(names[1:], found[1:], strict=True):
         if one.layout.labels != found[0].layout.labels:
             raise SourceError(f"{name!r} and {names[0]!r} have different driving members; only like ones add up.")
-        if one.steps.axis != found[0].steps.axis or _key(one.part.grid) != _key(found[0].part.grid):
+        if one.steps.axis != found[0].steps.axis or one.part.grid != found[0].part.grid:
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
     return Reading(tuple(found), declared, attributes, some_values)
@@ -171,10 +171,6 @@ def check_variable(dataset: xr.Dataset, name: str, where: str = "the file") -> N
         have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
         why = dataset.attrs.get(LEFT_OUT, {}).get(name)
         raise SourceError(why or f"No variable {name!r} in {where}; it has {have}. Name one of these.")
-
-
-def _key(grid: Grid | Cells) -> object:
-    return grid.digest if isinstance(grid, Cells) else grid
 
 
 def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
@@ -339,14 +335,10 @@ class Reading:
         return total.astype(np.float32, copy=False), negatives
 
     def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: list[int]) -> tuple[Coarse, ...]:
-        found: list[Coarse] = []
-        for member, zeros, label in zip(amount, negatives, self.labels, strict=True):
-            attributes = with_negatives(self.attributes, zeros)
-            if isinstance(self.place, Grid):
-                found.append(Cube(member.reshape(-1, *self.place.shape), times, self.place, attributes, label))
-            else:
-                found.append(CellCube(member, times, self.place, attributes, label))
-        return tuple(found)
+        return tuple(
+            coarse_of(member, times, self.place, with_negatives(self.attributes, zeros), label)
+            for member, zeros, label in zip(amount, negatives, self.labels, strict=True)
+        )
 
     def _check_not_accumulated(self, sample: NDArray[np.float32]) -> None:
         differenced = any(one.steps.differenced for one in self.variables)
