@@ -19,7 +19,7 @@ from scipy import sparse
 
 from stsr_core.errors import GridError
 from stsr_core.factors import LARGEST
-from stsr_core.grids import Axis, Cells, Grid, TimeAxis
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis, around_nodes
 from stsr_core.overlap import shares
 from stsr_core.sources.box import Box, crs_of, part_of
 from stsr_core.sources.cube import Coarse, Cube
@@ -99,12 +99,6 @@ def _nodes(grid: Grid) -> NDArray[np.float64]:
     """Places where cells of a grid with a CRS meet, (Y + 1, X + 1, 2); none beyond a pole, where rows may lie."""
     y = np.clip(grid.y.edges, -90.0, 90.0) if CRS.from_wkt(crs_of(grid)).is_geographic else grid.y.edges
     return np.stack(np.meshgrid(grid.x.edges, y), axis=-1)
-
-
-def _around_nodes(node: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Corners (Y * X, 4, 2) of the cells between nodes (Y + 1, X + 1, 2), row by row."""
-    rings = np.stack((node[:-1, :-1], node[:-1, 1:], node[1:, 1:], node[1:, :-1]), axis=2)
-    return rings.reshape(-1, 4, 2)
 
 
 def regrid(coarse: Coarse, grid: Grid) -> Cube:
@@ -196,7 +190,7 @@ def _moved(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
     lost = np.isfinite(places) & ~np.isfinite(moved)
     moved[~np.isfinite(moved)] = np.nan
     if isinstance(place, Grid):
-        moved, lost = _around_nodes(moved), _around_nodes(lost)
+        moved, lost = around_nodes(moved), around_nodes(lost)
     moved[lost.any(axis=(1, 2))] = np.nan
     return moved
 

@@ -12,7 +12,7 @@ import cftime
 import numpy as np
 
 from stsr_core.errors import SourceError
-from stsr_core.grids import TimeAxis, TimeLabel
+from stsr_core.grids import BEFORE, TimeAxis, TimeLabel
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.period import moment
 
@@ -33,7 +33,6 @@ MEND_GAP = (
 )
 MIDDLES = "They lie half a step from whole multiples of it, as middles do."
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
-BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
 
 @dataclass(frozen=True)
