@@ -22,7 +22,7 @@ from stsr_core.sources.cube import CellCube, Coarse, Cube, coarse_of
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.grib import LEFT_OUT
 from stsr_core.sources.layout import Layout, layout_of
-from stsr_core.sources.period import period_of, within
+from stsr_core.sources.period import in_period, whole_days
 from stsr_core.sources.plausible import (
     FLOAT32_ROUNDING,
     Where,
@@ -139,8 +139,8 @@ def find(
     found = []
     for name in names:
         layout = patiently(partial(layout_of, dataset, name, declared), "the coordinates")
-        steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
-        steps = steps if days is None else within(steps, *days)
+        steps = layout.steps if declared.period is None else in_period(layout.steps, declared.period)
+        steps = steps if days is None else whole_days(steps, *days)
         steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
         horizontal = tuple(layout.array.shape[-len(layout.place.dims) :])
         found.append(_Variable(layout, steps, part_of(layout.place.grid, horizontal, near)))
