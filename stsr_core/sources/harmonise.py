@@ -20,7 +20,7 @@ from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
 from stsr_core.sources.cube import CellCube, Coarse, Cube, coarse_of
 from stsr_core.sources.declared import NOTHING, Declared
-from stsr_core.sources.grib import LEFT_OUT
+from stsr_core.sources.grib import LEFT_OUT, PACKING_STEP
 from stsr_core.sources.layout import Layout, layout_of
 from stsr_core.sources.period import in_period, whole_days
 from stsr_core.sources.plausible import (
@@ -47,7 +47,6 @@ ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
-PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
 READERS = 2  # blocks that are read and converted while one is worked on
@@ -403,7 +402,7 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     kind, scale = measured(layout.units)
     scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
     records *= np.asarray(scales, records.dtype)[:, None]
-    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
+    packing = float(layout.array.attrs.get(PACKING_STEP, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
     packing *= float(np.nanmax(scales, initial=0.0))
     if not steps.differenced:
         return records, max(ROUNDING_MM, packing / 2)
