@@ -52,21 +52,14 @@ BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
 READERS = 2  # blocks that are read and converted while one is worked on
 
 
-def read_cube(
-    dataset: xr.Dataset,
-    variable: str,
-    declared: Declared = NOTHING,
-    *,
-    near: Box | None = None,
-    some_values: bool = True,
-) -> Cube:
+def read_cube(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING, *, some_values: bool = True) -> Cube:
     """Read a variable of a dataset as a coarse cube on a regular grid, see `find` and `Reading.read`.
 
     Raises:
         SourceError: what cannot be read without guessing, or several driving members.
         GridError: places that make no regular grid.
     """
-    return _regular(find(dataset, variable, declared, near=near, some_values=some_values).read(), variable)
+    return _regular(find(dataset, variable, declared, some_values=some_values).read(), variable)
 
 
 def read_grid(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING) -> Grid:
@@ -95,18 +88,6 @@ def _irregular(cells: Cells, variable: str) -> str:
         f"The {len(cells.corners)} cells of {variable!r} make no regular grid. Put the file on a target grid: declare "
         "it as a source of a product in catalog.yaml."
     )
-
-
-def read_coarse(
-    dataset: xr.Dataset,
-    variable: str,
-    declared: Declared = NOTHING,
-    *,
-    near: Box | None = None,
-    first_steps: int | None = None,
-) -> Coarse:
-    """Read a variable of a dataset as coarse amounts on whatever cells it has; see `find` and `Reading.read`."""
-    return find(dataset, variable, declared, near=near, first_steps=first_steps).read()
 
 
 def find(
@@ -172,27 +153,14 @@ def check_variable(dataset: xr.Dataset, name: str, where: str = "the file") -> N
         raise SourceError(why or f"No variable {name!r} in {where}; it has {have}. Name one of these.")
 
 
-def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
-    """Make a coarse cube of an array in memory, see `read_cube` and `cubes_of`."""
-    (cube,) = cubes_of(array, declared, bounds=bounds)
-    return cube
-
-
-def cubes_of(
-    array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None
-) -> tuple[Cube, ...]:
+def cubes_of(array: xr.DataArray, declared: Declared = NOTHING) -> tuple[Cube, ...]:
     """Make coarse cubes of an array in memory, one for each driving member, see `read_cubes`.
 
     Args:
         array: precipitation with units, a time dimension, two horizontal ones, and perhaps one of driving members.
         declared: what the array does not say itself.
-        bounds: time bounds (time, 2).
     """
-    dataset = array.rename("precipitation").to_dataset()
-    if bounds is not None:
-        dataset = dataset.assign(time_bnds=bounds)
-        dataset["time"].attrs["bounds"] = "time_bnds"
-    return read_cubes(dataset, "precipitation", declared)
+    return read_cubes(array.rename("precipitation").to_dataset(), "precipitation", declared)
 
 
 @dataclass(frozen=True)

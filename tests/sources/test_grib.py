@@ -17,9 +17,10 @@ from stsr_core.sources.box import Box
 from stsr_core.sources.cube import CellCube
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.grib import PACKING_STEP, _outlines
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import open_dataset
 from tests.grib_files import REGULAR, write_grib
+from tests.reading import read_coarse
 
 LATLON = CRS.from_epsg(4326).to_wkt()
 

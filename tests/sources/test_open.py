@@ -16,8 +16,9 @@ from pyproj import CRS
 from stsr_core.errors import SourceError
 from stsr_core.sources.box import Box
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import fingerprint, open_dataset
+from tests.reading import read_coarse
 
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
 
