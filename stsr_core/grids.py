@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stsr_core.factors import Factor
 
 TimeLabel = Literal["start", "middle", "end"]
+BEFORE: dict[TimeLabel, float] = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval before its label
 EPOCH_YEAR = 1850  # origin of the time lattice; any fixed year would do
 NANOSECONDS = np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us")  # what datetime64[ns] holds
 
@@ -120,14 +121,26 @@ class Cells:
     crs_wkt: str
 
     @property
-    def size(self) -> int:
-        """Number of cells, N."""
-        return int(self.corners.shape[0])
+    def shape(self) -> tuple[int]:
+        """(N,)."""
+        return (len(self.corners),)
+
+    def __eq__(self, other: object) -> bool:
+        return self._digest == other._digest if isinstance(other, Cells) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
 
     @cached_property
-    def digest(self) -> str:
-        """Digest of corners and CRS: equal cells have the same."""
-        return hashlib.sha256(np.ascontiguousarray(self.corners).tobytes() + self.crs_wkt.encode()).hexdigest()
+    def _digest(self) -> bytes:
+        """Of corners and CRS: millions of cells are compared by it again and again."""
+        return hashlib.sha256(np.ascontiguousarray(self.corners).tobytes() + self.crs_wkt.encode()).digest()
+
+
+def around_nodes(node: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corners (Y * X, 4, 2) of the cells between nodes (Y + 1, X + 1, 2), row by row."""
+    rings = np.stack((node[:-1, :-1], node[:-1, 1:], node[1:, 1:], node[1:, :-1]), axis=2)
+    return rings.reshape(-1, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,7 @@ class TimeAxis:
     @property
     def labels(self) -> NDArray[np.generic]:
         """The time coordinate, (size,), cftime objects or datetime64[ns], which beyond its centuries is [us]."""
-        return self._at(np.arange(self.size, dtype=np.float64) + {"start": 0.0, "middle": 0.5, "end": 1.0}[self.label])
+        return self._at(np.arange(self.size, dtype=np.float64) + BEFORE[self.label])
 
     @property
     def bounds(self) -> NDArray[np.generic]:

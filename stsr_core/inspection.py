@@ -13,7 +13,7 @@ from pyproj import CRS
 
 from stsr_core.errors import FactorError, GridError, SourceError
 from stsr_core.grids import Cells, Grid
-from stsr_core.regrid import coarse_grid, native_factor, place_of, regrid
+from stsr_core.regrid import coarse_grid, native_factor, regrid
 from stsr_core.sources.cube import CellCube, Coarse, Cube
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import find, names_of, negatives_of
@@ -128,8 +128,8 @@ def inspect(
     if coarse.driving:
         labels = ", ".join(one.driving for one in driving[:8])
         found.facts.append(("driving", f"{len(driving)} members: {labels}{', ...' if len(driving) > 8 else ''}"))
-    found.facts += _place_facts(place_of(coarse))
-    if place_of(coarse).crs_wkt is None:
+    found.facts += _place_facts(coarse.place)
+    if coarse.place.crs_wkt is None:
         line = f"crs: ''   # {MEANING['crs']}"
         found.doubts.append(Doubt("The file states no CRS, so its cells cannot be placed on a target grid.", line))
     found.facts += _value_facts(driving, total.size)
@@ -273,7 +273,7 @@ def _place_facts(place: Grid | Cells) -> list[tuple[str, str]]:
         text = f"{place.y.size} x {place.x.size} regular cells of {size}, {name}"
         x, y = place.x.edges, place.y.edges
     else:
-        text = f"{place.size} cells of their own shape (curvilinear, mesh or uneven axes), {name}"
+        text = f"{len(place.corners)} cells of their own shape (curvilinear, mesh or uneven axes), {name}"
         x, y = place.corners[..., 0], place.corners[..., 1]
     return [
         ("grid", text),

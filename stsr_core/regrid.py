@@ -7,10 +7,10 @@ cells on it, a target step the overlap-weighted sum of the source steps in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
@@ -19,20 +19,19 @@ from scipy import sparse
 
 from stsr_core.errors import GridError
 from stsr_core.factors import LARGEST
-from stsr_core.grids import Axis, Cells, Grid, TimeAxis
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis, around_nodes
 from stsr_core.overlap import shares
 from stsr_core.sources.box import Box, crs_of, part_of
 from stsr_core.sources.cube import Coarse, Cube
-from stsr_core.sources.harmonise import Reading, with_negatives
+from stsr_core.sources.harmonise import with_negatives
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stsr_core.configuration import TargetGrid
     from stsr_core.factors import Factor
-    from stsr_core.sources.cube import CellCube
+    from stsr_core.sources.harmonise import Reading
 
-AnyCube = TypeVar("AnyCube", "Cube", "CellCube")
 COVERED = 1 - 1e-3  # share of a target cell that source cells must cover; weights make up for what lacks
 MISSING_SHARE = 1e-6  # share of missing source area above which a target cell is missing
 OVERLAPPED = 1 + 1e-3  # source cells that cover a target cell more often lie on each other
@@ -80,8 +79,7 @@ def native_factor(coarse: Coarse | Reading, target: TargetGrid) -> tuple[float, 
         GridError: the source has no CRS.
     """
     crs = CRS.from_user_input(target.crs)
-    place = place_of(coarse)
-    nearby = part_of(place, _shape(place), Box.around(_box_grid(target, crs)))
+    nearby = part_of(coarse.place, coarse.place.shape, Box.around(_box_grid(target, crs)))
     outlines = _moved(nearby.grid, crs)
     cells = shapely.polygons(_filled(outlines))
     middle = shapely.Point((target.x_min + target.x_max) / 2, (target.y_min + target.y_max) / 2)
@@ -97,27 +95,10 @@ def _box_grid(target: TargetGrid, crs: CRS) -> Grid:
     return Grid(Axis(target.y_min + height / 2, height, 1), Axis(target.x_min + width / 2, width, 1), crs.to_wkt())
 
 
-def place_of(coarse: Coarse | Reading) -> Grid | Cells:
-    """Return the grid, or the cells, of a source."""
-    if isinstance(coarse, Reading):
-        return coarse.place
-    return coarse.grid if isinstance(coarse, Cube) else coarse.cells
-
-
-def _shape(place: Grid | Cells) -> tuple[int, ...]:
-    return (place.size,) if isinstance(place, Cells) else place.shape
-
-
 def _nodes(grid: Grid) -> NDArray[np.float64]:
     """Places where cells of a grid with a CRS meet, (Y + 1, X + 1, 2); none beyond a pole, where rows may lie."""
     y = np.clip(grid.y.edges, -90.0, 90.0) if CRS.from_wkt(crs_of(grid)).is_geographic else grid.y.edges
     return np.stack(np.meshgrid(grid.x.edges, y), axis=-1)
-
-
-def _around_nodes(node: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Corners (Y * X, 4, 2) of the cells between nodes (Y + 1, X + 1, 2), row by row."""
-    rings = np.stack((node[:-1, :-1], node[:-1, 1:], node[1:, 1:], node[1:, :-1]), axis=2)
-    return rings.reshape(-1, 4, 2)
 
 
 def regrid(coarse: Coarse, grid: Grid) -> Cube:
@@ -137,7 +118,7 @@ def regrid(coarse: Coarse, grid: Grid) -> Cube:
     """
     if isinstance(coarse, Cube) and coarse.grid == grid:
         return coarse
-    weights = _weights(_Pair(place_of(coarse), grid))
+    weights = _weights(coarse.place, grid)
     flat = coarse.amount.reshape(coarse.times.size, -1)
     out = np.empty((coarse.times.size, *grid.shape), np.float32)
     block = max(1, BLOCK_VALUES // max(1, weights.shape[0] + weights.shape[1]))
@@ -158,30 +139,11 @@ def read_onto(reading: Reading, grid: Grid) -> tuple[Cube, ...]:
     )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A source and a target; equal pairs have equal weights, which are kept."""
-
-    source: Grid | Cells
-    target: Grid
-
-    def __hash__(self) -> int:
-        return hash((self._key, self.target))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Pair) and (self._key, self.target) == (other._key, other.target)
-
-    @property
-    def _key(self) -> Grid | str:
-        return self.source.digest if isinstance(self.source, Cells) else self.source
-
-
 @lru_cache(maxsize=KEPT_WEIGHTS)
-def _weights(pair: _Pair) -> sparse.csr_matrix:
+def _weights(source: Grid | Cells, grid: Grid) -> sparse.csr_matrix:
     """Shares that source cells have of what is covered of every target cell, (target, source); rows sum to 1."""
-    grid = pair.target
-    shape = _shape(pair.source)
-    nearby = part_of(pair.source, shape, Box.around(grid))
+    shape = source.shape
+    nearby = part_of(source, shape, Box.around(grid))
     corners = _outlines(nearby.grid, CRS.from_wkt(grid.crs_wkt or ""))
     share = shares(corners, grid)
     column = nearby.index(shape)[share.col]
@@ -228,7 +190,7 @@ def _moved(place: Grid | Cells, crs: CRS) -> NDArray[np.float64]:
     lost = np.isfinite(places) & ~np.isfinite(moved)
     moved[~np.isfinite(moved)] = np.nan
     if isinstance(place, Grid):
-        moved, lost = _around_nodes(moved), _around_nodes(lost)
+        moved, lost = around_nodes(moved), around_nodes(lost)
     moved[lost.any(axis=(1, 2))] = np.nan
     return moved
 
@@ -302,7 +264,7 @@ def _along(amount: NDArray[np.float32], axis: int, weights: sparse.csr_matrix) -
     return np.moveaxis(out.reshape(-1, *moved.shape[1:]), 0, axis)
 
 
-def regrid_time(cube: AnyCube, step: timedelta) -> AnyCube:
+def regrid_time(cube: Cube, step: timedelta) -> Cube:
     """Change the cadence conservatively; new steps lie on absolute multiples of `step` inside the cube's period.
 
     Steps that are so long already stay where they are.

@@ -13,21 +13,23 @@ import numpy as np
 
 from stsr_core.configuration import Configuration, Static
 from stsr_core.errors import ConfigurationError, SourceError
-from stsr_core.grids import Grid, TimeAxis
+from stsr_core.grids import TimeAxis
 from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box, part_of
-from stsr_core.sources.cube import CellCube, Cube
+from stsr_core.sources.cube import coarse_of
+from stsr_core.sources.harmonise import check_variable
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.sources.places import place_of, repeating
 from stsr_core.sources.plausible import mask_marked, mask_outside, valid_range
-from stsr_core.sources.remote import patiently
+from stsr_core.sources.remote import patiently, shown
 
 if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
     from stsr_core.checkpoint import StaticField
+    from stsr_core.grids import Grid
 
 ONCE = TimeAxis(datetime(2000, 1, 1), timedelta(hours=1), 1)  # a field without time is regridded as one step
 
@@ -79,27 +81,22 @@ class StaticSource:
             values = patiently(lambda: part.take(ordered.expand_dims("time"), np.float32), "the values")
             mask_outside(values, *valid_range(array))
         mask_marked(values, self.missing_values)
-        if isinstance(part.grid, Grid):
-            found = regrid(Cube(values.reshape(1, *part.grid.shape), ONCE, part.grid, {}), grid).amount[0]
-        else:
-            found = regrid(CellCube(values, ONCE, part.grid, {}), grid).amount[0]
+        found = regrid(coarse_of(values, ONCE, part.grid, {}), grid).amount[0]
         if np.isnan(found).any():
             raise SourceError(
-                f"{self.variable!r} in {self.url} is missing in {int(np.isnan(found).sum())} of {found.size} cells. A "
-                "static field must be whole; fill it first, orography over the sea with 0."
+                f"{self.variable!r} in {shown(self.url)} is missing in {int(np.isnan(found).sum())} of {found.size} "
+                "cells. A static field must be whole; fill it first, orography over the sea with 0."
             )
         return found
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[xr.Dataset, xr.DataArray]]:
         with open_dataset(self.url, base=self.base, storage_options=self.options) as dataset:
-            if self.variable not in dataset.data_vars:
-                have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-                raise SourceError(f"{self.url} has no variable {self.variable!r}; it has {have}. Name one of these.")
+            check_variable(dataset, self.variable, shown(self.url))
             array = dataset[self.variable].squeeze(drop=True)
             if "units" not in array.attrs:
                 raise SourceError(
-                    f"{self.variable!r} in {self.url} has no units. Give it the attribute `units`, as 'm'."
+                    f"{self.variable!r} in {shown(self.url)} has no units. Give it the attribute `units`, as 'm'."
                 )
             if array.ndim not in (1, 2):
                 raise SourceError(

@@ -9,7 +9,7 @@ from pyproj import CRS
 
 from stsr_core.errors import ShapeError
 from stsr_core.factors import Factor
-from stsr_core.grids import Axis, Grid, TimeAxis, coarsen
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis, coarsen
 
 steps = st.sampled_from([0.1, 0.25, 1 / 24, 1000.0, 10_000.0, -0.1, -1000.0])
 
@@ -93,3 +93,11 @@ def test_coarse_total_sums_over_time_and_averages_over_area():
 def test_coarsen_refuses_partial_blocks():
     with pytest.raises(ShapeError, match=r"no multiple of factor \(2,1\)"):
         coarsen(np.ones((1, 3, 4), np.float32), Factor(space=2, time=1))
+
+
+def test_cells_are_equal_by_their_corners_and_crs():
+    corners = np.array([[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [np.nan, np.nan]]])
+    assert Cells(corners, LOCAL) == Cells(corners.copy(), LOCAL)
+    assert len({Cells(corners, LOCAL), Cells(corners.copy(), LOCAL), Cells(corners + 1, LOCAL)}) == 2
+    assert Cells(corners, LOCAL) != Cells(corners, "")
+    assert Cells(corners, LOCAL) != Grid(Axis(0.5, 1.0, 1), Axis(0.5, 1.0, 1), LOCAL)

@@ -15,11 +15,11 @@ from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import Axis, Grid
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import cube_of
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training import command
 from stsr_core.training.patches import Region, draw_patch, region_of
 from stsr_core.training.presets import PRESETS
+from tests.reading import cube_of
 from tests.tiny import TINY, small_patches
 
 FACTOR = Factor(space=4, time=1)

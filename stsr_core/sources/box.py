@@ -111,7 +111,7 @@ class Part:
     @property
     def size(self) -> int:
         """Number of cells."""
-        return self.grid.size if isinstance(self.grid, Cells) else math.prod(self.grid.shape)
+        return math.prod(self.grid.shape)
 
     def index(self, shape: tuple[int, ...]) -> NDArray[np.int64]:
         """Return the flat positions of the cells in a grid of this shape, (cells,)."""

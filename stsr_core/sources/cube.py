@@ -33,9 +33,14 @@ class Cube:
     driving: str = ""
 
     def __post_init__(self) -> None:
-        expected = (self.times.size, *self.grid.shape)
+        expected = (self.times.size, *self.place.shape)
         if self.amount.shape != expected:
             raise ShapeError(f"Amounts of shape {self.amount.shape} do not belong to axes of sizes {expected}.")
+
+    @property
+    def place(self) -> Grid:
+        """Where its amounts are."""
+        return self.grid
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,23 @@ class CellCube:
     driving: str = ""
 
     def __post_init__(self) -> None:
-        expected = (self.times.size, self.cells.size)
+        expected = (self.times.size, *self.place.shape)
         if self.amount.shape != expected:
             raise ShapeError(f"Amounts of shape {self.amount.shape} do not belong to {expected} steps and cells.")
 
+    @property
+    def place(self) -> Cells:
+        """Where its amounts are."""
+        return self.cells
+
 
 Coarse: TypeAlias = Cube | CellCube
+
+
+def coarse_of(
+    amount: NDArray[np.float32], times: TimeAxis, place: Grid | Cells, attributes: Mapping[str, str], driving: str = ""
+) -> Coarse:
+    """Make a `Cube` of amounts (T, cells) on a regular grid, of those on other cells a `CellCube`."""
+    if isinstance(place, Grid):
+        return Cube(amount.reshape(-1, *place.shape), times, place, attributes, driving)
+    return CellCube(amount, times, place, attributes, driving)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ import numpy as np
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.geotiff import NAME
-from stsr_core.sources.harmonise import read_cube, read_grid
+from stsr_core.sources.harmonise import check_variable, read_cube, read_grid
 from stsr_core.sources.location import Location, OptionsOf, no_options
 from stsr_core.sources.open import GLOB, open_dataset
 from stsr_core.sources.period import overlap
+from stsr_core.sources.remote import patiently, shown
 from stsr_core.sources.times import check_increasing, stamps_of, steps_of, with_time_named
 
 if TYPE_CHECKING:
@@ -103,21 +105,21 @@ def fine_runs(
         SourceError: no such variable, no time, stamps that do not increase, running sums, or what `open_dataset`
             refuses.
     """
-    dataset = with_time_named(open_dataset(url, base=base, storage_options=storage_options))
-    name = Path(url).stem
-    if variable not in dataset.data_vars:
-        have = sorted(map(str, dataset.data_vars))
-        raise SourceError(f"{url} has no variable {variable!r}; it has {have}. Name one of these.")
+    dataset, place = with_time_named(open_dataset(url, base=base, storage_options=storage_options)), shown(url)
+    check_variable(dataset, variable, place)
     if "time" not in dataset[variable].dims or "time" not in dataset.coords:
-        raise SourceError(f"{url} has dimensions {tuple(dataset[variable].dims)}; (time, y, x) with dates are needed.")
+        raise SourceError(
+            f"{place} has dimensions {tuple(dataset[variable].dims)}; (time, y, x) with dates are needed."
+        )
     if declared.accumulated in ("run", "day"):
         raise SourceError(
-            f"Sums since the start of the {declared.accumulated} are declared of {url}; archives hold amounts per step."
+            f"Sums since the start of the {declared.accumulated} are declared of {place}; archives hold amounts per "
+            "step."
         )
     stamps = stamps_of(dataset["time"])
     lengths = [b - a for a, b in itertools.pairwise(stamps)]
     if not lengths:
-        raise SourceError(f"{url} holds {len(stamps)} steps; at least two are needed.")
+        raise SourceError(f"{place} holds {len(stamps)} steps; at least two are needed.")
     check_increasing(stamps)
     step, _ = Counter(lengths).most_common(1)[0]
     new = np.array([length != step for length in lengths])
@@ -133,7 +135,7 @@ def fine_runs(
     runs = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     if declared.period is not None:
         runs = _inside(runs, stamps, whole, declared.period)
-    return [FineRun(name, dataset.isel(time=run), variable, whole) for run in runs]
+    return [FineRun(Path(place).stem, dataset.isel(time=run), variable, whole) for run in runs]
 
 
 def _inside(runs: Sequence[slice], stamps: Sequence[Time], declared: Declared, period: tuple[str, str]) -> list[slice]:
@@ -155,21 +157,24 @@ def places_of(urls: Sequence[str], base: Path | None = None, options_of: Options
     """Expand folders and globs to one URL for each place: every file is one, a glob of GeoTIFFs is one series.
 
     Raises:
-        SourceError: a URL at which nothing is.
+        SourceError: a URL at which nothing is, or that cannot be reached.
     """
     found: list[str] = []
     for url in urls:
         place = Location.of(url, base, options_of(url))
-        if any(c in place.path for c in GLOB):
-            paths = sorted(place.filesystem.glob(place.path))
-        elif place.filesystem.isdir(place.path) and not place.path.rstrip("/").endswith(".zarr"):
-            paths = sorted(place.filesystem.glob(f"{place.path.rstrip('/')}/*.nc"))
-        else:
-            paths = [place.path] if place.filesystem.exists(place.path) else []
+        paths = patiently(partial(_files, place), place.url, secrets=place.secrets)
         if not paths:
-            raise SourceError(f"Nothing is at {place.url}, or no NetCDF file is in it. Name existing files.")
+            raise SourceError(f"Nothing is at {shown(place.url)}, or no NetCDF file is in it. Name existing files.")
         if len(paths) > 1 and all(NAME.search(p) for p in paths):
             found.append(place.url)
         else:
             found += [place.at(p).url if not place.local else p for p in paths]
     return found
+
+
+def _files(place: Location) -> list[str]:
+    if any(c in place.path for c in GLOB):
+        return sorted(place.filesystem.glob(place.path))
+    if place.filesystem.isdir(place.path) and not place.path.rstrip("/").endswith(".zarr"):
+        return sorted(place.filesystem.glob(f"{place.path.rstrip('/')}/*.nc"))
+    return [place.path] if place.exists else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -84,7 +85,9 @@ def open_geotiffs(records: Sequence[Record]) -> xr.Dataset:
     import xarray as xr
 
     first = _frame(records[0].path)
-    groups = {r.variable: sorted((q for q in records if q.variable == r.variable), key=_time) for r in records}
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: r.time):
+        groups[record.variable].append(record)
     arrays = {}
     for name, group in groups.items():
         frame = replace(first, units=_frame(group[0].path).units)
@@ -99,10 +102,6 @@ def open_geotiffs(records: Sequence[Record]) -> xr.Dataset:
         dataset[axis].attrs |= attributes
     dataset["crs"] = ((), 0, {"crs_wkt": first.wkt})
     return dataset
-
-
-def _time(record: Record) -> datetime:
-    return record.time
 
 
 @dataclass(frozen=True)

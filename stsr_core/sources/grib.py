@@ -24,6 +24,7 @@ REDUCED = ("reduced_gg", "reduced_ll")  # rows of different lengths
 EITHER_WAY = ("regular_ll", "rotated_ll", "regular_gg", "rotated_gg", *REDUCED)  # eccodes places them in any order
 NORTHEAST = ("lambert", "polar_stereographic", "mercator")  # of these it counts points northward and eastward only
 LEFT_OUT = "left_out"  # attribute: why variables of the file are not in the dataset
+PACKING_STEP = "packing_step"  # attribute: distance of the numbers that the packing of a variable can tell apart
 UNIT_STEPS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "s": timedelta(seconds=1), "D": timedelta(days=1)}
 
 
@@ -157,7 +158,7 @@ def _variable(file: MessageFile, name: str, messages: list[Message]) -> xr.Datas
     first = messages[0]
     coordinates, dims = _coordinates(file, first)
     packing = max(m.packing_error for m in messages)
-    attributes: dict[str, object] = {"units": first.units, "packing_error": 2 * packing}
+    attributes: dict[str, object] = {"units": first.units, PACKING_STEP: 2 * packing}
     if first.title != "unknown":
         attributes["long_name"] = first.title
     if first.standard_name != "unknown":

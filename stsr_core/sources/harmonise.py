@@ -18,11 +18,11 @@ from stsr_core.errors import GridError, SourceError
 from stsr_core.grids import Cells, Grid, TimeAxis
 from stsr_core.memory import available
 from stsr_core.sources.box import Box, Part, part_of
-from stsr_core.sources.cube import CellCube, Coarse, Cube
+from stsr_core.sources.cube import CellCube, Coarse, Cube, coarse_of
 from stsr_core.sources.declared import NOTHING, Declared
-from stsr_core.sources.grib import LEFT_OUT
+from stsr_core.sources.grib import LEFT_OUT, PACKING_STEP
 from stsr_core.sources.layout import Layout, layout_of
-from stsr_core.sources.period import period_of, within
+from stsr_core.sources.period import in_period, whole_days
 from stsr_core.sources.plausible import (
     FLOAT32_ROUNDING,
     Where,
@@ -47,27 +47,19 @@ ROUNDING_MM = 0.01  # negative amounts down to this are packing error
 HELD_SHARE = 0.5  # of the free memory that coarse amounts may take: while their cadence changes they are there twice
 PROVENANCE = ("title", "source", "institution", "license", "attribution", "references", "comment")
 ZEROED = "negatives_set_to_zero"
-PACKING = "packing_error"  # attribute in which `grib.py` states the packing error of a variable
 SAMPLE_STEPS, SAMPLE_CELLS = 128, 1 << 14  # that are looked at for running sums
 BLOCK_VALUES = 1 << 23  # values that are read and converted at a time
 READERS = 2  # blocks that are read and converted while one is worked on
 
 
-def read_cube(
-    dataset: xr.Dataset,
-    variable: str,
-    declared: Declared = NOTHING,
-    *,
-    near: Box | None = None,
-    some_values: bool = True,
-) -> Cube:
+def read_cube(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING, *, some_values: bool = True) -> Cube:
     """Read a variable of a dataset as a coarse cube on a regular grid, see `find` and `Reading.read`.
 
     Raises:
         SourceError: what cannot be read without guessing, or several driving members.
         GridError: places that make no regular grid.
     """
-    return _regular(find(dataset, variable, declared, near=near, some_values=some_values).read(), variable)
+    return _regular(find(dataset, variable, declared, some_values=some_values).read(), variable)
 
 
 def read_grid(dataset: xr.Dataset, variable: str, declared: Declared = NOTHING) -> Grid:
@@ -93,21 +85,9 @@ def _regular(coarse: Coarse, variable: str) -> Cube:
 
 def _irregular(cells: Cells, variable: str) -> str:
     return (
-        f"The {cells.size} cells of {variable!r} make no regular grid. Put the file on a target grid: declare it as a "
-        "source of a product in catalog.yaml."
+        f"The {len(cells.corners)} cells of {variable!r} make no regular grid. Put the file on a target grid: declare "
+        "it as a source of a product in catalog.yaml."
     )
-
-
-def read_coarse(
-    dataset: xr.Dataset,
-    variable: str,
-    declared: Declared = NOTHING,
-    *,
-    near: Box | None = None,
-    first_steps: int | None = None,
-) -> Coarse:
-    """Read a variable of a dataset as coarse amounts on whatever cells it has; see `find` and `Reading.read`."""
-    return find(dataset, variable, declared, near=near, first_steps=first_steps).read()
 
 
 def find(
@@ -139,15 +119,15 @@ def find(
     found = []
     for name in names:
         layout = patiently(partial(layout_of, dataset, name, declared), "the coordinates")
-        steps = layout.steps if declared.period is None else period_of(layout.steps, declared.period)
-        steps = steps if days is None else within(steps, *days)
+        steps = layout.steps if declared.period is None else in_period(layout.steps, declared.period)
+        steps = steps if days is None else whole_days(steps, *days)
         steps = steps.within(0, min(steps.axis.size, first_steps or steps.axis.size))
         horizontal = tuple(layout.array.shape[-len(layout.place.dims) :])
         found.append(_Variable(layout, steps, part_of(layout.place.grid, horizontal, near)))
     for name, one in zip(names[1:], found[1:], strict=True):
         if one.layout.labels != found[0].layout.labels:
             raise SourceError(f"{name!r} and {names[0]!r} have different driving members; only like ones add up.")
-        if one.steps.axis != found[0].steps.axis or _key(one.part.grid) != _key(found[0].part.grid):
+        if one.steps.axis != found[0].steps.axis or one.part.grid != found[0].part.grid:
             raise SourceError(f"{name!r} and {names[0]!r} have different times or cells; only like ones add up.")
     attributes = {k: str(dataset.attrs[k]) for k in PROVENANCE if k in dataset.attrs}
     return Reading(tuple(found), declared, attributes, some_values)
@@ -161,38 +141,26 @@ def names_of(dataset: xr.Dataset, variable: str) -> list[str]:
     """
     names = [variable] if variable in dataset.data_vars else [n.strip() for n in variable.split("+")]
     for name in names:
-        if name not in dataset.data_vars:
-            have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
-            why = dataset.attrs.get(LEFT_OUT, {}).get(name)
-            raise SourceError(why or f"No variable {name!r} in the file; it has {have}. Name one of these.")
+        check_variable(dataset, name)
     return names
 
 
-def _key(grid: Grid | Cells) -> object:
-    return grid.digest if isinstance(grid, Cells) else grid
+def check_variable(dataset: xr.Dataset, name: str, where: str = "the file") -> None:
+    """Refuse a variable that is not there, by what was found wrong with it on opening; raises SourceError."""
+    if name not in dataset.data_vars:
+        have = ", ".join(sorted(map(str, dataset.data_vars))) or "none"
+        why = dataset.attrs.get(LEFT_OUT, {}).get(name)
+        raise SourceError(why or f"No variable {name!r} in {where}; it has {have}. Name one of these.")
 
 
-def cube_of(array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None) -> Cube:
-    """Make a coarse cube of an array in memory, see `read_cube` and `cubes_of`."""
-    (cube,) = cubes_of(array, declared, bounds=bounds)
-    return cube
-
-
-def cubes_of(
-    array: xr.DataArray, declared: Declared = NOTHING, *, bounds: xr.DataArray | None = None
-) -> tuple[Cube, ...]:
+def cubes_of(array: xr.DataArray, declared: Declared = NOTHING) -> tuple[Cube, ...]:
     """Make coarse cubes of an array in memory, one for each driving member, see `read_cubes`.
 
     Args:
         array: precipitation with units, a time dimension, two horizontal ones, and perhaps one of driving members.
         declared: what the array does not say itself.
-        bounds: time bounds (time, 2).
     """
-    dataset = array.rename("precipitation").to_dataset()
-    if bounds is not None:
-        dataset = dataset.assign(time_bnds=bounds)
-        dataset["time"].attrs["bounds"] = "time_bnds"
-    return read_cubes(dataset, "precipitation", declared)
+    return read_cubes(array.rename("precipitation").to_dataset(), "precipitation", declared)
 
 
 @dataclass(frozen=True)
@@ -334,14 +302,10 @@ class Reading:
         return total.astype(np.float32, copy=False), negatives
 
     def _coarse(self, amount: NDArray[np.float32], times: TimeAxis, negatives: list[int]) -> tuple[Coarse, ...]:
-        found: list[Coarse] = []
-        for member, zeros, label in zip(amount, negatives, self.labels, strict=True):
-            attributes = with_negatives(self.attributes, zeros)
-            if isinstance(self.place, Grid):
-                found.append(Cube(member.reshape(-1, *self.place.shape), times, self.place, attributes, label))
-            else:
-                found.append(CellCube(member, times, self.place, attributes, label))
-        return tuple(found)
+        return tuple(
+            coarse_of(member, times, self.place, with_negatives(self.attributes, zeros), label)
+            for member, zeros, label in zip(amount, negatives, self.labels, strict=True)
+        )
 
     def _check_not_accumulated(self, sample: NDArray[np.float32]) -> None:
         differenced = any(one.steps.differenced for one in self.variables)
@@ -406,7 +370,7 @@ def _stretch(layout: Layout, steps: Steps, part: Part, declared: Declared) -> tu
     kind, scale = measured(layout.units)
     scales = scale * (layout.steps.record_seconds[low:high] if kind == "rate" else np.ones(high - low))
     records *= np.asarray(scales, records.dtype)[:, None]
-    packing = float(layout.array.attrs.get(PACKING, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
+    packing = float(layout.array.attrs.get(PACKING_STEP, layout.array.encoding.get("scale_factor", 0.0) or 0.0))
     packing *= float(np.nanmax(scales, initial=0.0))
     if not steps.differenced:
         return records, max(ROUNDING_MM, packing / 2)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OptionsOf = Callable[[str], Mapping[str, object]]  # options of the filesystem by URL
 PACKAGE = "package:"  # scheme of files that are installed with stsr
+STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated")  # the surest first
 KEPT_S = 2 * 86_400.0  # that local copies are kept after their last use
 
 
@@ -80,6 +81,15 @@ class Location:
         return "file" in self._protocols
 
     @property
+    def exists(self) -> bool:
+        """Whether something is there; unlike fsspec's `exists`, a refusal or an outage is an error."""
+        try:
+            self.filesystem.info(self.path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @property
     def in_parts(self) -> bool:
         """Whether parts of a file can be read; there are HTTP servers that send all of it or nothing."""
         if "http" not in self._protocols:
@@ -108,7 +118,8 @@ class Location:
         if self.local:
             return self
         server = self.options.get("endpoint_url", "")
-        named = f"{server} {self.url} {stamp_of(self.filesystem.info(self.path))}"
+        stamp = stamp_of(self.filesystem.info(self.path)) or uuid.uuid4().hex  # a copy that may be old is none
+        named = f"{server} {self.url} {stamp}"
         folder = Path(tempfile.gettempdir()) / f"stsr-copies-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         _remove_unused(folder)
@@ -134,8 +145,10 @@ def _remove_unused(folder: Path) -> None:
                 shutil.rmtree(copy, ignore_errors=True)
 
 
-def stamp_of(info: Mapping[str, Any]) -> str:
-    """Return what changes when an object does: its etag where there is one, else size and time of change."""
-    etag = info.get("ETag") or info.get("etag")
-    changed = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("updated")
-    return f"{info.get('size')} {etag or changed}"
+def stamp_of(info: Mapping[str, Any]) -> str | None:
+    """What changes when an object does: its etag, else its time of change, with its size; None where neither is known.
+
+    `info` is what fsspec's `info` and `find` say; every filesystem has a name of its own for these.
+    """
+    changed = next((info[name] for name in STAMPS if info.get(name)), None)
+    return None if changed is None else f"{info.get('size')} {changed}"

@@ -58,22 +58,13 @@ def open_dataset(
 def _open(place: Location) -> xr.Dataset:
     if any(c in place.path for c in GLOB) and not place.filesystem.exists(place.path):
         return _open_glob(place)
-    if not _exists(place):
+    if not place.exists:
         raise SourceError(f"Nothing is at {shown(place.url)}. Check the path, and the credentials if it is a bucket.")
     if _is_zarr(place):
         return _with_variables(_open_zarr(place), place)
     if place.filesystem.isdir(place.path):
         raise SourceError(f"{shown(place.url)} is a folder without a Zarr store. Name a file, a glob or a Zarr store.")
     return _open_file(place)
-
-
-def _exists(place: Location) -> bool:
-    """Whether something is there; unlike fsspec's `exists`, a refusal or an outage is an error."""
-    try:
-        place.filesystem.info(place.path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _is_zarr(place: Location) -> bool:
@@ -303,17 +294,16 @@ def _fingerprint(place: Location) -> str:
     else:
         return _file_fingerprint(place)
     for key, info in sorted(found.items()):
-        digest.update(f"{key.removeprefix(path)} {stamp_of(info)}\n".encode())
+        one = place.at(key)  # of which listings of web servers say no more than its name
+        stamp = _fingerprint(one) if info["type"] == "directory" else stamp_of(info) or _file_fingerprint(one)
+        digest.update(f"{key.removeprefix(path)} {stamp}\n".encode())
     return digest.hexdigest()
 
 
 def _file_fingerprint(place: Location) -> str:
+    if not place.local and (stamp := stamp_of(place.filesystem.info(place.path))):
+        return hashlib.sha256(stamp.encode()).hexdigest()
     digest = hashlib.sha256()
-    if not place.local:
-        stamp = stamp_of(place.filesystem.info(place.path))
-        if not stamp.endswith("None"):
-            digest.update(stamp.encode())
-            return digest.hexdigest()
     with place.filesystem.open(place.path, "rb") as opened:
         while block := opened.read(CHUNK_BYTES):
             digest.update(block)

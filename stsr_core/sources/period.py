@@ -19,7 +19,7 @@ DAY = len("2001-12-31")
 ANY_DAY = datetime(2001, 1, 1)  # of this calendar, to read a time of day off
 
 
-def within(steps: Steps, first: date, last: date) -> Steps:
+def whole_days(steps: Steps, first: date, last: date) -> Steps:
     """Return the steps that lie wholly within whole days of the source's calendar, `last` included.
 
     At either end of the days one step may be missing, as of running sums without their first stamp, but no day.
@@ -28,7 +28,8 @@ def within(steps: Steps, first: date, last: date) -> Steps:
         SourceError: the source lacks more, no step lies within, or a day does not exist in the calendar.
     """
     axis, day = steps.axis, timedelta(days=1) / steps.axis.step
-    before, after = _position(axis, first), _position(axis, last) + day
+    before, after = ((moment(str(midnight), axis.start) - axis.start) / axis.step for midnight in (first, last))
+    after += day
     start, stop = max(0, math.ceil(before - ROUNDING)), min(axis.size, math.floor(after + ROUNDING))
     missing = max(-before, after - axis.size)
     if stop <= start or missing > min(1 + ROUNDING, day - ROUNDING):
@@ -39,19 +40,7 @@ def within(steps: Steps, first: date, last: date) -> Steps:
     return steps.within(start, stop)
 
 
-def _position(times: TimeAxis, day: date) -> float:
-    """Steps from the start of an axis to the midnight that begins a day."""
-    if not isinstance(times.start, cftime.datetime):
-        return (datetime(day.year, day.month, day.day) - times.start) / times.step
-    calendar = times.start.calendar
-    try:
-        midnight = cftime.datetime(day.year, day.month, day.day, calendar=calendar)
-    except ValueError as e:
-        raise SourceError(f"{day} is no day of the source's calendar {calendar}. Name another day.") from e
-    return float((midnight - times.start) / times.step)
-
-
-def period_of(steps: Steps, period: tuple[str, str]) -> Steps:
+def in_period(steps: Steps, period: tuple[str, str]) -> Steps:
     """Return the steps that lie wholly in a period of ISO dates or dates and times, in the calendar of the steps.
 
     Raises:
@@ -86,7 +75,7 @@ def moment(text: str, like: Time) -> Time:
         return day + (_in_utc(datetime.fromisoformat(f"{ANY_DAY.date()}{text[DAY:]}")) - ANY_DAY)
     except ValueError as e:
         raise SourceError(
-            f"{text!r} is no date of the calendar of the source ({e}). Write it as 2001-12-31 or 2001-12-31T06:00."
+            f"{text!r} is no date of the calendar of the source ({e}). Name another, as 2001-12-31 or 2001-12-31T06:00."
         ) from e
 
 

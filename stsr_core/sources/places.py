@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stsr_core.errors import GridError, SourceError
-from stsr_core.grids import Axis, Cells, Grid
+from stsr_core.grids import Axis, Cells, Grid, around_nodes
 from stsr_core.sources.bounds import bounds_of
 from stsr_core.sources.units import length_in, radians_in
 
@@ -241,32 +241,26 @@ def _single(value: object) -> object:
 
 def _rectilinear(dataset: xr.Dataset, y: str, x: str, crs: CRS | None) -> Grid | Cells:
     """A regular grid where both axes are regular and their bounds, if any, agree; else the cells of the bounds."""
+    centres = [_coordinate(dataset, name, crs) for name in (y, x)]
     axes, pairs = [], []
-    for name in (y, x):
-        centres = _coordinate(dataset, name, crs)
-        pair = _pairs(dataset, name, centres, crs)
-        axis = _regular(centres, dataset[name].dtype == np.float32, pair, name)
+    for name, along in zip((y, x), centres, strict=True):
+        pair = _pairs(dataset, name, along, crs)
+        axis = _regular(along, dataset[name].dtype == np.float32, pair, name)
         is_longitude = crs is not None and crs.is_geographic and not _is_latitude(dataset[name])
-        axes.append(_closed(axis, centres) if axis is not None and is_longitude else axis)
+        axes.append(_closed(axis, along) if axis is not None and is_longitude else axis)
         pairs.append(pair)
     if crs is not None and crs.is_geographic:
-        _check_latitudes(_coordinate(dataset, y, crs))
+        _check_latitudes(centres[0])
     if axes[0] is not None and axes[1] is not None:
         return Grid(axes[0], axes[1], None if crs is None else crs.to_wkt())
     if crs is None:
         raise GridError(
             f"Axis {y if axes[0] is None else x} is not regular, and the file has no CRS. Declare `crs:` of the source."
         )
-    ys, xs = (
-        _pairs_between(_coordinate(dataset, n, crs)) if p is None else p for n, p in zip((y, x), pairs, strict=True)
-    )
+    ys, xs = (_pairs_between(c) if p is None else p for c, p in zip(centres, pairs, strict=True))
     if crs.is_geographic:
         ys = np.clip(ys, -90.0, 90.0)
-    shape = (len(ys), len(xs))
-    corners = [
-        np.stack((np.broadcast_to(xs[None, :, i], shape), np.broadcast_to(ys[:, None, j], shape)), axis=-1)
-        for j, i in ((0, 0), (0, 1), (1, 1), (1, 0))
-    ]
+    corners = [np.stack(np.meshgrid(xs[:, i], ys[:, j]), axis=-1) for j, i in ((0, 0), (0, 1), (1, 1), (1, 0))]
     return Cells(np.stack(corners, axis=-2).reshape(-1, 4, 2), crs.to_wkt())
 
 
@@ -453,15 +447,8 @@ def _corners_between(latitude: NDArray[np.float64], longitude: NDArray[np.float6
         first, second, butlast, last = (centre.take([i], axis) for i in (0, 1, -2, -1))
         centre = np.concatenate((2 * first - second, centre, 2 * last - butlast), axis=axis)
     node = (centre[:-1, :-1] + centre[:-1, 1:] + centre[1:, 1:] + centre[1:, :-1]) / 4
-    place = np.stack(
-        (
-            np.rad2deg(np.arctan2(node[..., 1], node[..., 0])),
-            np.rad2deg(np.arctan2(node[..., 2], np.hypot(node[..., 0], node[..., 1]))),
-        ),
-        axis=-1,
-    )
-    ring = np.stack((place[:-1, :-1], place[:-1, 1:], place[1:, 1:], place[1:, :-1]), axis=2)
-    return ring.reshape(-1, 4, 2)
+    x, y, z = np.moveaxis(node, -1, 0)
+    return around_nodes(np.rad2deg(np.stack((np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))), axis=-1)))
 
 
 def _cells(corners: NDArray[np.float64]) -> Cells:

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import cftime
 import numpy as np
 
 from stsr_core.errors import SourceError
-from stsr_core.grids import TimeAxis, TimeLabel
+from stsr_core.grids import BEFORE, TimeAxis, TimeLabel
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.period import moment
 
@@ -33,7 +33,6 @@ MEND_GAP = (
 )
 MIDDLES = "They lie half a step from whole multiples of it, as middles do."
 SECOND, MINUTE = timedelta(seconds=1), timedelta(minutes=1)
-BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval that lies before its stamp
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,20 @@ class Interval:
 
     start: Time | None
     end: Time
+
+
+class _Piece(NamedTuple):
+    """A step from records: the amount of `record`, less that of `base` where it is not -1."""
+
+    start: Time
+    end: Time
+    record: int
+    base: int
+
+    @property
+    def length(self) -> timedelta:
+        length: timedelta = self.end - self.start
+        return length
 
 
 @dataclass(frozen=True)
@@ -250,48 +263,43 @@ def _in_period(
 
 def _joined(intervals: list[Interval], label: TimeLabel, period: tuple[str, str] | None) -> Steps:
     """Subtract what began at the same time, keep what follows on; in the period it must be even and without gaps."""
-    pieces: list[tuple[Time, Time, int, int]] = []
+    pieces: list[_Piece] = []
     for i, now in enumerate(intervals):
         before = intervals[i - 1] if i else None
         if before is not None and now.start == before.start:
-            pieces.append((before.end, now.end, i, i - 1))
+            pieces.append(_Piece(before.end, now.end, i, i - 1))
         elif now.start is not None and now.start < now.end:
-            pieces.append((now.start, now.end, i, -1))
-    sums = any(base >= 0 for *_, base in pieces)
-    if len(pieces) > 1 and sums and pieces[0][3] < 0 and _length(pieces[0]) > _length(pieces[1]):
+            pieces.append(_Piece(now.start, now.end, i, -1))
+    sums = any(piece.base >= 0 for piece in pieces)
+    if len(pieces) > 1 and sums and pieces[0].base < 0 and pieces[0].length > pieces[1].length:
         pieces = pieces[1:]  # a running sum whose earlier part is not in the file is no amount of a step
     if not pieces:
         raise SourceError(
             "One running sum whose start nobody states is no amount of a step. Give at least two time steps."
         )
-    pieces = list(_in_period(pieces, period, lambda piece: piece[:2]))
-    if any(base >= 0 for *_, base in pieces):
+    pieces = list(_in_period(pieces, period, lambda piece: (piece.start, piece.end)))
+    if any(piece.base >= 0 for piece in pieces):
         label = "end"
     _check_chain(pieces)
-    axis = TimeAxis(pieces[0][0], _length(pieces[0]), len(pieces), label)
+    axis = TimeAxis(pieces[0].start, pieces[0].length, len(pieces), label)
     seconds = np.array([np.nan if i.start is None else (i.end - i.start).total_seconds() for i in intervals])
-    return Steps(axis, np.array([p[2] for p in pieces]), np.array([p[3] for p in pieces]), seconds)
+    return Steps(axis, np.array([p.record for p in pieces]), np.array([p.base for p in pieces]), seconds)
 
 
-def _length(piece: tuple[Time, Time, int, int]) -> timedelta:
-    length: timedelta = piece[1] - piece[0]
-    return length
-
-
-def _check_chain(pieces: list[tuple[Time, Time, int, int]]) -> None:
-    step = _length(pieces[0])
+def _check_chain(pieces: list[_Piece]) -> None:
+    step = pieces[0].length
     for i, piece in enumerate(pieces):
-        if _length(piece) != step:
+        if piece.length != step:
             raise SourceError(
-                f"Step {i} ({piece[0]} to {piece[1]}) lasts {_length(piece)}, the first {step}. Even steps are needed: "
-                "months, and forecasts that change their cadence, have none. Declare the `period:` of a part that has "
-                "them, of the source in catalog.yaml, or by --declare."
+                f"Step {i} ({piece.start} to {piece.end}) lasts {piece.length}, the first {step}. Even steps are "
+                "needed: months, and forecasts that change their cadence, have none. Declare the `period:` of a part "
+                "that has them, of the source in catalog.yaml, or by --declare."
             )
-    for (_, end, *_), (start, *_) in itertools.pairwise(pieces):
-        if start != end:
+    for before, after in itertools.pairwise(pieces):
+        if after.start != before.end:
             raise SourceError(
-                f"A step ends at {end} and the next one starts at {start}. Intervals without gap or overlap are "
-                f"needed. {MEND_GAP}"
+                f"A step ends at {before.end} and the next one starts at {after.start}. Intervals without gap or "
+                f"overlap are needed. {MEND_GAP}"
             )
 
 

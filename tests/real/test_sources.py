@@ -20,10 +20,10 @@ from stsr_core.evaluation.truth import read_truth
 from stsr_core.factors import Factor
 from stsr_core.settings import Settings
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import fingerprint, open_dataset
 from stsr_core.training.command import Data
 from tests.grib_files import REGULAR, write_grib
+from tests.reading import read_coarse
 
 START = Declared(time_label="start", accumulated="none")
 SOME_DAYS = ("2001-01-11", "2001-01-13")  # of the large files, their steps 10 and 11

@@ -8,6 +8,7 @@ from pyproj import CRS
 from rasterio.transform import from_origin
 
 from stsr_core.errors import SourceError
+from stsr_core.sources import remote
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.fine import fine_runs, places_of
 from stsr_core.sources.open import open_dataset
@@ -114,6 +115,25 @@ def test_units_are_never_guessed(hours):
         fine_runs(f"{hours}/*_RR.gtif", "RR")[0].read()
 
 
+def test_servers_that_do_not_answer_are_errors_that_tell_no_password(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    for url in ("http://ann:pw@127.0.0.1:9/*.nc", "http://ann:pw@127.0.0.1:9/archive"):
+        with pytest.raises(SourceError, match="http://127.0.0.1:9/.* cannot be read"):
+            places_of([url])
+
+
+@pytest.mark.parametrize(("variable", "change"), [("snow", {}), ("rain", {"accumulated": "run"}), ("orog", {})])
+def test_messages_hold_no_password(archive, site, variable, change):
+    folder, address = site
+    with xr.open_dataset(archive()) as data:
+        data.assign(orog=data["y"]).to_netcdf(folder / "a.nc")
+    url = address.replace("://", "://ann:pw@") + "/a.nc"
+    with pytest.raises(SourceError) as refused:
+        fine_runs(url, variable, Declared(**change))
+    assert f"{address}/a.nc" in str(refused.value)
+    assert "pw" not in str(refused.value)
+
+
 def test_bad_names_and_files_are_errors(hours, tmp_path):
     bad = tmp_path / "rain.tif"
     bad.write_bytes((hours / "2018050101_RR.gtif").read_bytes())
@@ -128,7 +148,7 @@ def test_bad_names_and_files_are_errors(hours, tmp_path):
         pass
     with pytest.raises(SourceError, match="holds no GeoTIFF"):
         open_dataset(str(empty))
-    with pytest.raises(SourceError, match="no variable 'rain'; it has"):
+    with pytest.raises(SourceError, match=r"No variable 'rain' in .*_RR.gtif; it has RR, crs"):
         fine_runs(f"{hours}/*_RR.gtif", "rain")
     with pytest.raises(SourceError, match="Nothing is at"):
         places_of([str(tmp_path / "nothing" / "*.nc")])

@@ -16,10 +16,11 @@ from stsr_core.regrid import regrid
 from stsr_core.sources.box import Box
 from stsr_core.sources.cube import CellCube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.grib import _outlines
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.grib import PACKING_STEP, _outlines
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import open_dataset
 from tests.grib_files import REGULAR, write_grib
+from tests.reading import read_coarse
 
 LATLON = CRS.from_epsg(4326).to_wkt()
 
@@ -181,7 +182,7 @@ def test_differences_of_packed_sums_dip_below_0_by_their_packing_at_most(forecas
     for dip, refused in ((0.9, False), (2.2, True)):
         path = forecast(*sums, bits=12)
         with open_dataset(path) as dataset:
-            quantum = dataset["tp"].attrs["packing_error"] * 1000
+            quantum = dataset["tp"].attrs[PACKING_STEP] * 1000
             values = dataset["tp"].values.copy()
             values[1, 0, 2] -= dip * quantum / 1000
             changed = dataset.assign(tp=dataset["tp"].copy(data=values))

@@ -9,8 +9,9 @@ import xarray as xr
 
 from stsr_core.errors import GridError, SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import cube_of, find, read_coarse, read_cube
+from stsr_core.sources.harmonise import find, read_cube
 from stsr_core.sources.open import open_dataset
+from tests.reading import cube_of, read_coarse
 
 END = Declared(time_label="end")
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"

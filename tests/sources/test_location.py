@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from stsr_core.errors import SourceError
-from stsr_core.sources.location import KEPT_S, Location, located
+from stsr_core.sources.location import KEPT_S, Location, located, stamp_of
 
 
 def test_relative_paths_start_from_the_folder_of_the_catalogue(tmp_path):
@@ -22,19 +22,39 @@ def test_an_unknown_scheme_is_an_error():
         Location.of("nosuch://a", None, None)
 
 
-def test_copies_are_kept_while_they_are_used_and_follow_the_file(tmp_path, monkeypatch):
+def write(path, content, time_s):
+    path.write_bytes(content)
+    os.utime(path, (time_s, time_s))
+
+
+def test_copies_are_kept_while_they_are_used_and_follow_the_file(site, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/sums.grib", b"one")
-    place = Location.of("memory://sums.grib", None, None)
+    folder, address = site
+    write(folder / "sums.grib", b"one", 1e9)
+    place = Location.of(f"{address}/sums.grib", None, None)
     first, again = Path(place.copied().path), Path(place.copied().path)
     assert (first, first.read_bytes()) == (again, b"one")
-    assert place.copied().url == "memory://sums.grib"
-    memory.pipe_file("/sums.grib", b"other")
+    assert place.copied().url == f"{address}/sums.grib"
+    write(folder / "sums.grib", b"two", 1e9 + 60)  # as many bytes: only their time tells them apart
     second = Path(place.copied().path)
-    assert (second.read_bytes(), first.read_bytes()) == (b"other", b"one")
+    assert (second.read_bytes(), first.read_bytes()) == (b"two", b"one")
     long_ago = time.time() - KEPT_S - 1
     os.utime(first.parent, (long_ago, long_ago))
     assert Path(place.copied().path) == second
     assert not first.exists()
     assert Location.of(str(second), None, None).copied().path == str(second)
+
+
+def test_what_no_server_says_the_time_of_is_copied_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    place = Location.of("memory://sums.grib", None, None)
+    for content in (b"one", b"two"):
+        memory.pipe_file("/sums.grib", content)
+        assert Path(place.copied().path).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "updated"])
+def test_every_filesystem_has_its_name_for_what_changes(name):
+    assert stamp_of({"size": 3, name: "then"}) == "3 then"
+    assert stamp_of({"size": 3}) is None

@@ -18,8 +18,8 @@ from stsr_core.factors import Factor
 from stsr_core.regrid import coarse_grid, regrid
 from stsr_core.sources.cube import CellCube, Cube
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
+from tests.reading import read_coarse
 
 ODDITIES = Path(__file__).parents[3] / "shared" / "data" / "oddities"
 pytestmark = pytest.mark.skipif(not ODDITIES.is_dir(), reason="shared/data/oddities is not here")

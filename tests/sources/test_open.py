@@ -1,7 +1,9 @@
 import json
+import os
 from dataclasses import replace
 from datetime import timedelta
 
+import fsspec
 import h5py
 import numpy as np
 import pandas as pd
@@ -14,8 +16,9 @@ from pyproj import CRS
 from stsr_core.errors import SourceError
 from stsr_core.sources.box import Box
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import fingerprint, open_dataset
+from tests.reading import read_coarse
 
 SAMPLE = "package:samples/arpege_fc1h_20180501_SE.nc"
 
@@ -46,8 +49,6 @@ def test_a_zarr_group_of_groups_names_them(tmp_path, zarr_format):
 
 
 def test_memory_urls_open_like_any_other_filesystem(tmp_path, data):
-    import fsspec
-
     data.to_netcdf(tmp_path / "a.nc")
     with fsspec.open("memory://bucket/a.nc", "wb") as f:
         f.write((tmp_path / "a.nc").read_bytes())
@@ -102,6 +103,27 @@ def test_fingerprints_follow_the_content(tmp_path, data):
     before = fingerprint(str(tmp_path / "c.zarr"))
     (tmp_path / "c.zarr" / "p" / "c" / "0" / "0" / "0").write_bytes(b"changed")
     assert fingerprint(str(tmp_path / "c.zarr")) != before
+
+
+@pytest.mark.parametrize("pattern", ["memory://fingerprints/*.nc", "site/*.nc", "site/a.nc"])
+def test_fingerprints_follow_files_that_listings_say_nothing_of(site, pattern):
+    folder, address = site
+    (folder / "index.html").write_text('<a href="a.nc">a.nc</a>')
+    found = []
+    for number, content in enumerate((b"one", b"two")):
+        (folder / "a.nc").write_bytes(content)
+        os.utime(folder / "a.nc", (number, number))
+        fsspec.filesystem("memory").pipe_file("/fingerprints/a.nc", content)
+        found += [fingerprint(pattern.replace("site", address)) for _ in range(2)]
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_the_fingerprint_of_a_glob_of_stores_follows_their_chunks(tmp_path, data):
+    data.to_zarr(tmp_path / "a.zarr", zarr_format=3, consolidated=False)
+    before = fingerprint(str(tmp_path / "*.zarr"))
+    assert fingerprint(str(tmp_path / "*.zarr")) == before
+    (tmp_path / "a.zarr" / "p" / "c" / "0" / "0" / "0").write_bytes(b"changed")
+    assert fingerprint(str(tmp_path / "*.zarr")) != before
 
 
 def test_a_missing_source_has_no_fingerprint(tmp_path):
@@ -353,8 +375,6 @@ class Counting(LocalFileSystem):
 
 @pytest.mark.parametrize("kind", ["zarr2", "zarr3", "hdf5"])
 def test_only_the_period_and_the_box_are_read(tmp_path, kind):
-    import fsspec
-
     fsspec.register_implementation("counting", Counting, clobber=True)
     nt, n, c = 96, 240, 20
     values = np.random.default_rng(0).random((nt, n, n), np.float32)

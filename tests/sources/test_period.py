@@ -6,7 +6,7 @@ import pytest
 
 from stsr_core.errors import SourceError
 from stsr_core.grids import TimeAxis
-from stsr_core.sources.period import period_of, within
+from stsr_core.sources.period import in_period, whole_days
 from stsr_core.sources.times import Steps
 
 
@@ -16,27 +16,27 @@ def steps(start, step_h=6, size=12):
 
 
 def test_whole_days_are_cut_out_the_last_one_included():
-    cut = within(steps(datetime(2020, 1, 1)), date(2020, 1, 2), date(2020, 1, 3))
+    cut = whole_days(steps(datetime(2020, 1, 1)), date(2020, 1, 2), date(2020, 1, 3))
     assert cut.record.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
     assert cut.axis.start == datetime(2020, 1, 2)
 
 
 def test_steps_that_reach_over_midnight_are_left_out():
-    cut = within(steps(datetime(2020, 1, 1, 3)), date(2020, 1, 2), date(2020, 1, 2))
+    cut = whole_days(steps(datetime(2020, 1, 1, 3)), date(2020, 1, 2), date(2020, 1, 2))
     assert cut.record.tolist() == [4, 5, 6]  # 03-09, 09-15, 15-21; 21-03 reaches over
 
 
 def test_calendars_without_leap_days():
     start = cftime.datetime(2020, 2, 28, calendar="noleap")
-    cut = within(steps(start), date(2020, 3, 1), date(2020, 3, 1))
+    cut = whole_days(steps(start), date(2020, 3, 1), date(2020, 3, 1))
     assert cut.record.tolist() == [4, 5, 6, 7]
-    with pytest.raises(SourceError, match="no day of the source's calendar noleap"):
-        within(steps(start), date(2020, 2, 29), date(2020, 2, 29))
+    with pytest.raises(SourceError, match="'2020-02-29' is no date of the calendar of the source .*noleap"):
+        whole_days(steps(start), date(2020, 2, 29), date(2020, 2, 29))
 
 
 def test_days_outside_the_source_are_refused():
     with pytest.raises(SourceError, match="no step within 2021-01-01 to .*covers 2020-01-01.* to 2020-01-04"):
-        within(steps(datetime(2020, 1, 1)), date(2021, 1, 1), date(2021, 1, 2))
+        whole_days(steps(datetime(2020, 1, 1)), date(2021, 1, 1), date(2021, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_days_outside_the_source_are_refused():
 )
 def test_days_of_which_the_source_has_a_part_are_refused(start, step_h, size, kept):
     if kept is not None:
-        assert within(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3)).axis.size == kept
+        assert whole_days(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3)).axis.size == kept
         return
     with pytest.raises(SourceError, match="only a part of 2020-01-01 to 2020-01-03; it covers .*Ask for days within"):
-        within(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3))
+        whole_days(steps(start, step_h, size), date(2020, 1, 1), date(2020, 1, 3))
 
 
 @pytest.mark.parametrize("calendar", ["standard", "noleap", "360_day"])
@@ -81,12 +81,12 @@ def test_days_of_which_the_source_has_a_part_are_refused(start, step_h, size, ke
 )
 def test_periods_have_hours_and_offsets_from_utc_in_every_calendar(calendar, period, records):
     start = datetime(2001, 1, 1) if calendar == "standard" else cftime.datetime(2001, 1, 1, calendar=calendar)
-    assert period_of(steps(start), period).record.tolist() == records
+    assert in_period(steps(start), period).record.tolist() == records
 
 
 def test_periods_name_days_of_the_calendar():
     start = cftime.datetime(2001, 2, 29, calendar="360_day")
-    assert period_of(steps(start), ("2001-02-30", "2001-03-01")).record.tolist() == [4, 5, 6, 7]
+    assert in_period(steps(start), ("2001-02-30", "2001-03-01")).record.tolist() == [4, 5, 6, 7]
     for text in ("2001-01-31", "2001-01-30T25:00", "2001-01"):
-        with pytest.raises(SourceError, match=f"'{text}' is no date of the calendar .*Write it as 2001-12-31"):
-            period_of(steps(start), (text, "2001-03-01"))
+        with pytest.raises(SourceError, match=f"'{text}' is no date of the calendar .*Name another, as 2001-12-31"):
+            in_period(steps(start), (text, "2001-03-01"))

@@ -15,8 +15,8 @@ from stsr_core.grids import Axis, Cells, Grid
 from stsr_core.regrid import PARALLEL_POINTS, coarse_grid, native_factor, reach, regrid
 from stsr_core.sources.box import Box
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import read_coarse
 from stsr_core.sources.open import open_dataset
+from tests.reading import read_coarse
 
 TARGET = TargetGrid(crs="EPSG:2154", spacing_m=1000.0, x_min=8.5e5, x_max=9.0e5, y_min=6.3e6, y_max=6.35e6)
 LATTICE = coarse_grid(TARGET, Factor(space=10, time=1))

@@ -19,8 +19,9 @@ from stsr_core.configuration import Configuration, shipped_catalog
 from stsr_core.errors import SourceError
 from stsr_core.inspection import inspect
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.harmonise import find
 from stsr_core.sources.open import open_dataset
+from tests.reading import read_coarse
 
 MM = np.random.default_rng(5).gamma(0.5, 2.0, (4, 5, 6)).astype(np.float32)
 LAT, LON = 43.0 + 0.1 * np.arange(5), 4.0 + 0.1 * np.arange(6)

@@ -9,7 +9,8 @@ import xarray as xr
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.harmonise import find, read_coarse
+from stsr_core.sources.harmonise import find
+from tests.reading import read_coarse
 
 RAIN = np.random.default_rng(0).gamma(0.5, 2.0, (2, 4, 3, 5))  # of two runs, 12 h apart
 HOURS = np.arange(1, 5) * 3  # of their lead times

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stsr_core.errors import SourceError
 from stsr_core.sources.declared import Declared
-from stsr_core.sources.period import period_of
+from stsr_core.sources.period import in_period
 from stsr_core.sources.times import steps_of, with_written_times
 
 DAY = datetime(2001, 1, 1)
@@ -111,13 +111,13 @@ def test_files_with_times_of_their_own_keep_them_beside_a_variable_of_written_on
 def test_a_period_keeps_whole_steps_of_the_calendar_of_the_source():
     start = cftime.Datetime360Day(2001, 2, 1)
     stamps = [start + timedelta(days=i) for i in range(60)]
-    steps = period_of(steps_of(stamps, None, Declared(time_label="start")), ("2001-02-29", "2001-03-02"))
+    steps = in_period(steps_of(stamps, None, Declared(time_label="start")), ("2001-02-29", "2001-03-02"))
     assert [str(t)[:10] for t in steps.axis.labels] == ["2001-02-29", "2001-02-30", "2001-03-01"]
     np.testing.assert_array_equal(steps.record, [28, 29, 30])
     with pytest.raises(SourceError, match="No step lies between"):
-        period_of(steps, ("2002-01-01", "2002-02-01"))
+        in_period(steps, ("2002-01-01", "2002-02-01"))
     with pytest.raises(SourceError, match="no date of the calendar"):
-        period_of(steps, ("2001-13-01", "2002-02-01"))
+        in_period(steps, ("2001-13-01", "2002-02-01"))
 
 
 @pytest.mark.parametrize(
