@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +23,9 @@ from stsr_core.evaluation.reference import reference_ensemble
 from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, ratio, scores
 from stsr_core.evaluation.truth import Truth, read_truth
 from stsr_core.factors import ConservationFunction, nearest_spacing
-from stsr_core.grids import Axis, Grid, TimeAxis
 from stsr_core.networks.layers import Level
 from stsr_core.progress import Watch, unwatched
-from stsr_core.sources.cube import Cube
+from stsr_core.sources.cube import as_cube
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -139,15 +138,6 @@ def _defined(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_defined(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
-    """Wrap coarse amounts as a cube on an abstract 1 km, 1 h fine lattice."""
-    _, ny, nx = coarse.shape
-    s = float(factor.space)
-    grid = Grid(Axis(s / 2, s, ny), Axis(s / 2, s, nx))
-    times = TimeAxis(datetime(2000, 1, 1), timedelta(hours=factor.time), len(coarse))
-    return Cube(coarse, times, grid, {})
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,6 @@ def maps(evaluation: Evaluation) -> Figure:
     ]
     figure = Figure(figsize=(3 * len(columns), 3.2 * len(truth.names)), layout="constrained")
     axes = figure.subplots(len(truth.names), len(columns), squeeze=False)
-    image = None
     for p, name in enumerate(truth.names):
         step = int(np.nansum(truth.fine[p], axis=(1, 2)).argmax())
         shown = {
@@ -175,8 +174,7 @@ def maps(evaluation: Evaluation) -> Figure:
         for axis, column in zip(axes[p], columns, strict=True):
             image = axis.imshow(shown[column], **style)
             axis.set(title=f"{name}\n{column}" if column == "coarse" else column, xticks=[], yticks=[])
-    if image is not None:
-        figure.colorbar(image, ax=axes.ravel().tolist(), label="mm per step", shrink=0.7, ticks=levels)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="mm per step", shrink=0.7, ticks=levels)
     return figure
 
 

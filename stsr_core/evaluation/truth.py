@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,15 +71,14 @@ def read_truth(
     places = places_of(urls, options_of=options_of)
     runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
     spacings, step_h = _alike(places, [run for run, _ in runs])
-    fields = [
-        _middle(_averaged(amount, coarser), cells, factor, place)
-        for (_, amount), place in zip(runs, places, strict=True)
-    ]
-    nt, ny, nx = (min(f.shape[axis] for f in fields) for axis in range(3))
     s, t = factor.space, factor.time
-    cut = [
-        _middle(f[: nt // t * t], min(ny, nx, cells), factor, place) for f, place in zip(fields, places, strict=True)
-    ]
+
+    def middles(fields: Iterable[NDArray[np.float32]], side: int) -> list[NDArray[np.float32]]:
+        return [_middle(f, side, factor, place) for f, place in zip(fields, places, strict=True)]
+
+    wide = middles((_averaged(amount, coarser) for _, amount in runs), cells)
+    nt, *sides = (min(f.shape[axis] for f in wide) for axis in range(3))
+    cut = middles((f[:nt] for f in wide), min(sides))
     coarse = np.stack([coarsen(c, factor) for c in cut])
     if np.isnan(coarse).all():
         raise SourceError(
@@ -88,14 +87,10 @@ def read_truth(
         )
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
-    seen = tuple(
-        None
-        if field is None
-        else _middle(_middle(_averaged(field, coarser), cells, factor, place), min(ny, nx, cells), factor, place)
-        for field, place in zip((statics(run.grid) for run, _ in runs), places, strict=True)
-    )
+    below = [_averaged(f, coarser) for run, _ in runs if (f := statics(run.grid)) is not None]
+    seen = middles(middles(below, cells), min(sides)) if below else [None] * len(places)
     spacing = coarser * float(np.mean(spacings))
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing, step_h)
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, tuple(seen), spacing, step_h)
 
 
 def _check_asked(hours: int, cells: int, factor: Factor) -> None:
