@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from stsr_core.factors import ConservationFunction, nearest_spacing
 from stsr_core.networks.layers import Level
 from stsr_core.progress import Watch, unwatched
 from stsr_core.sources.cube import as_cube
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
@@ -58,6 +60,8 @@ class Options:
         hours: fine steps, the wettest.
         cells: fine cells along the square in the middle.
         variable: name of the amounts.
+        declared: what the files do not say themselves.
+        base: folder that relative paths start from.
         coarser: times that the spacing of the fine grids is multiplied by, to stand for other grids.
         seed: of the ensembles.
         workers: threads.
@@ -72,6 +76,8 @@ class Options:
     hours: int = 24
     cells: int = 384
     variable: str = "precipitation"
+    declared: Declared = NOTHING
+    base: Path | None = None
     coarser: int = 1
     seed: int = 1
     workers: int = 1
@@ -236,7 +242,8 @@ def evaluate(
     factor = downscaler.factor
     require_seen(checkpoint.card.statics, options.statics)
     truth = read_truth(
-        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, coarser=options.coarser,
+        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, declared=options.declared,
+        base=options.base, coarser=options.coarser,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
         options_of=options.options_of,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy as np
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 
@@ -52,6 +53,8 @@ def read_truth(
     hours: int,
     cells: int,
     variable: str,
+    declared: Declared = NOTHING,
+    base: Path | None = None,
     coarser: int = 1,
     statics: Callable[[Grid], NDArray[np.float32] | None] = lambda _: None,
     options_of: OptionsOf = no_options,
@@ -59,7 +62,8 @@ def read_truth(
     """Read the wettest `hours` and the middle `cells` x `cells` of fine files, cut to whole coarse cells.
 
     Files smaller than asked for make all places smaller: they are scored as one sample. Grids are made `coarser` so
-    many times before all else. `statics` gives the static fields on the grid of a file, `options_of` the options of the
+    many times before all else. `declared` is what the files do not say themselves, `base` the folder that relative
+    paths start from. `statics` gives the static fields on the grid of a file, `options_of` the options of the
     filesystem of a URL.
 
     Raises:
@@ -68,8 +72,11 @@ def read_truth(
             coarse cell is whole, or whose cells or steps differ.
     """
     _check_asked(hours, cells, factor)
-    places = places_of(urls, options_of=options_of)
-    runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
+    places = places_of(urls, base, options_of)
+    runs = [
+        _wettest(place, fine_runs(place, variable, declared, storage_options=options_of(place)), hours, factor)
+        for place in places
+    ]
     spacings, step_h = _alike(places, [run for run, _ in runs])
     s, t = factor.space, factor.time
 
@@ -123,12 +130,10 @@ def _averaged(fields: NDArray[np.float32], cells: int) -> NDArray[np.float32]:
     return coarsen(fields[:, :ny, :nx], Factor(space=cells, time=1))
 
 
-def _wettest(
-    url: str, variable: str, hours: int, factor: Factor, storage_options: Mapping[str, object]
-) -> tuple[FineRun, NDArray[np.float32]]:
+def _wettest(url: str, runs: Sequence[FineRun], hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:
     """Read the wettest `hours` inside one gap-free run of a file, whole coarse steps; and which run it was."""
     best: tuple[float, FineRun, int, int] | None = None
-    for run in fine_runs(url, variable, storage_options=storage_options):
+    for run in runs:
         nt = min(hours, run.steps) // factor.time * factor.time
         if nt:
             sums = np.convolve(_rain(run), np.ones(nt), "valid")

@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import xarray as xr
 
 from stsr_core.checkpoint import Library
 from stsr_core.errors import ConfigurationError, FactorError, SourceError
-from stsr_core.evaluation.command import evaluate_checkpoint, table_text
+from stsr_core.evaluation.command import chosen_data, evaluate_checkpoint, table_text
 from stsr_core.evaluation.evaluate import BASELINES, OURS, Options
 from stsr_core.evaluation.report import bars
 from stsr_core.evaluation.truth import read_truth
@@ -67,6 +68,60 @@ def test_places_of_other_cells_or_steps_are_no_one_sample(tmp_path):
     for other in ("half", "wide"):
         with pytest.raises(SourceError, match="cells or steps differ"):
             read_truth([path, str(tmp_path / f"{other}.nc")], FACTOR, hours=6, cells=40, variable="precipitation")
+
+
+def published(path: Path) -> str:
+    """Write files that say neither their units nor which value marks missing cells, as COMEPHORE's."""
+    data = xr.load_dataset(write(path, hours=6, cells=24))
+    raw = (10 * data["precipitation"]).round()
+    raw[:, 0, 1] = 65535.0
+    raw.drop_attrs().rename("RR").to_netcdf(path)
+    return str(path)
+
+
+def test_files_are_read_as_declared(tmp_path):
+    path = published(tmp_path / "a.nc")
+    expected = xr.load_dataset(write(tmp_path / "b.nc", hours=6, cells=24))["precipitation"].to_numpy()
+    lines = ["units: 0.1 mm", "missing_values: [65535]"]
+    urls, options = chosen_data([path], None, Options(), variable="RR", declare=lines, catalog_file=tmp_path / "none")
+    truth = read_truth(
+        urls, FACTOR, hours=6, cells=24, variable=options.variable, declared=options.declared, base=options.base
+    )
+    np.testing.assert_allclose(truth.fine[0, :, 4:, 4:], expected[:, 4:24, 5:25], atol=0.051)
+    assert np.argwhere(np.isnan(truth.coarse)).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+
+
+def test_the_validation_files_of_an_archive_are_read_as_the_catalogue_declares(tmp_path):
+    published(tmp_path / "a.nc")
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(
+        """
+sources: {}
+grids: {}
+products: {}
+archives:
+  radar:
+    train: ['b.nc']
+    validation: ['a.nc']
+    variable: RR
+    units: 0.1 mm
+    missing_values: [65535]
+    description: radar
+    license: none
+    attribution: nobody
+"""
+    )
+    chosen = partial(chosen_data, options=Options(), variable=None, declare=[], catalog_file=catalog)
+    urls, options = chosen([], "radar")
+    assert (options.variable, options.declared.units, options.declared.missing_values) == ("RR", "0.1 mm", (65535.0,))
+    truth = read_truth(urls, FACTOR, hours=6, cells=24, variable="RR", declared=options.declared, base=options.base)
+    assert truth.names == ("a",)
+    assert 5 < np.nanmax(truth.fine) < 60
+    _, options = chosen([], "radar", declare=["units: mm"])
+    assert (options.declared.units, options.declared.missing_values) == ("mm", (65535.0,))
+    for urls, archive in (([], None), (["a.nc"], "radar")):
+        with pytest.raises(ConfigurationError, match="fine files, or an archive of catalog.yaml; one of the two"):
+            chosen(urls, archive)
 
 
 def test_the_wettest_hours_stay_inside_one_run(tmp_path):
