@@ -19,12 +19,14 @@ from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import chosen_data, evaluate_checkpoint
 from stsr_core.evaluation.evaluate import Evaluation, Options
+from stsr_core.evaluation.report import number_text
 from stsr_core.settings import Settings
 from stsr_core.statics import named_sources
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from stsr_core.evaluation.bars import Bar
     from stsr_core.evaluation.evaluate import Table
     from stsr_core.progress import Advance
 
@@ -93,6 +95,7 @@ def evaluate(
         urls, factor, options, checkpoints=checkpoints or own, record=record, report=report, numbers=numbers
     )  # fmt: skip
     artifacts.table(_key("scores", factor), score_rows(evaluation.table), f"Scores of {factor}")
+    artifacts.table(_key("bars", factor), bar_rows(evaluation.bars), f"What {factor} must keep to")
     return {method: dict(scores) for method, scores in evaluation.table.items()}
 
 
@@ -123,6 +126,19 @@ def score(
 
 def _key(kind: str, factor: FactorParameter, *parts: str) -> str:
     return artifacts.key_of(kind, f"{factor.space}x{factor.time}", *parts)
+
+
+def bar_rows(bars: Sequence[Bar]) -> list[dict[str, str | int | float]]:
+    """One row a bar."""
+    return [
+        {
+            "bar": bar.score,
+            "wanted": f"{bar.low:g} to {bar.high:g}",
+            "found": number_text(bar.found),
+            "met": bar.verdict,
+        }
+        for bar in bars
+    ]
 
 
 def score_rows(scores: Table) -> list[dict[str, str | int | float]]:

@@ -532,7 +532,7 @@ def evaluate(
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, interval in evaluation.intervals.items():
-        say(f"CRPS over {name}: 95 % interval {interval_text(interval, evaluation.blocks)}")
+        say(f"{name}: 95 % interval {interval_text(interval, evaluation.blocks, evaluation.block)}")
 
 
 @app.command()

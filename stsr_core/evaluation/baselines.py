@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 SMOOTH = {"spectral_fusion": True, "kernel_type": "tophat"}  # options of pysteps, see `rainfarm`
+RAINFARMS = {"rainfarm": False, "rainfarm_smooth": True}  # whether it is smoothed
+BASELINES = ("even", "linear", *RAINFARMS)
 RAINFARM_CELLS = 4  # coarse cells along the longer side that pysteps needs to fit a slope
 
 

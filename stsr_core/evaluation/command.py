@@ -85,7 +85,7 @@ def evaluate_checkpoint(
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
         checkpoint = with_measured(checkpoint, factor, told, Measured(scores=scores, statistics=statistics))
     if json_file is not None:
-        json_file.write_text(json.dumps(evaluation.as_json(), indent=1, allow_nan=False))
+        json_file.write_text(json.dumps(evaluation.as_json(checkpoint), indent=1, allow_nan=False))
     if html_file is not None:
         html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
     if record and not fitting:

@@ -45,6 +45,11 @@ class Truth:
     spacing_km: float = 1.0
     step_h: float = 1.0
 
+    @property
+    def steps_per_day(self) -> int:
+        """Fine steps of 24 h, rounded; one where they are longer."""
+        return max(1, round(24 / self.step_h))
+
 
 def read_truth(
     urls: Sequence[str],
