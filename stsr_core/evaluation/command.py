@@ -37,7 +37,7 @@ def chosen_data(
         ConfigurationError: neither or both are named, no such archive, or a line that is no declaration.
     """
     if bool(urls) == (archive is not None):
-        raise ConfigurationError("Name fine files, or an archive of catalog.yaml; one of the two.")
+        raise ConfigurationError("Name fine files, or an archive of catalog.yaml; one of the two, not both.")
     given = Declarations.of(declare)
     if archive is None:
         return urls, replace(options, variable=variable or options.variable, declared=given.declared)

@@ -65,6 +65,7 @@ Table = dict[str, dict[str, float]]
 WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive downscaling
 OURS = "stsr"
 REFERENCE = "reference"
+OF_TRUTH = " of the truth"  # whose response stands beside that of our members
 
 
 @dataclass(frozen=True)
@@ -414,7 +415,7 @@ def _warming(runner: _Runner, base: NDArray[np.float32]) -> dict[str, dict[str, 
         after = characteristics(runner.ensemble(name=name, raised=factor).fields, days)
         expected = characteristics(truth * np.float32(factor), days)
         signal[f"{factor:g}"] = {k: ratio(after[k], before[k]) for k in before} | {
-            f"{k} of the truth": ratio(expected[k], reference[k]) for k in reference
+            f"{k}{OF_TRUTH}": ratio(expected[k], reference[k]) for k in reference
         }
         runner.report(f"{name}: done")
     return signal

@@ -12,7 +12,7 @@ import numpy as np
 
 from stsr_core.evaluation.baselines import RAINFARMS
 from stsr_core.evaluation.bootstrap import LEAST_BLOCKS, Block, Day
-from stsr_core.evaluation.evaluate import OURS, Evaluation
+from stsr_core.evaluation.evaluate import OF_TRUTH, OURS, Evaluation
 from stsr_core.evaluation.variants import HOW
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from stsr_core.evaluation.truth import Truth
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums;display:block}
+table{overflow-x:auto;white-space:nowrap}
 th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
 th:first-child,td:first-child{text-align:left}.no{background:#fde2dd}.yes{background:#e3f3e3}
 img{max-width:100%}caption{text-align:left;font-weight:600;padding:.4em 0}"""
@@ -125,7 +126,10 @@ def _scores(caption: str, names: list[str], evaluation: Evaluation) -> str:
 def _days(truth: Truth) -> str:
     """What days of the indices are, and why indices are missing."""
     steps, day = truth.fine.shape[1], truth.steps_per_day
-    said = "Days of rx1day, sdii and spells of days are 24 h from the first step that is scored."
+    said = (
+        "Closure is the largest of a coarse cell, in mm before storage and in quanta after it. Spells are of steps, or "
+        "of days; days, those of rx1day and sdii too, are 24 h from the first step that is scored."
+    )
     if steps >= 2 * day:
         return said
     lacking = "There are none" if steps < day else "There are no spells of days"
@@ -135,9 +139,13 @@ def _days(truth: Truth) -> str:
 def _signal_table(evaluation: Evaluation) -> str:
     if not evaluation.signal:
         return ""
-    names = list(next(iter(evaluation.signal.values())))
-    rows = [[_cell(n), *(_cell(number_text(s[n])) for s in evaluation.signal.values())] for n in names]
-    return _table("Response to a wetter input", ["statistic", *(f"x {k}" for k in evaluation.signal)], rows)
+    names = [n for n in next(iter(evaluation.signal.values())) if not n.endswith(OF_TRUTH)]
+    rows = [
+        [_cell(n), *(_cell(number_text(s[n + of])) for s in evaluation.signal.values() for of in ("", OF_TRUTH))]
+        for n in names
+    ]
+    head = ["statistic", *(f"{of}x {k}" for k in evaluation.signal for of in ("", "truth "))]
+    return _table("Response to a wetter input", head, rows)
 
 
 def _picture(figure: Figure, caption: str) -> str:
