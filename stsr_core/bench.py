@@ -30,8 +30,8 @@ from stsr_core.ensemble.generate import Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import make_shard
 from stsr_core.evaluation.baselines import rainfarm, without_rainfarm
-from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import recipe
+from stsr_core.sources.cube import as_cube
 from stsr_core.sources.declared import Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -294,9 +293,8 @@ def inspect(
 
     settings = Settings()
     configuration = Configuration.load(choose_catalog(catalog_file or settings.catalog_file))
-    given = Declarations.of(declare or [])
     declared = configuration.source(source).declared if source else Declarations().declared
-    declared = replace(declared, **{name: getattr(given.declared, name) for name in given.model_fields_set})
+    declared = Declarations.of(declare or []).over(declared)
     with open_dataset(url, storage_options=settings.source_options(url)) as dataset:
         found = look(
             dataset, variable or (configuration.source(source).variable if source else None), declared, configuration,
@@ -459,9 +457,14 @@ def _factor(text: str) -> tuple[int, int]:
 
 @app.command()
 def evaluate(
-    data: Annotated[list[str], typer.Argument(help="Fine files, folders of NetCDF files, globs or URLs.")],
     space: Annotated[int, typer.Option(min=1, help="Factor in space.")],
     time: Annotated[int, typer.Option(min=1, help="Factor in time.")],
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Fine files, folders of NetCDF files, globs or URLs.", show_default=False)
+    ] = None,
+    archive: Annotated[
+        str | None, typer.Option(help="Without files: archive of catalog.yaml whose validation files are scored.")
+    ] = None,
     members: Annotated[int, typer.Option(min=1, help="Members.")] = 8,
     hours: Annotated[int, typer.Option(min=1, help="Fine steps that are scored, the wettest of each file.")] = 24,
     cells: Annotated[int, typer.Option(min=1, help="Fine cells along the square that is scored, in the middle.")] = 384,
@@ -471,7 +474,11 @@ def evaluate(
             min=1, max=25, help="First average the data to so many times their spacing, to stand for other grids."
         ),
     ] = 1,
-    variable: Annotated[str, typer.Option(help="Variable that holds the amounts.")] = "precipitation",
+    variable: Annotated[
+        str | None, typer.Option(help="Variable that holds the amounts; else that of the archive, or precipitation.")
+    ] = None,
+    declare: DeclareOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the ensembles.")] = 1,
     ablations: Annotated[
         bool, typer.Option("--ablations", help="Also score variants of sampler, windows and f.")
     ] = False,
@@ -501,7 +508,8 @@ def evaluate(
     Fine files are coarsened, downscaled again and scored, all files as one sample. RainFARM needs the extra
     `evaluate` (pip install 'stsr[evaluate]').
     """
-    from stsr_core.evaluation.command import evaluate_checkpoint, table_text
+    from stsr_core.configuration import choose_catalog
+    from stsr_core.evaluation.command import chosen_data, evaluate_checkpoint, table_text
     from stsr_core.evaluation.evaluate import Options
     from stsr_core.evaluation.report import interval_text
     from stsr_core.progress import progress_bar
@@ -510,19 +518,23 @@ def evaluate(
     settings = Settings()
     own = Path(settings.checkpoints) if settings.checkpoints else None
     options = Options(
-        members=members, hours=hours, cells=cells, coarser=coarser, variable=variable,
+        members=members, hours=hours, cells=cells, coarser=coarser, seed=seed,
         workers=(settings.workers if workers is None else workers) or os.cpu_count() or 1, ablations=ablations,
         reference=reference, warming=warming, statics=_statics(static, settings), options_of=settings.source_options,
     )  # fmt: skip
+    urls, options = chosen_data(
+        [at_home(place) for place in data or []], archive, options,
+        variable=variable, declare=declare or [], catalog_file=choose_catalog(settings.catalog_file),
+    )  # fmt: skip
     evaluation = evaluate_checkpoint(
-        [at_home(place) for place in data], space, time, options,
+        urls, space, time, options,
         checkpoints=checkpoints or own, record=record, json_file=json_file, html_file=html_file,
         device=_device(device, settings), precision=settings.precision,
         report=lambda s: print(s, file=sys.stderr), watch=progress_bar,
     )  # fmt: skip
     say(table_text(evaluation.table))
     for name, interval in evaluation.intervals.items():
-        say(f"CRPS over {name}: 95 % interval {interval_text(interval, evaluation.blocks)}")
+        say(f"{name}: 95 % interval {interval_text(interval, evaluation.blocks, evaluation.block)}")
 
 
 @app.command()

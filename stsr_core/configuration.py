@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -93,6 +93,10 @@ class Declarations(_Frozen):
         """What the files do not say themselves."""
         select = {dim: tuple(wanted) if isinstance(wanted, list) else wanted for dim, wanted in self.select.items()}
         return Declared(**{field.name: getattr(self, field.name) for field in fields(Declared)} | {"select": select})
+
+    def over(self, declared: Declared) -> Declared:
+        """What is declared here, else there."""
+        return replace(declared, **{name: getattr(self.declared, name) for name in self.model_fields_set})
 
     @classmethod
     def of(cls, lines: Sequence[str]) -> Self:

@@ -256,6 +256,18 @@ def test_workers_and_checkpoints_are_those_of_the_settings_unless_they_are_named
     assert asked["checkpoints"] == Path("other")
 
 
+def test_evaluate_takes_declarations_and_archives(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(command, "evaluate_checkpoint", lambda *given, **_: asked.update(urls=given[0], of=given[3]))
+    monkeypatch.setattr(command, "table_text", lambda _: sys.exit())
+    factor = ["--space", "10", "--time", "1"]
+    CliRunner().invoke(app, ["evaluate", "x.nc", *factor, "--declare", "units: mm/h", "--seed", "4"])
+    assert (asked["urls"], asked["of"].declared.units, asked["of"].seed) == (["x.nc"], "mm/h", 4)
+    CliRunner().invoke(app, ["evaluate", "--archive", "comephore", *factor])
+    assert (asked["of"].variable, asked["of"].declared.units) == ("RR", "0.1 mm")
+    assert asked["urls"] == ("archives/comephore/H_COMEPHORE_2018*.tar",)
+
+
 def test_no_conserve_is_accepted(here, coarse, tmp_path):
     done = here("downscale", coarse, tmp_path / "o.zarr", *REQUEST, "--no-conserve")
     assert done.returncode == 0, done.stderr

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from stsr_core.conservation import conserve
-from stsr_core.factors import ConservationFunction
+from stsr_core.factors import ConservationFunction, Factor
 from stsr_core.networks.transform import linear_interpolation
 
 if TYPE_CHECKING:
@@ -21,11 +20,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stsr_core.factors import Factor
     from stsr_core.progress import Advance
 
 
 SMOOTH = {"spectral_fusion": True, "kernel_type": "tophat"}  # options of pysteps, see `rainfarm`
+RAINFARMS = {"rainfarm": False, "rainfarm_smooth": True}  # whether it is smoothed
+BASELINES = ("even", "linear", *RAINFARMS)
 RAINFARM_CELLS = 4  # coarse cells along the longer side that pysteps needs to fit a slope
 
 
@@ -87,9 +87,7 @@ def rainfarm(
         from pysteps.downscaling import rainfarm as method
 
     amount = np.nan_to_num(coarse)
-    padded = torch.from_numpy(np.pad(amount, ((1, 1), (0, 0), (0, 0)), mode="edge"))[None, None] / factor.time
-    in_time = F.interpolate(padded, scale_factor=(float(factor.time), 1.0, 1.0), mode="trilinear")[0, 0]
-    frames = in_time[factor.time : -factor.time].numpy().astype(np.float64)
+    frames = linear(amount, Factor(space=1, time=factor.time))[0].astype(np.float64)
     (steps, ny, nx), s = frames.shape, factor.space
     fields = np.empty((members, steps, ny * s, nx * s), np.float32)
     state = np.random.get_state()  # pysteps draws from the global generator

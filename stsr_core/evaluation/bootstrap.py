@@ -1,8 +1,14 @@
-"""Confidence intervals of CRPS ratios, by resampling blocks of hours and places."""
+"""Confidence intervals of ratios of means, by resampling.
+
+Whole days of places are resampled where there are LEAST_BLOCKS of them at least. Fewer have no interval, and blocks of
+hours and cells are resampled in their stead as if they were independent. They are not quite: rain an hour later and a
+block further is of the same weather, so that these intervals are too narrow for other days and places.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,19 +16,45 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BLOCK_STEPS = 6  # steps of a block; rain an hour later is no new evidence
-BLOCK_CELLS = 128  # cells along a block
 RESAMPLES = 2000
 # An interval lies within the range of its blocks, and that of n holds the middle of their law with 1 - 2^(1-n): with
 # less than 95 % where there are fewer than these, whatever is resampled.
 LEAST_BLOCKS = 6
 
 
-def sums_by_block(crps: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Sums of a CRPS field (P, T, Y, X) over blocks, flat; those at the far edges are smaller, empty ones left out."""
-    sums, counts = np.nan_to_num(crps).astype(np.float64), np.isfinite(crps).astype(np.float64)
-    for axis, size in ((1, BLOCK_STEPS), (2, BLOCK_CELLS), (3, BLOCK_CELLS)):
-        edges = np.arange(0, crps.shape[axis], size)
+@dataclass(frozen=True)
+class Block:
+    """What is resampled as one: so many steps, and so many cells along a square, of one place."""
+
+    steps: int
+    cells: int
+
+    def __str__(self) -> str:
+        return f"blocks of {self.steps} steps and {self.cells} cells"
+
+
+@dataclass(frozen=True)
+class Day(Block):
+    """All cells of a place for a day."""
+
+    def __str__(self) -> str:
+        return "whole days of places"
+
+
+SMALL = Block(steps=6, cells=128)
+
+
+def block_of(truth: NDArray[np.float32], steps_per_day: int) -> Block:
+    """Choose what is resampled of fields like a truth (P, T, Y, X), NaN where missing."""
+    day = Day(steps_per_day, max(truth.shape[-2:]))
+    return day if len(sums_by_block(truth, day)) >= LEAST_BLOCKS else SMALL
+
+
+def sums_by_block(values: NDArray[np.floating], block: Block) -> NDArray[np.float64]:
+    """Sums of a field (P, T, Y, X) over blocks, flat; those at the far edges are smaller, empty ones left out."""
+    sums, counts = np.nan_to_num(values).astype(np.float64), np.isfinite(values).astype(np.float64)
+    for axis, size in ((1, block.steps), (2, block.cells), (3, block.cells)):
+        edges = np.arange(0, values.shape[axis], size)
         sums, counts = np.add.reduceat(sums, edges, axis=axis), np.add.reduceat(counts, edges, axis=axis)
     valid = counts.ravel() > 0
     return sums.ravel()[valid]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stsr_core.checkpoint import Library, Measured, with_measured
+from stsr_core.configuration import Configuration, Declarations
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.errors import ConfigurationError
 from stsr_core.evaluation.evaluate import OURS, Evaluation, Options, Table, evaluate
@@ -16,6 +18,34 @@ from stsr_core.factors import authors_recipe
 from stsr_core.progress import Watch, unwatched
 
 RECORDED_WITHIN = 1.25  # ratio of a grid's spacing to the one told up to which the card has its scores under the latter
+
+
+def chosen_data(
+    urls: Sequence[str],
+    archive: str | None,
+    options: Options,
+    *,
+    variable: str | None,
+    declare: Sequence[str],
+    catalog_file: Path,
+) -> tuple[Sequence[str], Options]:
+    """Fine files to score against, those named or the validation files of an archive, and options that read them.
+
+    Of an archive the variable and the declarations hold, unless others are given.
+
+    Raises:
+        ConfigurationError: neither or both are named, no such archive, or a line that is no declaration.
+    """
+    if bool(urls) == (archive is not None):
+        raise ConfigurationError("Name fine files, or an archive of catalog.yaml; one of the two, not both.")
+    given = Declarations.of(declare)
+    if archive is None:
+        return urls, replace(options, variable=variable or options.variable, declared=given.declared)
+    found = Configuration.load(catalog_file).archive(archive)
+    return found.validation, replace(
+        options, variable=variable or found.variable, declared=given.over(found.declared),
+        base=catalog_file.resolve().parent,
+    )  # fmt: skip
 
 
 def evaluate_checkpoint(
@@ -55,7 +85,7 @@ def evaluate_checkpoint(
         statistics = {name: round(value, 4) for name, value in evaluation.statistics.items()}
         checkpoint = with_measured(checkpoint, factor, told, Measured(scores=scores, statistics=statistics))
     if json_file is not None:
-        json_file.write_text(json.dumps(evaluation.as_json(), indent=1, allow_nan=False))
+        json_file.write_text(json.dumps(evaluation.as_json(checkpoint), indent=1, allow_nan=False))
     if html_file is not None:
         html_file.write_text(html_report(evaluation, checkpoint), encoding="utf-8")
     if record and not fitting:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,21 +17,42 @@ import torch
 from stsr_core.ensemble.downscale import ensemble_quanta
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.sums import sums
-from stsr_core.evaluation.baselines import even_spreading, linear, rainfarm, without_rainfarm
-from stsr_core.evaluation.bootstrap import ratio_interval, sums_by_block
+from stsr_core.evaluation.bars import Bar, bars
+from stsr_core.evaluation.baselines import RAINFARMS, even_spreading, linear, rainfarm, without_rainfarm
+from stsr_core.evaluation.bootstrap import Block, block_of, ratio_interval, sums_by_block
+from stsr_core.evaluation.closure import Watched, closure_mm, closures
 from stsr_core.evaluation.reference import reference_ensemble
-from stsr_core.evaluation.scores import crps_field, power_spectrum, rank_histogram, ratio, scores
+from stsr_core.evaluation.scores import (
+    characteristics,
+    crps_field,
+    expected_error,
+    power_spectrum,
+    rank_histogram,
+    ratio,
+    scores,
+    squared_error,
+)
 from stsr_core.evaluation.truth import Truth, read_truth
-from stsr_core.factors import ConservationFunction, nearest_spacing
-from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.networks.layers import Level
+from stsr_core.evaluation.variants import (
+    HOW,
+    MEAN_ONLY,
+    NO_ATTENTION,
+    NOT_DISTILLED,
+    UNCONSERVED,
+    sampler_variants,
+    variants,
+    without_attention,
+)
+from stsr_core.factors import nearest_spacing
 from stsr_core.progress import Watch, unwatched
-from stsr_core.sources.cube import Cube
+from stsr_core.sources.cube import as_cube
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, require_seen, static_fields
 from stsr_core.store.layout import MISSING, QUANTUM_MM
-from stsr_core.store.statistics import WET_MM, added, statistics
+from stsr_core.store.statistics import added, statistics
 from stsr_core.store.verify import closure_of
+from stsr_core.version import code_version
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,10 +65,7 @@ Table = dict[str, dict[str, float]]
 WARMING = (1.07, 1.20)  # factors on the coarse input whose signal must survive downscaling
 OURS = "stsr"
 REFERENCE = "reference"
-NOT_DISTILLED = "not distilled"  # what variants of the sampler vary
-UNCONSERVED, NO_ATTENTION = "without conservation", "without attention over time"
-RAINFARMS = {"rainfarm": False, "rainfarm_smooth": True}  # whether it is smoothed
-BASELINES = ("even", "linear", *RAINFARMS)
+OF_TRUTH = " of the truth"  # whose response stands beside that of our members
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,8 @@ class Options:
         hours: fine steps, the wettest.
         cells: fine cells along the square in the middle.
         variable: name of the amounts.
+        declared: what the files do not say themselves.
+        base: folder that relative paths start from.
         coarser: times that the spacing of the fine grids is multiplied by, to stand for other grids.
         seed: of the ensembles.
         workers: threads.
@@ -73,6 +93,8 @@ class Options:
     hours: int = 24
     cells: int = 384
     variable: str = "precipitation"
+    declared: Declared = NOTHING
+    base: Path | None = None
     coarser: int = 1
     seed: int = 1
     workers: int = 1
@@ -89,44 +111,71 @@ class Evaluation:
 
     Attributes:
         factor: (s, t).
+        options: what was scored.
+        precision: in which the networks computed.
         truth: what was scored against.
         told_km: spacing of the fine grids as the networks were told it.
         table: scores by method and name.
-        intervals: 95 % interval of the CRPS ratio of `stsr` over each other method, NaN where it is unknown.
-        blocks: number of blocks of hours and places that the intervals are of.
-        ranks: rank histogram of `stsr`, (M + 1,).
+        ablations: methods of the table that are variants, see `evaluation.variants`.
+        left_out: why baselines were, by name.
+        block: what the intervals resample.
+        blocks: number of these.
+        intervals: 95 % interval of scores of `stsr` by name, CRPS ratios and spread/skill; NaN where it is unknown.
+        ranks: rank histogram by method, (M + 1,).
         spectra: radially averaged power by method, truth included.
         fields: ensembles by method, (M, P, T, Y, X), for pictures.
         statistics: of the ensembles of `stsr`, see `store.statistics`.
-        signal: response of means, wet frequency and quantiles by warming factor.
+        signal: response of what members are like by warming factor.
     """
 
     factor: Factor
+    options: Options
+    precision: str
     truth: Truth
     told_km: int
     table: Table
-    intervals: dict[str, tuple[float, float]]
+    ablations: tuple[str, ...]
+    left_out: dict[str, str]
+    block: Block
     blocks: int
-    ranks: NDArray[np.float64]
+    intervals: dict[str, tuple[float, float]]
+    ranks: dict[str, NDArray[np.float64]]
     spectra: dict[str, NDArray[np.float64]]
     fields: dict[str, NDArray[np.float32]]
     statistics: dict[str, float]
-    signal: dict[str, dict[str, float]] = field(default_factory=dict)
+    signal: dict[str, dict[str, float]]
 
-    def as_json(self) -> dict[str, object]:
+    @property
+    def bars(self) -> list[Bar]:
+        """What the checkpoint must keep to, and whether it does."""
+        return bars(self.table[OURS], self.factor, self.left_out)
+
+    def as_json(self, checkpoint: Checkpoint) -> dict[str, object]:
         """Every number, ready for json.dump; None for those that are undefined, for which JSON has no word."""
         numbers = {
+            "checkpoint": {"name": checkpoint.card.name, "digest": checkpoint.digest},
+            "code": code_version(),
+            "precision": self.precision,
+            "seed": self.options.seed,
             "factor": [self.factor.space, self.factor.time],
             "places": list(self.truth.names),
             "shape": list(self.truth.fine.shape),
             "spacing_km": self.truth.spacing_km,
+            "step_h": self.truth.step_h,
             "told_km": self.told_km,
             "members": len(self.fields[OURS]),
+            "bars": [
+                {"score": bar.score, "found": bar.found, "needed": [bar.low, bar.high], "verdict": bar.verdict}
+                for bar in self.bars
+            ],
+            "truth": characteristics(self.truth.fine[None], self.truth.steps_per_day),
             "scores": self.table,
+            "ablations": {"methods": self.ablations, "how": HOW},
             "statistics": self.statistics,
-            "crps_ratio_intervals_95": self.intervals,
-            "crps_ratio_blocks": self.blocks,
-            "rank_histogram": self.ranks.tolist(),
+            "intervals_95": self.intervals,
+            "resampled": {"what": str(self.block), "number": self.blocks},
+            "rank_histograms": {name: ranks.tolist() for name, ranks in self.ranks.items()},
+            "power_by_wavenumber": {name: power.tolist() for name, power in self.spectra.items()},
             "warming": self.signal,
         }
         return {name: _defined(value) for name, value in numbers.items()}
@@ -141,13 +190,12 @@ def _defined(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
-    """Wrap coarse amounts as a cube on an abstract 1 km, 1 h fine lattice."""
-    _, ny, nx = coarse.shape
-    s = float(factor.space)
-    grid = Grid(Axis(s / 2, s, ny), Axis(s / 2, s, nx))
-    times = TimeAxis(datetime(2000, 1, 1), timedelta(hours=factor.time), len(coarse))
-    return Cube(coarse, times, grid, {})
+@dataclass(frozen=True)
+class _Made:
+    """An ensemble (M, P, T, Y, X) [mm per fine step], and scores that come of making it, by name."""
+
+    fields: NDArray[np.float32]
+    known: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -158,76 +206,52 @@ class _Runner:
     downscaler: Downscaler
     truth: Truth
     options: Options
-    watch: Watch = unwatched
+    report: Callable[[str], None]
+    watch: Watch
+
+    @property
+    def factor(self) -> Factor:
+        """(s, t)."""
+        return self.downscaler.factor
 
     def ensemble(
         self,
-        coarse: NDArray[np.float32],
-        served: Served | None = None,
         *,
-        name: str = OURS,
+        name: str,
+        served: Served | None = None,
+        raised: float = 1.0,
         conserve: bool = True,
         members: int = 0,
-    ) -> tuple[NDArray[np.float32], int]:
-        """Ensemble (M, P, T, Y, X) [mm per fine step] and its largest closure [quanta]; `name` is watched."""
-        used = served or self.downscaler.served
-        downscaler = replace(self.downscaler, served=used)
-        o, factor = self.options, downscaler.factor
-        recipe = Recipe.of(self.checkpoint, used, seed=o.seed, members=members or o.members, conserve=conserve)
+    ) -> _Made:
+        """Make an ensemble of the coarse amounts, raised by a factor, as the store would keep it; `name` is watched."""
+        downscaler = Watched.of(self.downscaler, served or self.downscaler.served)
+        o, factor, coarse = self.options, self.factor, self.truth.coarse * np.float32(raised)
+        recipe = Recipe.of(
+            self.checkpoint, downscaler.served, seed=o.seed, members=members or o.members, conserve=conserve
+        )  # fmt: skip
         plans = [Plan((as_cube(c, factor),), recipe, s) for c, s in zip(coarse, self.truth.statics, strict=True)]
         with self.watch(name, sum(plan.evaluations(shard) for plan in plans for shard in plan.shards)) as advance:
             made = [ensemble_quanta(plan, downscaler, workers=o.workers, progress=advance) for plan in plans]
         stored = np.stack(made, axis=1)
-        closure = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
-        amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM))
-        return amount.astype(np.float32), closure
+        amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM)).astype(np.float32)
+        # what is not conserved is stored with the blocks' own totals, to half a quantum in one of their cells
+        before = max(downscaler.off_mm, default=0.0) if conserve else closure_mm(amount, coarse, factor)
+        after = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))
+        return _Made(amount, {"closure_mm": before, "closure_quanta": after})
 
+    def other(self, places: Sequence[NDArray[np.float32]]) -> _Made:
+        """What another method made of every place, (M, T, Y, X), missing where the truth is."""
+        fields = np.stack(places, axis=1)
+        fields[:, np.isnan(self.truth.fine)] = np.nan
+        return _Made(fields, closures(fields, self.truth.coarse, self.factor))
 
-def variants(served: Served) -> dict[str, Served]:
-    """Variants of windows and conservation, by name; no network is trained again."""
-    c = served.configuration
-    exact = ConservationFunction(threshold_mm=c.conservation.threshold_mm)
-    uncut = ConservationFunction(threshold_mm=0.0, excess=c.conservation.excess)
-
-    def with_f(f: ConservationFunction) -> Served:
-        return served.model_copy(update={"configuration": c.model_copy(update={"conservation": f})})
-
-    def with_length(length: int) -> Served:
-        return served.model_copy(update={"configuration": c.model_copy(update={"context_length": length})})
-
-    return {
-        "mean only": served.model_copy(update={"residual_scale": 0.0, "evaluations": 1}),
-        "f exact": with_f(exact),
-        "f without threshold": with_f(uncut),
-        "half of L": with_length(max(1, c.context_length // 2)),
-        "twice L": with_length(2 * c.context_length),
-    }
-
-
-def sampler_variants(served: Served) -> dict[str, Served]:
-    """Variants of the sampler, by name, of a denoiser that was not distilled: any steps serve it."""
-    c = served.configuration
-
-    def with_beta(beta: float) -> Served:
-        return served.model_copy(update={"configuration": c.model_copy(update={"beta": beta})})
-
-    return {
-        "half the evaluations": served.model_copy(update={"evaluations": max(1, served.evaluations // 2)}),
-        "twice the evaluations": served.model_copy(update={"evaluations": 2 * served.evaluations}),
-        "half of beta": with_beta(c.beta / 2),
-        "twice beta": with_beta(c.beta * 2),
-    }
-
-
-def without_attention(downscaler: Downscaler) -> Downscaler:
-    """The same networks with attention over time switched off."""
-    networks = {}
-    for name in ("mean_network", "denoiser"):
-        networks[name] = copy.deepcopy(getattr(downscaler, name))
-        for module in networks[name].modules():
-            if isinstance(module, Level):
-                module.attention = None
-    return replace(downscaler, **networks)
+    def timed(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """Make an ensemble of all members, and note how long one takes."""
+        started = time.monotonic()
+        made = make()
+        seconds = (time.monotonic() - started) / self.options.members
+        self.report(f"{name}: {self.options.members} members done, {seconds:.0f} s each")
+        return replace(made, known=made.known | {"seconds_per_member": seconds})
 
 
 def evaluate(
@@ -246,65 +270,82 @@ def evaluate(
     factor = downscaler.factor
     require_seen(checkpoint.card.statics, options.statics)
     truth = read_truth(
-        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, coarser=options.coarser,
+        urls, factor, hours=options.hours, cells=options.cells, variable=options.variable, declared=options.declared,
+        base=options.base, coarser=options.coarser,
         statics=lambda grid: static_fields(checkpoint.card.statics, options.statics, grid),
         options_of=options.options_of,
     )  # fmt: skip
     told = nearest_spacing(truth.spacing_km, checkpoint.card.spacings_km)
-    downscaler = downscaler.told(told)
     report(
         f"{len(truth.names)} places, {truth.fine.shape[1:]} fine steps and cells of {truth.spacing_km:.2g} km "
         f"(networks are told {told} km), factor {factor}"
     )
     if doubt := checkpoint.card.strange(truth.spacing_km, timedelta(hours=truth.step_h)):
         report(doubt)
-    runner = _Runner(checkpoint, downscaler, truth, options, watch)
-    fields: dict[str, NDArray[np.float32]] = {}
-    seconds: dict[str, float] = {}
-    with _timed(seconds, OURS, options.members):
-        fields[OURS], closure = runner.ensemble(truth.coarse)
-    report(f"{OURS}: {options.members} members done, {seconds[OURS]:.0f} s each")
-    fields |= _baselines(truth, factor, options, report, watch)
-    extra = _ablations(runner, truth, report) if options.ablations else {}
-    if options.reference:
-        with _timed(seconds, REFERENCE, options.members):
-            extra[REFERENCE] = _reference(downscaler.teacher(checkpoint), truth, options, report)
-        report(f"{REFERENCE}: {options.members} members done, {seconds[REFERENCE]:.0f} s each")
-    table, blocks = _scored(fields | extra, truth, factor, watch)
-    table[OURS]["closure_quanta"] = closure
-    for name, value in seconds.items():
-        table[name]["seconds_per_member"] = value
-    others = [name for name in fields if name != OURS]
+    runner = _Runner(checkpoint, downscaler.told(told), truth, options, report, watch)
+    left_out = {
+        name: why for name, smooth in RAINFARMS.items() if (why := without_rainfarm(truth.coarse.shape, smooth=smooth))
+    }
+    for name, why in left_out.items():
+        report(f"{name} is left out: {why}")
+    main = {OURS: runner.timed(OURS, partial(runner.ensemble, name=OURS)), **_baselines(runner, left_out)}
+    extra = _ablations(runner) if options.ablations else {}
+    reference = {REFERENCE: runner.timed(REFERENCE, partial(_reference, runner))} if options.reference else {}
+    return _evaluation(runner, main, extra, reference, left_out)
+
+
+def _evaluation(
+    runner: _Runner,
+    main: Mapping[str, _Made],
+    extra: Mapping[str, _Made],
+    reference: Mapping[str, _Made],
+    left_out: dict[str, str],
+) -> Evaluation:
+    """Score what was made: our ensemble and the baselines, which are drawn too, variants, and the reference."""
+    truth, made = runner.truth, {**main, **extra, **reference}
+    block = block_of(truth.fine, truth.steps_per_day)
+    table, sums_of_crps = _scored(made, truth, runner.factor, block, runner.watch)
+    ours, others = main[OURS].fields, [name for name in main if name != OURS]
+    intervals = {f"crps_over_{name}": ratio_interval(sums_of_crps[OURS], sums_of_crps[name]) for name in others}
     for name in others:
         table[OURS][f"crps_over_{name}"] = ratio(table[OURS]["crps"], table[name]["crps"])
+    if len(ours) > 1:
+        spread, error = expected_error(ours), squared_error(ours, truth.fine)
+        low, high = ratio_interval(sums_by_block(spread, block), sums_by_block(error, block))
+        intervals["spread_skill"] = math.sqrt(low), math.sqrt(high)
     return Evaluation(
-        factor=factor,
+        factor=runner.factor,
+        options=runner.options,
+        precision=str(runner.downscaler.precision).removeprefix("torch."),
         truth=truth,
-        told_km=told,
+        told_km=runner.downscaler.served.configuration.spacing_km,
         table=table,
-        intervals={name: ratio_interval(blocks[OURS], blocks[name]) for name in others},
-        blocks=len(blocks[OURS]),
-        ranks=rank_histogram(fields[OURS], truth.fine),
-        spectra={"truth": power_spectrum(truth.fine), **{name: power_spectrum(f) for name, f in fields.items()}},
-        fields=fields,
-        statistics=_own_statistics(fields[OURS], factor),
-        signal=_warming(runner, truth, fields[OURS], report) if options.warming else {},
+        ablations=tuple(extra),
+        left_out=left_out,
+        block=block,
+        blocks=len(sums_of_crps[OURS]),
+        intervals=intervals,
+        ranks={name: rank_histogram(m.fields, truth.fine) for name, m in made.items()},
+        spectra={"truth": power_spectrum(truth.fine), **{n: power_spectrum(m.fields) for n, m in main.items()}},
+        fields={name: m.fields for name, m in main.items()},
+        statistics=_own_statistics(ours, runner.factor),
+        signal=_warming(runner, ours) if runner.options.warming else {},
     )
 
 
 def _scored(
-    ensembles: Mapping[str, NDArray[np.float32]], truth: Truth, factor: Factor, watch: Watch
+    made: Mapping[str, _Made], truth: Truth, factor: Factor, block: Block, watch: Watch
 ) -> tuple[Table, dict[str, NDArray[np.float64]]]:
-    """Scores of ensembles (M, P, T, Y, X) by name, and their CRPS by block of the bootstrap."""
+    """Scores of ensembles by name, and their CRPS by block of the bootstrap."""
     table: Table = {}
     blocks = {}
-    with watch("scores", len(ensembles)) as advance:
-        for name, ensemble in ensembles.items():
+    with watch("scores", len(made)) as advance:
+        for name, each in made.items():
             started = time.monotonic()
-            crps = crps_field(ensemble, truth.fine)
-            found = scores(ensemble, truth.fine, factor, steps_per_day=max(1, round(24 / truth.step_h)))
-            table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **found}
-            blocks[name] = sums_by_block(crps)
+            crps = crps_field(each.fields, truth.fine)
+            found = scores(each.fields, truth.fine, factor, steps_per_day=truth.steps_per_day)
+            table[name] = {"crps": float(np.nanmean(crps, dtype=np.float64)), **found, **each.known}
+            blocks[name] = sums_by_block(crps, block)
             advance(1, time.monotonic() - started)
     return table, blocks
 
@@ -315,93 +356,66 @@ def _own_statistics(fields: NDArray[np.float32], factor: Factor) -> dict[str, fl
     return statistics(added(sums(place.split(factor.space, dim=2), factor) for place in places))
 
 
-def _baselines(
-    truth: Truth, factor: Factor, options: Options, report: Callable[[str], None], watch: Watch
-) -> dict[str, NDArray[np.float32]]:
-    fields = {
-        "even": np.stack([even_spreading(c, factor) for c in truth.coarse], axis=1),
-        "linear": np.stack([linear(c, factor) for c in truth.coarse], axis=1),
+def _baselines(runner: _Runner, left_out: Mapping[str, str]) -> dict[str, _Made]:
+    coarse, factor, options = runner.truth.coarse, runner.factor, runner.options
+    found = {
+        "even": runner.other([even_spreading(c, factor) for c in coarse]),
+        "linear": runner.other([linear(c, factor) for c in coarse]),
     }
-    for name, smooth in RAINFARMS.items():
-        if why := without_rainfarm(truth.coarse.shape, smooth=smooth):
-            report(f"{name} is left out: {why}")
-            continue
-        with watch(name, options.members * len(truth.coarse)) as advance:
-            places = [
-                rainfarm(c, factor, options.members, options.seed, smooth=smooth, progress=advance)
-                for c in truth.coarse
-            ]
-        fields[name] = np.stack(places, axis=1)
-    hole = np.isnan(truth.fine)
-    for field_ in fields.values():
-        field_[:, hole] = np.nan
-    return fields
+    for name in (name for name in RAINFARMS if name not in left_out):
+        with runner.watch(name, options.members * len(coarse)) as advance:
+            drawn = partial(rainfarm, smooth=RAINFARMS[name], progress=advance)
+            found[name] = runner.other([drawn(c, factor, options.members, options.seed) for c in coarse])
+    return found
 
 
-def _ablations(runner: _Runner, truth: Truth, report: Callable[[str], None]) -> dict[str, NDArray[np.float32]]:
-    found = {}
-    for name, served in variants(runner.downscaler.served).items():
-        found[name] = runner.ensemble(truth.coarse, served, name=name, members=1 if name == "mean only" else 0)[0]
-        report(f"{name}: done")
+def _ablations(runner: _Runner) -> dict[str, _Made]:
+    """Ensembles with parts switched off or changed at inference, see `evaluation.variants`."""
+    served = runner.downscaler.served
     teacher = replace(runner, downscaler=runner.downscaler.teacher(runner.checkpoint))
     taught = teacher.downscaler.served
-    before = {} if taught is runner.downscaler.served else {NOT_DISTILLED: taught}
-    for name, served in (before | sampler_variants(taught)).items():
-        found[name] = teacher.ensemble(truth.coarse, served, name=name)[0]
-        report(f"{name}: done")
-    found[UNCONSERVED] = runner.ensemble(truth.coarse, name=UNCONSERVED, conserve=False)[0]
-    report(f"{UNCONSERVED}: done")
-    silent = replace(runner, downscaler=without_attention(runner.downscaler))
-    found[NO_ATTENTION] = silent.ensemble(truth.coarse, name=NO_ATTENTION)[0]
-    report(f"{NO_ATTENTION}: done")
+    before = {} if taught is served else {NOT_DISTILLED: taught}
+    cases: dict[str, Callable[..., _Made]] = {
+        **{
+            name: partial(runner.ensemble, served=variant, members=1 if name == MEAN_ONLY else 0)
+            for name, variant in variants(served).items()
+        },
+        **{name: partial(teacher.ensemble, served=v) for name, v in (before | sampler_variants(taught)).items()},
+        UNCONSERVED: partial(runner.ensemble, conserve=False),
+        NO_ATTENTION: replace(runner, downscaler=without_attention(runner.downscaler)).ensemble,
+    }
+    found = {}
+    for name, make in cases.items():
+        found[name] = make(name=name)
+        runner.report(f"{name}: done")
     return found
 
 
-def _reference(
-    downscaler: Downscaler, truth: Truth, options: Options, report: Callable[[str], None]
-) -> NDArray[np.float32]:
+def _reference(runner: _Runner) -> _Made:
     """The authors' setting on all places."""
-    places = [
-        reference_ensemble(downscaler, place, options.members, options.seed, statics=fields, progress=report)
-        for place, fields in zip(truth.coarse, truth.statics, strict=True)
-    ]
-    found = np.stack(places, axis=1)
-    found[:, np.isnan(truth.fine)] = np.nan
-    return found
+    downscaler, options, truth = runner.downscaler.teacher(runner.checkpoint), runner.options, runner.truth
+    return runner.other(
+        [
+            reference_ensemble(downscaler, place, options.members, options.seed, statics=fields, progress=runner.report)
+            for place, fields in zip(truth.coarse, truth.statics, strict=True)
+        ]
+    )
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], name: str, members: int) -> Iterator[None]:
-    """Note how long a member takes."""
-    started = time.monotonic()
-    yield
-    seconds[name] = (time.monotonic() - started) / members
-
-
-def _warming(
-    runner: _Runner, truth: Truth, base: NDArray[np.float32], report: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
-    """Response of ensemble statistics to a coarse input raised by the factors of WARMING.
+def _warming(runner: _Runner, base: NDArray[np.float32]) -> dict[str, dict[str, float]]:
+    """Response of what members are like to a coarse input raised by the factors of WARMING.
 
     Beside each response stands that of the truth raised by the same factor.
     """
+    truth, days = runner.truth.fine[None], runner.truth.steps_per_day
+    before, reference = characteristics(base, days), characteristics(truth, days)
     signal = {}
     for factor in WARMING:
-        raised, _ = runner.ensemble(truth.coarse * np.float32(factor), name=f"input x {factor:g}")
-        before, after = _distribution(base), _distribution(raised)
-        expected = _distribution(truth.fine * np.float32(factor))
-        reference = _distribution(truth.fine)
+        name = f"input x {factor:g}"
+        after = characteristics(runner.ensemble(name=name, raised=factor).fields, days)
+        expected = characteristics(truth * np.float32(factor), days)
         signal[f"{factor:g}"] = {k: ratio(after[k], before[k]) for k in before} | {
-            f"{k} of the truth": ratio(expected[k], reference[k]) for k in before
+            f"{k}{OF_TRUTH}": ratio(expected[k], reference[k]) for k in reference
         }
-        report(f"input x {factor:g}: done")
+        runner.report(f"{name}: done")
     return signal
-
-
-def _distribution(fields: NDArray[np.float32]) -> Mapping[str, float]:
-    return {
-        "mean": float(np.nanmean(fields, dtype=np.float64)),
-        "wet fraction": float((fields > WET_MM).mean()),
-        "quantile 0.99": float(np.nanquantile(fields, 0.99)),
-        "quantile 0.999": float(np.nanquantile(fields, 0.999)),
-    }

@@ -10,48 +10,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stsr_core.evaluation.bootstrap import BLOCK_CELLS, BLOCK_STEPS, LEAST_BLOCKS
-from stsr_core.evaluation.evaluate import BASELINES, OURS, RAINFARMS, Evaluation
+from stsr_core.evaluation.baselines import RAINFARMS
+from stsr_core.evaluation.bootstrap import LEAST_BLOCKS, Block, Day
+from stsr_core.evaluation.evaluate import OF_TRUTH, OURS, Evaluation
+from stsr_core.evaluation.variants import HOW
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
     from stsr_core.checkpoint import Checkpoint
+    from stsr_core.evaluation.truth import Truth
 
-# What a good checkpoint keeps to, as (lowest, highest); ratios are over truth.
-BARS = {
-    "spread_skill": (0.85, 1.15),
-    "quantile_ratio_0.99": (0.85, 1.15),
-    "quantile_ratio_0.999": (0.85, 1.15),
-    "wet_fraction_ratio": (0.9, 1.1),
-    "hourly_change_ratio": (0.9, 1.1),
-    "spectrum_db": (0.0, 2.0),
-    "seam_ratio": (0.95, 1.05),
-    "closure_quanta": (0.0, 0.0),
-}
-BETTER = 1.0  # CRPS over every baseline, at least
-CRPS_BARS = {  # CRPS over a baseline, for the factors that are compared from release to release
-    "rainfarm": {(8, 3): 0.75, (10, 1): 0.85, (25, 6): 0.75},
-    "linear": {(8, 3): 0.68, (10, 1): 0.80, (25, 6): 0.62},
-}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums;display:block}
+table{overflow-x:auto;white-space:nowrap}
 th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
 th:first-child,td:first-child{text-align:left}.no{background:#fde2dd}.yes{background:#e3f3e3}
 img{max-width:100%}caption{text-align:left;font-weight:600;padding:.4em 0}"""
-
-
-def bars(evaluation: Evaluation) -> list[tuple[str, float, tuple[float, float], bool]]:
-    """Rows (score, found, (lowest, highest), met) for every bar that the evaluation can judge."""
-    scores, factor = evaluation.table[OURS], (evaluation.factor.space, evaluation.factor.time)
-    over = {b: CRPS_BARS.get(b, {}).get(factor, BETTER) for b in BASELINES}
-    wanted = {f"crps_over_{b}": (0.0, bar) for b, bar in over.items()} | BARS
-    rows = []
-    for name, (low, high) in wanted.items():
-        if name in scores and not math.isnan(scores[name]):
-            rows.append((name, scores[name], (low, high), low <= scores[name] <= high))
-    return rows
 
 
 def html_report(evaluation: Evaluation, checkpoint: Checkpoint) -> str:
@@ -67,7 +43,7 @@ def html_report(evaluation: Evaluation, checkpoint: Checkpoint) -> str:
         f"{html.escape(', '.join(truth.names))}; checkpoint digest {checkpoint.digest[:12]}.</p>",
         _bar_table(evaluation),
         _picture(maps(evaluation), "The wettest hour of each place"),
-        _score_table(evaluation),
+        _score_tables(evaluation),
         _picture(diagrams(evaluation), "Rank histogram and spectra"),
         _signal_table(evaluation),
         "<h2>Card</h2><pre>" + html.escape(checkpoint.card.model_dump_json(indent=1)) + "</pre>",
@@ -85,14 +61,14 @@ def number_text(value: float | None) -> str:
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2g}"
 
 
-def interval_text(interval: tuple[float, float] | None, blocks: int) -> str:
+def interval_text(interval: tuple[float, float] | None, blocks: int, block: Block) -> str:
     """`low to high`, or why it is unknown from so many blocks of the bootstrap; nothing without an interval."""
     if interval is None:
         return ""
     if not math.isnan(interval[0]):
         return " to ".join(map(number_text, interval))
     if blocks < LEAST_BLOCKS:
-        return f"unknown: {LEAST_BLOCKS} blocks of {BLOCK_STEPS} steps and {BLOCK_CELLS} cells are needed, not {blocks}"
+        return f"unknown: {LEAST_BLOCKS} {block} are needed, not {blocks}"
     return "unknown, as it hardly rains"
 
 
@@ -107,34 +83,69 @@ def _cell(text: str, css: str = "") -> str:
 
 
 def _bar_table(evaluation: Evaluation) -> str:
-    rows = []
-    for name, found, (low, high), met in bars(evaluation):
-        between = interval_text(evaluation.intervals.get(name.removeprefix("crps_over_")), evaluation.blocks)
-        needed = f"{low:g} to {high:g}"
-        rows.append(
-            [
-                _cell(name),
-                _cell(number_text(found)),
-                _cell(between),
-                _cell(needed),
-                _cell("met" if met else "missed", "yes" if met else "no"),
-            ]
-        )
-    return _table("What it must keep to", ["score", "found", "95 % interval", "needed", ""], rows)
+    css = {True: "yes", False: "no", None: ""}
+    rows = [
+        [
+            _cell(bar.score),
+            _cell(number_text(bar.found)),
+            _cell(interval_text(evaluation.intervals.get(bar.score), evaluation.blocks, evaluation.block)),
+            _cell(f"{bar.low:g} to {bar.high:g}"),
+            _cell(bar.verdict, css[bar.met]),
+        ]
+        for bar in evaluation.bars
+    ]
+    table = _table("What it must keep to", ["score", "found", "95 % interval", "needed", ""], rows)
+    return (
+        f"{table}<p>Intervals by bootstrap over {evaluation.blocks} {evaluation.block}{_doubt(evaluation.block)}.</p>"
+    )
 
 
-def _score_table(evaluation: Evaluation) -> str:
+def _doubt(block: Block) -> str:
+    if isinstance(block, Day):
+        return ""
+    return f", as there are fewer than {LEAST_BLOCKS} days of places; of other days and places they are wider"
+
+
+def _score_tables(evaluation: Evaluation) -> str:
     names = list(dict.fromkeys(n for scores in evaluation.table.values() for n in scores))
+    skill = [name for name in names if name.startswith("fss_")]
+    variants = ", ".join(evaluation.ablations)
+    said = [_days(evaluation.truth), *([f"Variants ({variants}): {HOW}"] if variants else [])]
+    return (
+        _scores("All scores, mm per fine step", [name for name in names if name not in skill], evaluation)
+        + "".join(f"<p>{html.escape(line)}</p>" for line in said)
+        + _scores("Fractions skill score of amounts and squares of cells", skill, evaluation)
+    )
+
+
+def _scores(caption: str, names: list[str], evaluation: Evaluation) -> str:
     rows = [[_cell(n), *(_cell(number_text(s.get(n))) for s in evaluation.table.values())] for n in names]
-    return _table("All scores, mm per fine step", ["score", *evaluation.table], rows)
+    return _table(caption, ["score", *evaluation.table], rows)
+
+
+def _days(truth: Truth) -> str:
+    """What days of the indices are, and why indices are missing."""
+    steps, day = truth.fine.shape[1], truth.steps_per_day
+    said = (
+        "Closure is the largest of a coarse cell, in mm before storage and in quanta after it. Spells are of steps, or "
+        "of days; days, those of rx1day and sdii too, are 24 h from the first step that is scored."
+    )
+    if steps >= 2 * day:
+        return said
+    lacking = "There are none" if steps < day else "There are no spells of days"
+    return f"{said} {lacking}: {day if steps < day else 2 * day} steps are needed, {steps} are scored."
 
 
 def _signal_table(evaluation: Evaluation) -> str:
     if not evaluation.signal:
         return ""
-    names = list(next(iter(evaluation.signal.values())))
-    rows = [[_cell(n), *(_cell(number_text(s[n])) for s in evaluation.signal.values())] for n in names]
-    return _table("Response to a wetter input", ["statistic", *(f"x {k}" for k in evaluation.signal)], rows)
+    names = [n for n in next(iter(evaluation.signal.values())) if not n.endswith(OF_TRUTH)]
+    rows = [
+        [_cell(n), *(_cell(number_text(s[n + of])) for s in evaluation.signal.values() for of in ("", OF_TRUTH))]
+        for n in names
+    ]
+    head = ["statistic", *(f"{of}x {k}" for k in evaluation.signal for of in ("", "truth "))]
+    return _table("Response to a wetter input", head, rows)
 
 
 def _picture(figure: Figure, caption: str) -> str:
@@ -163,7 +174,6 @@ def maps(evaluation: Evaluation) -> Figure:
     ]
     figure = Figure(figsize=(3 * len(columns), 3.2 * len(truth.names)), layout="constrained")
     axes = figure.subplots(len(truth.names), len(columns), squeeze=False)
-    image = None
     for p, name in enumerate(truth.names):
         step = int(np.nansum(truth.fine[p], axis=(1, 2)).argmax())
         shown = {
@@ -175,8 +185,7 @@ def maps(evaluation: Evaluation) -> Figure:
         for axis, column in zip(axes[p], columns, strict=True):
             image = axis.imshow(shown[column], **style)
             axis.set(title=f"{name}\n{column}" if column == "coarse" else column, xticks=[], yticks=[])
-    if image is not None:
-        figure.colorbar(image, ax=axes.ravel().tolist(), label="mm per step", shrink=0.7, ticks=levels)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="mm per step", shrink=0.7, ticks=levels)
     return figure
 
 
@@ -192,7 +201,7 @@ def diagrams(evaluation: Evaluation) -> Figure:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    ranks = evaluation.ranks
+    ranks = evaluation.ranks[OURS]
     left.bar(np.arange(len(ranks)), ranks, color="0.5")
     left.axhline(1 / len(ranks), color="k", lw=1)
     left.set(title="Rank of the truth among the members", xlabel="rank", ylabel="share")

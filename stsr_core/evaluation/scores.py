@@ -6,6 +6,7 @@ Places are scored as one sample, dry cells and steps included.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 WET_DAY_MM = 1.0  # daily total from which a day counts as wet
 QUANTILES = (0.99, 0.999, 0.9999)
-FSS = ((1.0, 9), (5.0, 9), (5.0, 33))  # threshold [mm per fine step] and scale [cells] of the fractions skill score
+FSS_MM = (0.1, 1.0, 5.0, 10.0)  # thresholds of the fractions skill score [mm per fine step] ...
+FSS_CELLS = (1, 9, 33)  # ... and its scales
 
 
 def crps_field(ensemble: Ensemble, truth: Field) -> Field:
@@ -44,13 +46,22 @@ def crps_field(ensemble: Ensemble, truth: Field) -> Field:
 
 def spread_skill(ensemble: Ensemble, truth: Field) -> float:
     """sqrt(mean unbiased member variance * (1 + 1/M)) / RMSE of the ensemble mean; 1 for a reliable ensemble."""
-    variance = np.nanmean(ensemble.var(axis=0, ddof=1, dtype=np.float64))
-    return ratio(np.sqrt(variance * (1 + 1 / len(ensemble))), rmse(ensemble, truth))
+    return ratio(np.sqrt(np.nanmean(expected_error(ensemble))), rmse(ensemble, truth))
+
+
+def expected_error(ensemble: Ensemble) -> NDArray[np.float64]:
+    """Squared error of the ensemble mean that a reliable ensemble is to have, (P, T, Y, X)."""
+    return ensemble.var(axis=0, ddof=1, dtype=np.float64) * (1 + 1 / len(ensemble))
+
+
+def squared_error(ensemble: Ensemble, truth: Field) -> NDArray[np.float64]:
+    """Squared error of the ensemble mean, (P, T, Y, X)."""
+    return (ensemble.mean(axis=0, dtype=np.float64) - truth) ** 2
 
 
 def rmse(ensemble: Ensemble, truth: Field) -> float:
     """Root mean squared error of the ensemble mean [mm per fine step]."""
-    return float(np.sqrt(np.nanmean((ensemble.mean(axis=0, dtype=np.float64) - truth) ** 2)))
+    return float(np.sqrt(np.nanmean(squared_error(ensemble, truth))))
 
 
 def hourly_change(fields: Field) -> float:
@@ -132,26 +143,29 @@ def rank_histogram(ensemble: Ensemble, truth: Field, seed: int = 0) -> NDArray[n
 
 
 def daily_indices(fields: Field, steps_per_day: int) -> dict[str, float]:
-    """Climate indices over (..., T, Y, X): Rx1day, SDII [mm/day], wet and dry spells [steps].
+    """Climate indices of daily totals over (..., T, Y, X): Rx1day, SDII [mm/day], wet and dry spells [days].
 
-    Rx1day is the mean over cells, SDII that over all wet days, spells that over all spells; missing steps end a spell.
-    Days are whole pieces of `steps_per_day` from the first step; without a whole day only the spells are given.
+    Rx1day is the mean over cells, SDII that over all wet days, spells that over all spells; missing days, of which a
+    step is enough, are left out and end a spell.
+    Days are whole pieces of `steps_per_day` from the first step: 24 h, but days of UTC only if that begins at 00 UTC.
+    Without a whole day there are no indices, of a single one there are no spells, for each would be one day long.
     """
-    days = fields.shape[-3] // steps_per_day
-    found = {"wet_spell": mean_spell(fields > WET_MM), "dry_spell": mean_spell(fields <= WET_MM)}
-    if days:
-        lead, (ny, nx) = fields.shape[:-3], fields.shape[-2:]
-        total = fields[..., : days * steps_per_day, :, :].reshape(*lead, days, steps_per_day, ny, nx).sum(axis=-3)
-        wet = total >= WET_DAY_MM
-        found |= {
-            "rx1day": float(np.nanmean(total.max(axis=-3))),
-            "sdii": float(total[wet].mean()) if wet.any() else 0.0,
-        }
-    return found
+    days, lead, (ny, nx) = fields.shape[-3] // steps_per_day, fields.shape[:-3], fields.shape[-2:]
+    total = fields[..., : days * steps_per_day, :, :].reshape(*lead, days, steps_per_day, ny, nx).sum(axis=-3)
+    if not np.isfinite(total).any():
+        return {}
+    wet = total >= WET_DAY_MM
+    found = {
+        "rx1day": float(np.nanmean(np.fmax.reduce(total, axis=-3))),
+        "sdii": float(total[wet].mean()) if wet.any() else 0.0,
+    }
+    if days == 1:
+        return found
+    return found | {"wet_spell_days": mean_spell(wet), "dry_spell_days": mean_spell(total < WET_DAY_MM)}
 
 
 def mean_spell(state: NDArray[np.bool_]) -> float:
-    """Mean length of runs of True along the time axis of (..., T, Y, X) [steps]."""
+    """Mean length of runs of True along the time axis of (..., T, Y, X) [its steps]."""
     starts = state[..., :1, :, :].sum() + (state[..., 1:, :, :] & ~state[..., :-1, :, :]).sum()
     return float(state.sum() / starts) if starts else 0.0
 
@@ -179,25 +193,42 @@ def fractions_skill(ensemble: Ensemble, truth: Field, threshold_mm: float, scale
     return 1.0 - difference / reference if reference else float("nan")
 
 
+def characteristics(ensemble: Ensemble, steps_per_day: int) -> dict[str, float]:
+    """What members are like, by name: amounts [mm per fine step], spells [steps] and `daily_indices`.
+
+    The maximum is that of every member, in the mean.
+    """
+    return {
+        "mean": float(np.nanmean(ensemble, dtype=np.float64)),
+        **{f"quantile_{q}": float(np.nanquantile(ensemble, q)) for q in QUANTILES},
+        "maximum": float(np.nanmax(ensemble.reshape(len(ensemble), -1), axis=1).mean()),
+        "wet_fraction": float((ensemble > WET_MM).sum() / np.isfinite(ensemble).sum()),
+        "hourly_change": hourly_change(ensemble),
+        "autocorrelation": autocorrelation(ensemble),
+        "wet_spell": mean_spell(ensemble > WET_MM),
+        "dry_spell": mean_spell(ensemble <= WET_MM),
+        **daily_indices(ensemble, steps_per_day),
+    }
+
+
+def ratio_name(name: str) -> str:
+    """Name of the ratio of a characteristic: mean_ratio, quantile_ratio_0.99."""
+    head, point, q = name.partition("_0.")
+    return f"{head}_ratio{point}{q}"
+
+
 def scores(ensemble: Ensemble, truth: Field, factor: Factor, *, steps_per_day: int = 24) -> dict[str, float]:
     """All scores of one ensemble but CRPS, by name; ratios are ensemble over truth, NaN where undefined."""
     result = {"rmse": rmse(ensemble, truth)}
     if len(ensemble) > 1:
         result["spread_skill"] = spread_skill(ensemble, truth)
-    for q in QUANTILES:
-        result[f"quantile_ratio_{q}"] = ratio(np.nanquantile(ensemble, q), np.nanquantile(truth, q))
-    largest = np.nanmax(ensemble.reshape(len(ensemble), -1), axis=1).mean()
-    result["maximum_ratio"] = ratio(largest, np.nanmax(truth))
-    result["wet_fraction_ratio"] = ratio((ensemble > WET_MM).mean(), (truth > WET_MM).mean())
-    result["hourly_change_ratio"] = ratio(hourly_change(ensemble), hourly_change(truth))
-    result["autocorrelation_difference"] = autocorrelation(ensemble) - autocorrelation(truth)
+    found, wanted = characteristics(ensemble, steps_per_day), characteristics(truth[None], steps_per_day)
+    result["autocorrelation_difference"] = found.pop("autocorrelation") - wanted.pop("autocorrelation")
+    result |= {ratio_name(name): ratio(found[name], value) for name, value in wanted.items()}
     result["spectrum_db"] = spectrum_db(ensemble, truth, factor.space)
     result["seam_ratio"] = seam_ratio(ensemble, factor.space)
     result["seam_ratio_of_truth"] = seam_ratio(truth, factor.space)
-    expected = daily_indices(truth, steps_per_day)
-    for name, value in daily_indices(ensemble, steps_per_day).items():
-        result[f"{name}_ratio"] = ratio(value, expected[name])
-    for threshold, scale in FSS:
+    for threshold, scale in itertools.product(FSS_MM, FSS_CELLS):
         result[f"fss_{threshold:g}mm_{scale}cells"] = fractions_skill(ensemble, truth, threshold, scale)
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy as np
 from stsr_core.errors import ConfigurationError, SourceError
 from stsr_core.factors import Factor
 from stsr_core.grids import coarsen
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 
@@ -44,6 +45,11 @@ class Truth:
     spacing_km: float = 1.0
     step_h: float = 1.0
 
+    @property
+    def steps_per_day(self) -> int:
+        """Fine steps of 24 h, rounded; one where they are longer."""
+        return max(1, round(24 / self.step_h))
+
 
 def read_truth(
     urls: Sequence[str],
@@ -52,6 +58,8 @@ def read_truth(
     hours: int,
     cells: int,
     variable: str,
+    declared: Declared = NOTHING,
+    base: Path | None = None,
     coarser: int = 1,
     statics: Callable[[Grid], NDArray[np.float32] | None] = lambda _: None,
     options_of: OptionsOf = no_options,
@@ -59,7 +67,8 @@ def read_truth(
     """Read the wettest `hours` and the middle `cells` x `cells` of fine files, cut to whole coarse cells.
 
     Files smaller than asked for make all places smaller: they are scored as one sample. Grids are made `coarser` so
-    many times before all else. `statics` gives the static fields on the grid of a file, `options_of` the options of the
+    many times before all else. `declared` is what the files do not say themselves, `base` the folder that relative
+    paths start from. `statics` gives the static fields on the grid of a file, `options_of` the options of the
     filesystem of a URL.
 
     Raises:
@@ -68,18 +77,20 @@ def read_truth(
             coarse cell is whole, or whose cells or steps differ.
     """
     _check_asked(hours, cells, factor)
-    places = places_of(urls, options_of=options_of)
-    runs = [_wettest(place, variable, hours, factor, options_of(place)) for place in places]
+    places = places_of(urls, base, options_of)
+    runs = [
+        _wettest(place, fine_runs(place, variable, declared, storage_options=options_of(place)), hours, factor)
+        for place in places
+    ]
     spacings, step_h = _alike(places, [run for run, _ in runs])
-    fields = [
-        _middle(_averaged(amount, coarser), cells, factor, place)
-        for (_, amount), place in zip(runs, places, strict=True)
-    ]
-    nt, ny, nx = (min(f.shape[axis] for f in fields) for axis in range(3))
     s, t = factor.space, factor.time
-    cut = [
-        _middle(f[: nt // t * t], min(ny, nx, cells), factor, place) for f, place in zip(fields, places, strict=True)
-    ]
+
+    def middles(fields: Iterable[NDArray[np.float32]], side: int) -> list[NDArray[np.float32]]:
+        return [_middle(f, side, factor, place) for f, place in zip(fields, places, strict=True)]
+
+    wide = middles((_averaged(amount, coarser) for _, amount in runs), cells)
+    nt, *sides = (min(f.shape[axis] for f in wide) for axis in range(3))
+    cut = middles((f[:nt] for f in wide), min(sides))
     coarse = np.stack([coarsen(c, factor) for c in cut])
     if np.isnan(coarse).all():
         raise SourceError(
@@ -88,14 +99,10 @@ def read_truth(
         )
     hole = np.isnan(coarse).repeat(t, 1).repeat(s, 2).repeat(s, 3)
     fine = np.where(hole, np.float32(np.nan), np.stack(cut))
-    seen = tuple(
-        None
-        if field is None
-        else _middle(_middle(_averaged(field, coarser), cells, factor, place), min(ny, nx, cells), factor, place)
-        for field, place in zip((statics(run.grid) for run, _ in runs), places, strict=True)
-    )
+    below = [_averaged(f, coarser) for run, _ in runs if (f := statics(run.grid)) is not None]
+    seen = middles(middles(below, cells), min(sides)) if below else [None] * len(places)
     spacing = coarser * float(np.mean(spacings))
-    return Truth(tuple(Path(place).stem for place in places), fine, coarse, seen, spacing, step_h)
+    return Truth(tuple(Path(place).stem for place in places), fine, coarse, tuple(seen), spacing, step_h)
 
 
 def _check_asked(hours: int, cells: int, factor: Factor) -> None:
@@ -128,12 +135,10 @@ def _averaged(fields: NDArray[np.float32], cells: int) -> NDArray[np.float32]:
     return coarsen(fields[:, :ny, :nx], Factor(space=cells, time=1))
 
 
-def _wettest(
-    url: str, variable: str, hours: int, factor: Factor, storage_options: Mapping[str, object]
-) -> tuple[FineRun, NDArray[np.float32]]:
+def _wettest(url: str, runs: Sequence[FineRun], hours: int, factor: Factor) -> tuple[FineRun, NDArray[np.float32]]:
     """Read the wettest `hours` inside one gap-free run of a file, whole coarse steps; and which run it was."""
     best: tuple[float, FineRun, int, int] | None = None
-    for run in fine_runs(url, variable, storage_options=storage_options):
+    for run in runs:
         nt = min(hours, run.steps) // factor.time * factor.time
         if nt:
             sums = np.convolve(_rain(run), np.ones(nt), "valid")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
 from stsr_core.errors import ShapeError
-from stsr_core.grids import Cells, Grid, TimeAxis
+from stsr_core.grids import Axis, Cells, Grid, TimeAxis
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from stsr_core.factors import Factor
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,11 @@ def coarse_of(
     if isinstance(place, Grid):
         return Cube(amount.reshape(-1, *place.shape), times, place, attributes, driving)
     return CellCube(amount, times, place, attributes, driving)
+
+
+def as_cube(coarse: NDArray[np.float32], factor: Factor) -> Cube:
+    """Wrap coarse amounts (T, Y, X) as a cube on an abstract 1 km, 1 h fine lattice."""
+    _, ny, nx = coarse.shape
+    s = float(factor.space)
+    grid = Grid(Axis(s / 2, s, ny), Axis(s / 2, s, nx))
+    return Cube(coarse, TimeAxis(datetime(2000, 1, 1), timedelta(hours=factor.time), len(coarse)), grid, {})

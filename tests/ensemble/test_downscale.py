@@ -25,11 +25,10 @@ from stsr_core.ensemble.generate import ShardError, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import _Block, _store, fill_missing, make_shard
 from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
-from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor, NoiseCorrelation
 from stsr_core.factors import recipe as configured
 from stsr_core.grids import Axis, Grid, TimeAxis
-from stsr_core.sources.cube import Cube
+from stsr_core.sources.cube import Cube, as_cube
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 from stsr_core.store.receipts import read_receipts
 from tests.conftest import random_checkpoint

@@ -17,8 +17,8 @@ from stsr_core.ensemble.generate import ShardError, Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import ShardResult
 from stsr_core.errors import ConfigurationError
-from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
+from stsr_core.sources.cube import as_cube
 
 FACTOR = Factor(space=4, time=1)
 SLOW_S = 0.2

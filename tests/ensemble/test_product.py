@@ -8,8 +8,8 @@ from stsr_core.cli import app
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.product import Cost, attempt_name
 from stsr_core.errors import ConfigurationError
-from stsr_core.evaluation.evaluate import as_cube
 from stsr_core.factors import Factor
+from stsr_core.sources.cube import as_cube
 
 FACTOR = Factor(space=4, time=3)
 

@@ -1,22 +1,26 @@
+import html
 import json
 import math
 import re
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from stsr_core.checkpoint import Library
+from stsr_core.checkpoint import Checkpoint, Library
 from stsr_core.errors import ConfigurationError, FactorError, SourceError
-from stsr_core.evaluation.command import evaluate_checkpoint, table_text
-from stsr_core.evaluation.evaluate import BASELINES, OURS, Options
-from stsr_core.evaluation.report import bars
+from stsr_core.evaluation import evaluate
+from stsr_core.evaluation.baselines import BASELINES
+from stsr_core.evaluation.command import chosen_data, evaluate_checkpoint, table_text
+from stsr_core.evaluation.evaluate import OURS, Evaluation, Options
 from stsr_core.evaluation.truth import read_truth
 from stsr_core.factors import Factor
 from stsr_core.store.statistics import STATISTICS
+from stsr_core.version import code_version
 from tests.conftest import random_checkpoint
 
 FACTOR = Factor(space=4, time=3)
@@ -67,6 +71,60 @@ def test_places_of_other_cells_or_steps_are_no_one_sample(tmp_path):
     for other in ("half", "wide"):
         with pytest.raises(SourceError, match="cells or steps differ"):
             read_truth([path, str(tmp_path / f"{other}.nc")], FACTOR, hours=6, cells=40, variable="precipitation")
+
+
+def published(path: Path) -> str:
+    """Write files that say neither their units nor which value marks missing cells, as COMEPHORE's."""
+    data = xr.load_dataset(write(path, hours=6, cells=24))
+    raw = (10 * data["precipitation"]).round()
+    raw[:, 0, 1] = 65535.0
+    raw.drop_attrs().rename("RR").to_netcdf(path)
+    return str(path)
+
+
+def test_files_are_read_as_declared(tmp_path):
+    path = published(tmp_path / "a.nc")
+    expected = xr.load_dataset(write(tmp_path / "b.nc", hours=6, cells=24))["precipitation"].to_numpy()
+    lines = ["units: 0.1 mm", "missing_values: [65535]"]
+    urls, options = chosen_data([path], None, Options(), variable="RR", declare=lines, catalog_file=tmp_path / "none")
+    truth = read_truth(
+        urls, FACTOR, hours=6, cells=24, variable=options.variable, declared=options.declared, base=options.base
+    )
+    np.testing.assert_allclose(truth.fine[0, :, 4:, 4:], expected[:, 4:24, 5:25], atol=0.051)
+    assert np.argwhere(np.isnan(truth.coarse)).tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+
+
+def test_the_validation_files_of_an_archive_are_read_as_the_catalogue_declares(tmp_path):
+    published(tmp_path / "a.nc")
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(
+        """
+sources: {}
+grids: {}
+products: {}
+archives:
+  radar:
+    train: ['b.nc']
+    validation: ['a.nc']
+    variable: RR
+    units: 0.1 mm
+    missing_values: [65535]
+    description: radar
+    license: none
+    attribution: nobody
+"""
+    )
+    chosen = partial(chosen_data, options=Options(), variable=None, declare=[], catalog_file=catalog)
+    urls, options = chosen([], "radar")
+    assert (options.variable, options.declared.units, options.declared.missing_values) == ("RR", "0.1 mm", (65535.0,))
+    truth = read_truth(urls, FACTOR, hours=6, cells=24, variable="RR", declared=options.declared, base=options.base)
+    assert truth.names == ("a",)
+    assert 5 < np.nanmax(truth.fine) < 60
+    _, options = chosen([], "radar", declare=["units: mm"])
+    assert (options.declared.units, options.declared.missing_values) == ("mm", (65535.0,))
+    for urls, archive in (([], None), (["a.nc"], "radar")):
+        with pytest.raises(ConfigurationError, match="fine files, or an archive of catalog.yaml; one of the two"):
+            chosen(urls, archive)
 
 
 def test_the_wettest_hours_stay_inside_one_run(tmp_path):
@@ -125,6 +183,20 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
                    variable="precipitation")  # fmt: skip
 
 
+def assert_complete(numbers: dict, found: Evaluation, checkpoint: Checkpoint) -> None:
+    defined = {name: value if math.isfinite(value) else None for name, value in found.table[OURS].items()}
+    assert numbers["scores"]["stsr"] == pytest.approx(defined)
+    assert numbers["intervals_95"]["crps_over_linear"] == numbers["intervals_95"]["spread_skill"] == [None, None]
+    assert numbers["resampled"] == {"what": "blocks of 6 steps and 128 cells", "number": 1}
+    assert numbers["checkpoint"] == {"name": "tiny", "digest": checkpoint.digest}
+    assert (numbers["seed"], numbers["precision"], numbers["code"]) == (7, "float32", code_version())
+    assert numbers["truth"]["maximum"] == pytest.approx(found.truth.fine.max())
+    assert [len(numbers["power_by_wavenumber"][name]) for name in ("truth", "linear")] == [18, 18]
+    assert {bar["score"]: bar["verdict"] for bar in numbers["bars"]}["closure_quanta"] == "met"
+    assert set(numbers["ablations"]["methods"]) == set(found.table) - {OURS, *BASELINES}
+    assert "none was trained anew" in numbers["ablations"]["how"]
+
+
 def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path):
     random_checkpoint(tmp_path / "checkpoints", [(4, 3)], distilled=True)
     path = write(tmp_path / "a.nc", hours=6, cells=24)
@@ -141,7 +213,7 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
         yield advance
 
     found = evaluate_checkpoint(
-        [path], 4, 3, Options(members=3, hours=6, cells=24, ablations=True, warming=True),
+        [path], 4, 3, Options(members=3, hours=6, cells=24, seed=7, ablations=True, warming=True),
         checkpoints=tmp_path / "checkpoints", record=False, json_file=tmp_path / "s.json",
         html_file=tmp_path / "s.html", device="cpu", report=lines.append, watch=watch,
     )  # fmt: skip
@@ -153,19 +225,26 @@ def test_an_evaluation_scores_every_method_and_writes_page_and_numbers(tmp_path)
     stsr = found.table["stsr"]
     assert stsr["closure_quanta"] == 0
     assert stsr["crps_over_linear"] == pytest.approx(stsr["crps"] / found.table["linear"]["crps"])
-    assert np.isnan(found.intervals["linear"]).all()  # of one block
-    assert found.ranks.sum() == pytest.approx(1.0)
+    assert np.isnan(found.intervals["crps_over_linear"]).all()  # of one block
+    assert set(found.ranks) == set(found.table)
+    assert found.ranks[OURS].sum() == pytest.approx(1.0)
+    for name in set(found.table) - {"without conservation", "linear"}:
+        assert found.table[name]["closure_mm"] < 1e-3
+        assert found.table[name]["closure_quanta"] <= 1
+    assert found.table["linear"]["closure_mm"] > 0.1
+    assert found.table["linear"]["closure_quanta"] > 100
+    assert found.table["without conservation"]["closure_mm"] > 0.1
     for raised in ("1.07", "1.2"):  # conservation carries the signal of the mean through
         assert found.signal[raised]["mean"] == pytest.approx(float(raised), rel=1e-3)
     numbers = json.loads((tmp_path / "s.json").read_text())
-    defined = {name: value if math.isfinite(value) else None for name, value in stsr.items()}
-    assert numbers["scores"]["stsr"] == pytest.approx(defined)
-    assert (numbers["crps_ratio_intervals_95"]["linear"], numbers["crps_ratio_blocks"]) == ([None, None], 1)
+    assert_complete(numbers, found, Library.open(tmp_path / "checkpoints").checkpoints[0])
     page = (tmp_path / "s.html").read_text()
+    assert "none was trained anew" in page
+    assert "There are none: 24 steps are needed, 6 are scored" in page
     assert "unknown: 6 blocks of 6 steps and 128 cells are needed, not 1" in page
     assert len(re.findall('src="data:image/png;base64,', page)) == 2
     assert "http" not in page.replace("http-equiv", "")
-    assert {"closure_quanta", "crps_over_rainfarm"} <= {name for name, *_ in bars(found)}
+    assert {"closure_quanta", "crps_over_rainfarm"} <= {bar.score for bar in found.bars}
     assert "crps_over_rainfarm" in table_text(found.table)
     assert any("members done" in line for line in lines)
     assert done == begun
@@ -180,8 +259,25 @@ def test_an_evaluation_of_enough_hours_and_places_has_intervals(tmp_path, checkp
         checkpoints=checkpoints, record=False, json_file=None, html_file=None, device="cpu", report=lambda _: None,
     )  # fmt: skip
     assert found.blocks == 6
-    low, high = found.intervals["linear"]
-    assert low < found.table["stsr"]["crps_over_linear"] < high
+    for name in ("crps_over_linear", "spread_skill"):
+        low, high = found.intervals[name]
+        assert low < found.table["stsr"][name] < high
+
+
+def test_baselines_that_cannot_be_run_are_bars_that_are_not_judged(tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setattr(evaluate, "without_rainfarm", lambda *_, **__: "install it with pip install 'stsr[evaluate]'.")
+    found = evaluate_checkpoint(
+        [write(tmp_path / "a.nc", hours=6, cells=16)], 4, 3, Options(members=2, hours=6, cells=16),
+        checkpoints=checkpoints, record=False, json_file=tmp_path / "s.json", html_file=tmp_path / "s.html",
+        device="cpu", report=lambda _: None,
+    )  # fmt: skip
+    verdicts = {bar.score: bar.verdict for bar in found.bars}
+    assert "not judged: install it with pip" in verdicts["crps_over_rainfarm"]
+    assert verdicts["crps_over_linear"] in {"met", "missed"}
+    assert html.escape(verdicts["crps_over_rainfarm"]) in (tmp_path / "s.html").read_text()
+    assert {bar["score"]: bar["found"] for bar in json.loads((tmp_path / "s.json").read_text())["bars"]}[
+        "crps_over_rainfarm"
+    ] is None
 
 
 def test_data_without_rain_have_scores_that_are_undefined(tmp_path, checkpoints):

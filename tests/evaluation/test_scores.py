@@ -3,9 +3,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stsr_core.evaluation.bootstrap import LEAST_BLOCKS, ratio_interval, sums_by_block
+from stsr_core.evaluation.bootstrap import LEAST_BLOCKS, SMALL, Block, Day, block_of, ratio_interval, sums_by_block
 from stsr_core.evaluation.scores import (
     autocorrelation,
+    characteristics,
     crps_field,
     daily_indices,
     fractions_skill,
@@ -111,6 +112,23 @@ def test_ties_of_the_rank_are_broken_by_lot():
     np.testing.assert_allclose(rank_histogram(ensemble, truth), [1 / 3, 1 / 3, 1 / 3, 0], atol=0.02)
 
 
+def test_the_spectrum_is_that_of_pysteps():
+    rapsd = pytest.importorskip("pysteps.utils.spectral").rapsd
+    for n in (32, 33):
+        frames = np.random.default_rng(n).gamma(0.3, 3, (3, n, n)).astype(np.float32)
+        expected = np.mean([rapsd(frame, fft_method=np.fft) for frame in frames], axis=0)
+        np.testing.assert_allclose(power_spectrum(frames)[: len(expected)] / n**2, expected, rtol=1e-5)
+
+
+def test_the_rank_histogram_is_that_of_pysteps():
+    """Of amounts without ties, which are broken by lot, and where it rains, for quanta below are what it is not of."""
+    rankhist = pytest.importorskip("pysteps.verification.ensscores").rankhist
+    amounts = 0.01 * np.random.default_rng(0).permutation(np.arange(1, 9 * 600 + 1)).reshape(9, 1, 1, 20, 30)
+    members, truth = amounts[:8].astype(np.float32), amounts[8].astype(np.float32)
+    expected = rankhist(members, truth, X_min=0.105)
+    np.testing.assert_allclose(rank_histogram(members, truth), expected, atol=1e-12)
+
+
 def test_seams_are_steps_at_the_borders_of_coarse_cells():
     smooth = np.broadcast_to(np.arange(24, dtype=np.float32), (1, 24, 24))
     assert seam_ratio(smooth + smooth.swapaxes(-1, -2), 8) == pytest.approx(1.0)
@@ -120,13 +138,25 @@ def test_seams_are_steps_at_the_borders_of_coarse_cells():
 
 def test_spells_and_daily_indices_by_hand():
     series = np.array([0, 2, 2, 0, 0, 0, 3, 0], np.float32).reshape(8, 1, 1)
-    found = daily_indices(series, steps_per_day=4)
-    assert found == {"wet_spell": 1.5, "dry_spell": pytest.approx(5 / 3), "rx1day": 4.0, "sdii": 3.5}
-    assert "rx1day" not in daily_indices(series, steps_per_day=24)
-    holed = np.where(np.arange(8) == 4, np.float32(np.nan), series[:, 0, 0]).reshape(8, 1, 1)
-    assert daily_indices(holed, steps_per_day=24)["dry_spell"] == 1.0
+    hours = characteristics(series[None], steps_per_day=8)
+    assert (hours["wet_spell"], hours["dry_spell"]) == (1.5, pytest.approx(5 / 3))
+    # Days of 4 and 3 mm are one spell of two days; that of a single day says nothing.
+    assert daily_indices(series, steps_per_day=4) == {
+        "rx1day": 4.0, "sdii": 3.5, "wet_spell_days": 2.0, "dry_spell_days": 0.0
+    }  # fmt: skip
+    assert daily_indices(series, steps_per_day=8) == {"rx1day": 7.0, "sdii": 7.0}
+    assert daily_indices(series, steps_per_day=9) == {}
     assert mean_spell(np.zeros((3, 1, 1), bool)) == 0.0
     assert hourly_change(series) == pytest.approx((2 + 0 + 2 + 0 + 0 + 3 + 3) / 7)
+
+
+def test_spells_of_days_are_of_totals_of_1_mm_and_end_at_missing_days():
+    # Wet for 1 and 1 days; dry for 2 before the missing day, for 1 and 2 after it.
+    totals = np.array([1.0, 0.8, 0.8, np.nan, 0.0, 2.0, 0.5, 0.5], np.float32)
+    found = daily_indices((totals / 2).repeat(2).reshape(16, 1, 1), steps_per_day=2)
+    assert (found["wet_spell_days"], found["dry_spell_days"]) == (1.0, pytest.approx(5 / 3))
+    assert found["rx1day"] == 2.0
+    assert daily_indices(np.full((4, 1, 1), np.nan, np.float32), steps_per_day=2) == {}
 
 
 def test_autocorrelation_of_slow_and_fast_fields():
@@ -202,14 +232,32 @@ def test_days_of_1_mm_are_wet():
 def test_blocks_leave_missing_cells_out():
     crps = np.ones((1, 7, 130, 10), np.float32)
     crps[:, :6, :128] = np.nan
-    assert sums_by_block(crps).tolist() == [6 * 2 * 10, 128 * 10, 2 * 10]
+    assert sums_by_block(crps, SMALL).tolist() == [6 * 2 * 10, 128 * 10, 2 * 10]
+
+
+def test_whole_days_of_places_are_resampled_where_there_are_enough():
+    truth = np.ones((2, 72, 200, 160), np.float32)
+    assert block_of(truth, steps_per_day=24) == Day(steps=24, cells=200)
+    assert sums_by_block(truth, block_of(truth, 24)).tolist() == [24 * 200 * 160] * 6
+    truth[1, 48:] = np.nan  # a day less
+    assert block_of(truth, steps_per_day=24) == SMALL == Block(steps=6, cells=128)
+
+
+def test_intervals_of_whole_days_are_wider_where_hours_of_a_day_are_alike():
+    rng = np.random.default_rng(0)
+    days = rng.gamma(2.0, 1.0, (4, 10, 1)).repeat(24, axis=2).reshape(4, 240, 1, 1).astype(np.float32)
+    (low, high), (near, far) = (
+        ratio_interval(sums_by_block(days, block), sums_by_block(np.ones_like(days), block))
+        for block in (block_of(days, 24), SMALL)
+    )
+    assert high - low > 1.5 * (far - near)
 
 
 def test_the_interval_is_that_of_the_ratio_of_means_where_blocks_are_not_alike():
     rng = np.random.default_rng(0)
     first, second = rng.gamma(2.0, 1.0, (2, 1, 600, 200, 10)).astype(np.float32)
     first[..., 128:, :] *= 3  # the edge, which has smaller blocks
-    low, high = ratio_interval(sums_by_block(first), sums_by_block(second))
+    low, high = ratio_interval(sums_by_block(first, SMALL), sums_by_block(second, SMALL))
     assert low < first.mean() / second.mean() < high
     assert low + high == pytest.approx(2 * first.mean() / second.mean(), rel=0.03)
 
