@@ -130,21 +130,29 @@ def _region(run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSo
 
 
 def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
-    """Read a run in blocks of time, into a file where one is named."""
-    if kept is not None and kept.is_file():
-        mapped: NDArray[np.uint16] = np.load(kept, mmap_mode="r")
-        return mapped
+    """Read a run in blocks of time, into a file where one is named; one that is damaged is made anew."""
     shape = (run.steps, *run.grid.shape)
     if kept is None:
         quanta = np.empty(shape, np.uint16)
         _fill(quanta, run)
         return quanta
+    mapped = _mapped(kept)
+    if mapped is not None and mapped.shape == shape and mapped.dtype == np.uint16:
+        return mapped
     kept.parent.mkdir(parents=True, exist_ok=True)
     with whole(kept) as part:
         quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
         _fill(quanta, run)
         quanta.flush()
-    return _quanta(run, kept)
+    return np.load(kept, mmap_mode="r")
+
+
+def _mapped(path: Path) -> NDArray[np.uint16] | None:
+    """An array on disk; None where there is no file, or a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
 
 
 def _fill(quanta: NDArray[np.uint16], run: FineRun) -> None:

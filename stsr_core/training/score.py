@@ -17,6 +17,7 @@ arXiv 2506.10868. Every part is a proper score, and so is their sum (Gneiting an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -70,6 +71,8 @@ def _scored(
     coarse = block_sums(truth, factor) / factor.space**2
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
     transformed = [(expected + how.width * r)[:, :, 0] for r in made]
+    if not all(x.isfinite().all() for x in transformed):
+        return torch.stack(transformed).sum() * math.nan  # amounts that are not finite cannot be conserved
     first, second = (conserved(_amounts(x, scale_mm), coarse, configuration) for x in transformed)
     below = (LEAST_TRANSFORMED - torch.stack(transformed)).clamp(min=0.0).square().mean()
     return scores(first, second, truth) + BELOW_WEIGHT * below

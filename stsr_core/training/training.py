@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stsr_core.checkpoint import Checkpoint, Served, StaticField, Transform
 from stsr_core.downscaler import Downscaler
-from stsr_core.errors import ConfigurationError, OperatorError, SourceError
+from stsr_core.errors import CheckpointError, ConfigurationError, OperatorError, SourceError
 from stsr_core.factors import FactorConfiguration, nearest_spacing
 from stsr_core.files import whole
 from stsr_core.networks.denoiser import Denoiser
@@ -212,11 +212,17 @@ class Training:
         """Take its folder, or go on with what is there.
 
         Raises:
+            CheckpointError: what says which training is there is damaged.
             ConfigurationError: another training, or an earlier version of this code, left something there.
         """
         path, identity = self.folder / "training.json", json.loads(json.dumps(self.identity))
         if path.is_file():
-            known = json.loads(path.read_text())
+            known = _read_json(path)
+            if known is None:
+                raise CheckpointError(
+                    f"{path}, which says what is trained here, is damaged. Restore it, or delete {self.folder} to "
+                    "begin anew."
+                )
             other = [name for name, value in identity.items() if known.get(name) != value]
             if other:
                 raise ConfigurationError(
@@ -341,7 +347,10 @@ class Training:
         """
         patches = self.preset.calibration_patches
         networks, path = f"{_digest(mean, denoiser)} on {patches}", self.folder / "spreads.json"
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = _read_json(path) if path.is_file() else {}
+        if kept is None:
+            self.report(f"{path} is damaged; spreads are chosen anew")
+            kept = {}
         have = {**kept.get(networks, {}), **known}
         for one in served:
             factor = str(one.configuration.factor)
@@ -384,6 +393,15 @@ class _Steps(Dataset[Draw]):
 
     def __getitem__(self, step: int) -> Draw:
         return self.training.draw(self.stage, step)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """An object of JSON; None where a file is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _state(stage: Stage, validation: float, seconds: float) -> str:

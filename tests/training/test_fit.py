@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import xarray as xr
 
 from stsr_core.checkpoint import Architecture
 from stsr_core.downscaler import Downscaler
-from stsr_core.errors import ConfigurationError, SourceError
+from stsr_core.errors import CheckpointError, ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
 from stsr_core.store.layout import MISSING
@@ -22,7 +23,7 @@ from stsr_core.training.fit import fit
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import Region, draw_patch, fitting_spacings, load_archive, patch_cells, region_of
 from stsr_core.training.run import Run
-from stsr_core.training.stage import Stage
+from stsr_core.training.stage import Stage, _read
 from stsr_core.training.training import Training, TrainingError
 from tests.tiny import TINY, small_patches
 
@@ -278,6 +279,91 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(regio
     again = first_stage(steps=6)
     again.resume(tmp_path)
     assert again.step == 2
+
+
+@pytest.mark.parametrize("name", ["mean", "denoiser", "student", "scored"])
+def test_networks_that_turn_nan_in_any_stage_stop_training_and_keep_the_last_state(
+    regions, tmp_path, monkeypatch, name
+):
+    update = Stage.update
+
+    def breaking(stage, loss, run):
+        update(stage, loss, run)
+        if stage.name == name and stage.step == 3:
+            for parameter in stage.network.parameters():
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(Stage, "update", breaking)
+    monkeypatch.setattr("stsr_core.training.training.calibrated_spread", lambda *_: 1.0)
+    run = training(regions, tmp_path, replace(TINY, denoiser_steps=6, distil_steps=6, score_steps=6))
+    with pytest.raises(TrainingError, match=f"{name} loss is nan at step 3.*kept"):
+        fit(run, "x", {})
+    meta, tensors = _read(tmp_path / f"{name}.safetensors")
+    assert meta["step"] == "2"
+    assert all(values.isfinite().all() for values in tensors.values())
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garble(path: Path) -> None:
+    """Change 64 bytes in the middle."""
+    raw = bytearray(path.read_bytes())
+    middle = slice(len(raw) // 2, len(raw) // 2 + 64)
+    raw[middle] = bytes(b ^ 0x55 for b in raw[middle])
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def left(regions, tmp_path_factory):
+    """The folder of a training that was not distilled."""
+    folder = tmp_path_factory.mktemp("left")
+    return folder, fit(training(regions, folder, PLAIN), "x", {})
+
+
+@pytest.mark.parametrize("damage", [halve, empty, garble])
+def test_a_damaged_state_is_named_and_training_goes_on_without_it(regions, left, tmp_path, damage):
+    folder, before = left
+    path = shutil.copytree(folder, tmp_path / "left") / "mean.safetensors"
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged .* Delete it, and the stage begins anew"):
+        fit(training(regions, path.parent, PLAIN), "x", {})
+    path.unlink()
+    assert fit(training(regions, path.parent, PLAIN), "x", {}).card.weights_sha256 == before.card.weights_sha256
+
+
+@pytest.mark.parametrize("damage", [halve, empty])
+def test_what_says_which_training_is_there_is_named_where_it_is_damaged(regions, left, tmp_path, damage):
+    path = shutil.copytree(left[0], tmp_path / "left") / "training.json"
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"{path}, which says what is trained here, is damaged. Restore it"):
+        training(regions, path.parent, PLAIN).claim()
+
+
+def test_damaged_spreads_are_chosen_anew(regions, left, tmp_path):
+    path, said = shutil.copytree(left[0], tmp_path / "left") / "spreads.json", []
+    kept = json.loads(path.read_text())
+    halve(path)
+    found = fit(replace(training(regions, path.parent, PLAIN), report=said.append), "x", {})
+    assert said[0] == f"{path} is damaged; spreads are chosen anew"
+    assert json.loads(path.read_text()) == kept
+    assert found.digest == left[1].digest
+
+
+@pytest.mark.parametrize("damage", [halve, empty])
+def test_damaged_copies_of_an_archive_are_read_anew(archive, tmp_path, damage):
+    before = load_archive(archive, cache=tmp_path)
+    for path in tmp_path.glob("*.npy"):
+        path.rename(tmp_path / "aside")  # what is mapped must not change
+        shutil.copy(tmp_path / "aside", path)
+        damage(path)
+    for found, expected in zip(load_archive(archive, cache=tmp_path), before, strict=True):
+        np.testing.assert_array_equal(found.quanta, expected.quanta)
 
 
 def test_the_weights_of_the_least_validation_loss_count(regions, tmp_path, monkeypatch):
