@@ -101,6 +101,11 @@ class Served(_Frozen):
     teacher: Teacher | None = None
     measured: dict[int, Measured] = {}
 
+    @property
+    def factor(self) -> Factor:
+        """The factor that is served."""
+        return self.configuration.factor
+
     def told(self, spacing_km: int) -> Served:
         """The same on a fine grid of another spacing."""
         return self.model_copy(update={"configuration": self.configuration.told(spacing_km)})
@@ -152,9 +157,9 @@ class Card(_Frozen):
             CheckpointError: the checkpoint does not serve it.
         """
         for served in self.served:
-            if served.configuration.factor == factor:
+            if served.factor == factor:
                 return served.told(nearest_spacing(spacing_km, self.spacings_km))
-        have = ", ".join(str(s.configuration.factor) for s in self.served)
+        have = ", ".join(str(s.factor) for s in self.served)
         raise CheckpointError(f"Checkpoint {self.name} serves {have}, not {factor}. Choose one of these or train it.")
 
     def strange(self, spacing_km: float, step: timedelta) -> str:
@@ -261,7 +266,7 @@ def with_measured(checkpoint: Checkpoint, factor: Factor, spacing_km: int, measu
     """Rewrite the card with what was measured for one factor on fine grids of one spacing."""
     served = tuple(
         s.model_copy(update={"measured": dict(sorted({**s.measured, spacing_km: measured}.items()))})
-        if s.configuration.factor == factor
+        if s.factor == factor
         else s
         for s in checkpoint.card.served
     )
@@ -302,7 +307,7 @@ class Library:
     @property
     def family(self) -> Family:
         """All factors that the checkpoints serve."""
-        return Family(tuple(s.configuration.factor for c in self.checkpoints for s in c.card.served))
+        return Family(tuple(s.factor for c in self.checkpoints for s in c.card.served))
 
     def serving(self, factor: Factor) -> Checkpoint:
         """Return the checkpoint that serves `factor`.

@@ -150,7 +150,7 @@ def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
 def _mapped(path: Path) -> NDArray[np.uint16] | None:
     """An array on disk; None where there is no file, or a damaged one."""
     try:
-        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+        return np.load(path, mmap_mode="r")
     except (FileNotFoundError, EOFError, ValueError):
         return None
 

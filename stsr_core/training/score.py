@@ -49,7 +49,7 @@ CHANGE_WEIGHT = 0.25  # of changes from step to step
 RAIN_MM, RAIN_POWER = 0.3, 0.7  # scores of amounts count by 1 / (RAIN_MM + mean of the patch) ** RAIN_POWER
 
 
-def score_loss(mean: nn.Module, served: Mapping[str, Served], scale_mm: float) -> Loss:
+def score_loss(mean: nn.Module, served: Mapping[Factor, Served], scale_mm: float) -> Loss:
     """Return the loss of a distilled denoiser around a trained mean network: scores of two members of every patch.
 
     Args:
@@ -63,10 +63,14 @@ def score_loss(mean: nn.Module, served: Mapping[str, Served], scale_mm: float) -
 
 
 def _scored(
-    served: Mapping[str, Served], scale_mm: float, network: nn.Module, residuals: Residuals, generator: torch.Generator
+    served: Mapping[Factor, Served],
+    scale_mm: float,
+    network: nn.Module,
+    residuals: Residuals,
+    generator: torch.Generator,
 ) -> Tensor:
     configuration, expected = residuals.configuration, residuals.expected
-    factor, how = configuration.factor, served[str(configuration.factor)]
+    factor, how = configuration.factor, served[configuration.factor]
     truth = to_amount((expected + how.residual_scale * residuals.values)[:, :, 0], scale_mm)
     coarse = block_sums(truth, factor) / factor.space**2
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]

@@ -8,12 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stsr_core.downscaler import Network
 from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.files import whole
 from stsr_core.training.run import Run
@@ -25,7 +27,7 @@ WARMUP_STEPS = 100
 
 
 @dataclass
-class Stage:
+class Stage(Generic[Network]):
     """A network in training: its weights, their moving average, its optimiser, and the steps done.
 
     `start_share` is the share that the weights it began with have in those that count, see `weights`; `least` is the
@@ -35,7 +37,7 @@ class Stage:
 
     name: str
     number: int
-    network: nn.Module
+    network: Network
     steps: int
     learning_rate: float
     start_share: float = 0.0
