@@ -18,11 +18,13 @@ from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, RATE_SHARE, distillation_loss
 from stsr_core.training.losses import Loss, denoiser_loss, mean_loss
+from stsr_core.training.patches import DRAWN_BY
 from stsr_core.training.score import RATE_SHARE as SCORE_RATE_SHARE
 from stsr_core.training.score import START_SHARE as SCORE_START_SHARE
 from stsr_core.training.score import score_loss
-from stsr_core.training.stage import Stage
+from stsr_core.training.stage import EMA_DECAY, Stage
 from stsr_core.training.training import Training
+from stsr_core.version import code_version
 
 
 @dataclass
@@ -34,14 +36,14 @@ class _Result:
         name: of the checkpoint.
         provenance: what the card says of the data and the recipe.
         weights: by network.
-        steps: done by each stage, and that at which the weights were kept that count.
+        steps: done by each stage, that at which the weights were kept that count, and their validation loss.
     """
 
     training: Training
     name: str
     provenance: Mapping[str, object]
     weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
 
     def fit(self, network: str, stage: Stage[Network], loss: Loss, served: Sequence[Served] = ()) -> Network:
         """Train a stage to its end; what serves something is written whenever the stage is saved."""
@@ -51,7 +53,7 @@ class _Result:
             if served:
                 self.write(served)
 
-        stage.builds_on = {name: step for name, step in self.steps.items() if name.endswith("_kept")}
+        stage.builds_on = {name: int(step) for name, step in self.steps.items() if name.endswith("_kept")}
         fitted = self.training.advance(stage, loss, saved)
         self.take(network, stage)
         return fitted
@@ -60,6 +62,8 @@ class _Result:
         """Take the weights of a network that count, and their steps."""
         self.weights[network] = stage.weights()
         self.steps |= {f"{stage.name}_steps": stage.step, f"{stage.name}_kept": stage.kept}
+        if stage.step:
+            self.steps[f"{stage.name}_least"] = stage.least
 
     def write(self, served: Sequence[Served]) -> None:
         """Write card and weights into the training's folder."""
@@ -212,15 +216,27 @@ def _on(device: torch.device, mean: MeanNetwork, denoiser: Denoiser) -> tuple[Me
 
 
 def _card(
-    training: Training, name: str, provenance: Mapping[str, object], served: Sequence[Served], steps: Mapping[str, int]
+    training: Training,
+    name: str,
+    provenance: Mapping[str, object],
+    served: Sequence[Served],
+    steps: Mapping[str, float],
 ) -> dict[str, object]:
-    preset = training.preset
+    preset, run = training.preset, training.run
     how = {
         **steps,
-        "cells_per_step": preset.cells_per_step * training.run.world,
+        "cells_per_step": preset.cells_per_step * run.world,
         "learning_rate": preset.learning_rate,
         "calibration_patches": preset.calibration_patches,
+        "save_every": preset.save_every,
+        "ema_decay": EMA_DECAY,
+        **DRAWN_BY,
         "seed": training.seed,
+        "processes": run.world,  # each draws patches of its own
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "precision": str(run.precision).removeprefix("torch."),
+        "torch": torch.__version__,
+        "stsr": code_version(),
         **({"start": training.start.digest, "start_share": training.start_share} if training.start else {}),
     }
     if training.start is not None and training.only_spacing:  # the rest is trained as it was
