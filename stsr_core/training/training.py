@@ -48,6 +48,33 @@ class TrainingError(OperatorError):
     """Training that cannot go on; the last good state is kept."""
 
 
+class Progress(NamedTuple):
+    """How far a stage is."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    validation: float
+    least: float
+    kept: int
+    seconds_per_step: float
+
+    @classmethod
+    def of(cls, stage: Stage[Any], validation: float, seconds: float) -> Progress:
+        """That of a stage with a validation loss, whose steps take so many seconds."""
+        loss = float(np.mean(stage.losses[-100:]))
+        return cls(stage.name, stage.step, stage.steps, loss, validation, stage.least, stage.kept, seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} step {self.step}/{self.steps}  loss {self.loss:.4f}  "
+            f"validation {self.validation:.4f} (least {self.least:.4f} at {self.kept})  "
+            f"{self.seconds_per_step:.2f} s/step  "
+            f"left {self.seconds_per_step * (self.steps - self.step) / 60:.0f} min"
+        )
+
+
 class Draw(NamedTuple):
     """What a training step sees of the archive.
 
@@ -98,6 +125,7 @@ class Training:
     statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
+    watch: Callable[[Progress], None] = lambda _: None
 
     @property
     def distilled(self) -> bool:
@@ -297,7 +325,9 @@ class Training:
                 if self.run.rank == 0:
                     stage.save(self.folder)
                     saved()
-                    self.report(_state(stage, validation, (time.monotonic() - started) / (stage.step - first)))
+                    progress = Progress.of(stage, validation, (time.monotonic() - started) / (stage.step - first))
+                    self.report(str(progress))
+                    self.watch(progress)
         return _with_weights(stage.network, stage.weights())
 
     def _resume(self, stage: Stage[Any]) -> None:
@@ -403,15 +433,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def _state(stage: Stage[Any], validation: float, seconds: float) -> str:
-    """How far a stage is, whose steps take so many seconds."""
-    return (
-        f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
-        f"validation {validation:.4f} (least {stage.least:.4f} at {stage.kept})  {seconds:.2f} s/step  "
-        f"left {seconds * (stage.steps - stage.step) / 60:.0f} min"
-    )
 
 
 def _digest(*networks: nn.Module) -> str:
