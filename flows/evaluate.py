@@ -13,11 +13,12 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, HomePath, Place
+from flows.parameters import HomePath, Place
 from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import evaluate_checkpoint
 from stsr_core.evaluation.evaluate import Evaluation, Options
+from stsr_core.factors import Factor
 from stsr_core.settings import Settings
 from stsr_core.statics import named_sources
 
@@ -33,7 +34,7 @@ Places = Annotated[list[Place], Field(min_length=1)]
 @flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)
 def evaluate(
     data: Places,
-    factor: FactorParameter,
+    factor: Factor,
     members: Annotated[int, Field(ge=1, le=1000)] = 8,
     hours: Annotated[int, Field(ge=1)] = 24,
     cells: Annotated[int, Field(ge=8)] = 384,
@@ -81,9 +82,7 @@ def evaluate(
 
 
 @task(name="score", cache_policy=NO_CACHE)
-def score(
-    data: list[str], factor: FactorParameter, options: Options, *, record: bool, report: Path | None
-) -> Evaluation:
+def score(data: list[str], factor: Factor, options: Options, *, record: bool, report: Path | None) -> Evaluation:
     """Score."""
     settings = Settings()
 
@@ -99,7 +98,7 @@ def score(
     )  # fmt: skip
 
 
-def _key(kind: str, factor: FactorParameter, *parts: str) -> str:
+def _key(kind: str, factor: Factor, *parts: str) -> str:
     return artifacts.key_of(kind, f"{factor.space}x{factor.time}", *parts)
 
 

@@ -39,7 +39,7 @@ from stsr_core.store.layout import create_ensemble, filesystem, finish, remove_s
 from stsr_core.training.distil import DISTILLED_EVALUATIONS, distillation_loss
 from stsr_core.training.losses import denoiser_loss, mean_loss
 from stsr_core.training.patches import region_of
-from stsr_core.training.presets import PRESETS
+from stsr_core.training.presets import PRESETS, PresetName
 from stsr_core.training.run import Run
 from stsr_core.training.score import score_loss
 from stsr_core.training.stage import Stage
@@ -328,7 +328,7 @@ def profile_shard(options: Options, *, checkpoints: str | None = None, lines: in
     return text.getvalue()
 
 
-def bench_training(factor: Factor, *, preset: str, device: str, steps: int | None = None) -> dict[str, float]:
+def bench_training(factor: Factor, *, preset: PresetName, device: str, steps: int | None = None) -> dict[str, float]:
     """Patches per second that networks learn from in each stage, on synthetic rain.
 
     Without more of 3 steps, 300 on a GPU, after one that warms up; validation and saving are not among it.

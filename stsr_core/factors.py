@@ -30,8 +30,8 @@ class Factor(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    space: int = Field(ge=1, le=LARGEST[0])
-    time: int = Field(ge=1, le=LARGEST[1])
+    space: int = Field(ge=1, le=LARGEST[0], description="Fine cells along each axis of a coarse cell.")
+    time: int = Field(ge=1, le=LARGEST[1], description="Fine steps of a coarse step.")
 
     @classmethod
     def of(cls, space: int, time: int) -> Factor:

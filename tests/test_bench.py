@@ -132,6 +132,11 @@ def test_training_steps_are_measured(monkeypatch):
     assert min(found.values()) > 0
 
 
+def test_a_size_of_networks_that_are_not_trained_is_refused():
+    with pytest.raises(ConfigurationError, match="--preset is of the networks of --training"):
+        CliRunner().invoke(app, ["bench", "--preset", "base"], catch_exceptions=False)
+
+
 def test_a_profile_writes_no_figures(tmp_path):
     for other in (("--json", str(tmp_path / "a.json")), ("--output", str(tmp_path / "out")), ("--training",)):
         with pytest.raises(ConfigurationError, match="--profile prints text and nothing else"):
