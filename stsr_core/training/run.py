@@ -56,7 +56,7 @@ class Run:
         """What rank 0 makes, on all ranks; the others wait for it."""
         made = [make() if self.rank == 0 else None]
         if self.world > 1:
-            dist.broadcast_object_list(made, device=self.device)
+            dist.broadcast_object_list(made, src=0, device=self.device)
         return cast("Made", made[0])
 
     def average(self, tensors: Sequence[Tensor]) -> None:
