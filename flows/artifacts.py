@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,9 +116,26 @@ def live_progress(key: str, total: int, description: str) -> Iterator[Advance]:
             shown(_update, artifact, percent())
 
 
-def _update(artifact: UUID, progress: float) -> None:
+def live_table(key: str, description: str) -> Callable[[str, Mapping[str, Cell]], None]:
+    """A table that grows: what is returned shows a row, in place of the one that it showed under the same name."""
+    rows: dict[str, dict[str, Cell]] = {}
+    artifact: UUID | None = None
+
+    def show(name: str, row: Mapping[str, Cell]) -> None:
+        nonlocal artifact
+        rows[name] = dict(row)
+        table = list(rows.values())
+        if artifact is None:
+            artifact = shown(create_table_artifact, table=table, key=key, description=description)
+        else:
+            shown(_update, artifact, json.dumps(table))
+
+    return show
+
+
+def _update(artifact: UUID, data: float | str) -> None:
     with get_client(sync_client=True) as client:
-        client.update_artifact(artifact, ArtifactUpdate(data=progress))
+        client.update_artifact(artifact, ArtifactUpdate(data=data))
 
 
 def _logger() -> Logger | LoggerAdapter[Logger]:

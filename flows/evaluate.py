@@ -14,12 +14,13 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, HomePath, Place
+from flows.parameters import HomePath, Place
 from flows.stages import patient
 from stsr_core.configuration import choose_catalog
 from stsr_core.evaluation.command import chosen_data, evaluate_checkpoint
 from stsr_core.evaluation.evaluate import Evaluation, Options
 from stsr_core.evaluation.report import number_text
+from stsr_core.factors import Factor
 from stsr_core.settings import Settings
 from stsr_core.statics import named_sources
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @flow(name="evaluate", flow_run_name="evaluate {factor}", validate_parameters=True)
 def evaluate(
-    factor: FactorParameter,
+    factor: Factor,
     data: list[Place] | None = None,
     archive: str | None = None,
     members: Annotated[int, Field(ge=1, le=1000)] = 8,
@@ -102,7 +103,7 @@ def evaluate(
 @task(name="score", cache_policy=NO_CACHE)
 def score(
     data: Sequence[str],
-    factor: FactorParameter,
+    factor: Factor,
     options: Options,
     *,
     checkpoints: Path | None,
@@ -124,7 +125,7 @@ def score(
     )  # fmt: skip
 
 
-def _key(kind: str, factor: FactorParameter, *parts: str) -> str:
+def _key(kind: str, factor: Factor, *parts: str) -> str:
     return artifacts.key_of(kind, f"{factor.space}x{factor.time}", *parts)
 
 

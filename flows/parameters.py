@@ -32,21 +32,6 @@ class Order(StrEnum):
     newest_first = "newest first"
 
 
-class Preset(StrEnum):
-    """Size of the networks."""
-
-    small = "small"
-    base = "base"
-    large = "large"
-
-
-class RecipeName(StrEnum):
-    """Whose beta and L a training takes."""
-
-    stsr = "stsr"
-    authors = "authors"
-
-
 class _Form(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,16 +59,6 @@ class Pieces(_Form):
     order: Order = Field(default=Order.oldest_first, description="Which piece comes first.")
     pause_s: float = Field(default=0.0, ge=0, le=86_400, description="Seconds to rest between pieces.")
     workers: int = Field(default=1, ge=0, le=1024, description="Dask workers; 0 for one per core or GPU.")
-
-
-class FactorParameter(_Form):
-    """Fine cells and steps in a coarse one."""
-
-    space: int = Field(ge=1, le=25, description="Fine cells along each axis of a coarse cell.")
-    time: int = Field(ge=1, le=6, description="Fine steps of a coarse step.")
-
-    def __str__(self) -> str:
-        return f"({self.space},{self.time})"
 
 
 class Retention(_Form):

@@ -11,14 +11,16 @@ from pydantic import Field
 
 from flows import artifacts
 from flows.log import event
-from flows.parameters import FactorParameter, HomePath, Place, Preset, RecipeName
+from flows.parameters import HomePath, Place
 from flows.stages import patient
 from stsr_core.checkpoint import Checkpoint
 from stsr_core.configuration import choose_catalog
+from stsr_core.factors import Factor
 from stsr_core.settings import Settings
 from stsr_core.training.command import Data, train_checkpoint
+from stsr_core.training.presets import PresetName, RecipeName
 
-Factors = Annotated[list[FactorParameter], Field(min_length=1)]
+Factors = Annotated[list[Factor], Field(min_length=1)]
 Steps = Annotated[int | None, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
@@ -31,7 +33,7 @@ def train(
     train_on: list[Place] | None = None,
     validate_on: list[Place] | None = None,
     name: Name = "stsr",
-    preset: Preset = Preset.small,
+    preset: PresetName = PresetName.small,
     recipe: RecipeName = RecipeName.stsr,
     mean_steps: Steps = None,
     denoiser_steps: Steps = None,
@@ -80,18 +82,20 @@ def train(
     data = Data.of(
         archive, train_on or [], validate_on or [], catalog_file, statics or [], settings.source_options
     )  # fmt: skip
+    sizes = {
+        "mean_steps": mean_steps, "denoiser_steps": denoiser_steps, "distil_steps": distil_steps,
+        "score_steps": score_steps, "learning_rate": learning_rate, "cells_per_step": cells_per_step,
+        "calibration_patches": calibration_patches,
+    }  # fmt: skip
     checkpoint = chosen(
-        data, [(f.space, f.time) for f in factors],
-        folder=folder, name=name, preset=preset, recipe=recipe, mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
-        learning_rate=learning_rate, cells_per_step=cells_per_step, calibration_patches=calibration_patches,
-        start=start, start_share=start_share, only_spacing=only_spacing, seed=seed,
+        data, factors, sizes, folder=folder, name=name, preset=preset, recipe=recipe, start=start,
+        start_share=start_share, only_spacing=only_spacing, seed=seed,
     )  # fmt: skip
     card = checkpoint.weights_path.with_suffix(".json")
     values: dict[str, str | int | float] = {
         "card": str(card),
         "digest": checkpoint.digest,
-        "factors": ", ".join(str(s.configuration.factor) for s in checkpoint.card.served),
+        "factors": ", ".join(str(s.factor) for s in checkpoint.card.served),
         **{key: str(value) for key, value in checkpoint.card.training.items()},
     }
     artifacts.facts(artifacts.key_of("checkpoint", name), values, f"Checkpoint {name}")
@@ -101,29 +105,23 @@ def train(
 @task(name="fit", cache_policy=NO_CACHE)
 def fit(
     data: Data,
-    factors: list[tuple[int, int]],
+    factors: list[Factor],
+    sizes: dict[str, float | None],
     *,
     folder: Path,
     name: str,
-    preset: Preset,
+    preset: PresetName,
     recipe: RecipeName,
-    mean_steps: int | None,
-    denoiser_steps: int | None,
-    distil_steps: int | None,
-    score_steps: int | None,
-    learning_rate: float | None,
-    cells_per_step: int | None,
-    calibration_patches: int | None,
     start: Path | None,
     start_share: float,
     only_spacing: bool,
     seed: int,
 ) -> Checkpoint:
     """Fit; a retry resumes from the last save."""
+    show = artifacts.live_table(artifacts.key_of("losses", name), f"Losses of {name}, stage by stage")
     return train_checkpoint(
-        data, factors, folder=folder, name=name, preset=preset.value, recipe_name=recipe.value,
-        mean_steps=mean_steps, denoiser_steps=denoiser_steps, distil_steps=distil_steps, score_steps=score_steps,
-        learning_rate=learning_rate, cells_per_step=cells_per_step, calibration_patches=calibration_patches,
-        start=start, start_share=start_share, only_spacing=only_spacing, device=Settings().device, seed=seed,
+        data, factors, folder=folder, name=name, preset=preset, recipe_name=recipe, sizes=sizes, start=start,
+        start_share=start_share, only_spacing=only_spacing, device=Settings().device, seed=seed,
         report=lambda said: event("fit", checkpoint=name, said=said),
+        watch=lambda progress: show(progress.stage, progress._asdict()),
     )  # fmt: skip

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stsr_core.errors import CheckpointError
-from stsr_core.factors import Factor, FactorConfiguration, Family, nearest_spacing
+from stsr_core.factors import SPACINGS_KM, Factor, FactorConfiguration, Family, nearest_spacing
 from stsr_core.files import whole
 
 if TYPE_CHECKING:
@@ -29,15 +29,21 @@ NEAR = 1.5  # ratio of spacings or steps up to which networks know what they wer
 EVALUATIONS = 8  # network evaluations of a member; 16 change CRPS by 0.2 %, 4 cost a tenth of the spread
 
 
+Positive = Annotated[float, Field(gt=0)]
+Evaluations = Annotated[int, Field(ge=1, le=1000)]
+Channels = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Spacings = Annotated[tuple[Annotated[int, Field(ge=SPACINGS_KM[0], le=SPACINGS_KM[-1])], ...], Field(min_length=1)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Architecture(_Frozen):
     """Shape of the networks: channels per level, and whether they attend over time."""
 
-    mean_channels: tuple[int, ...]
-    denoiser_channels: tuple[int, ...]
+    mean_channels: Channels
+    denoiser_channels: Channels
     attention: bool = True
 
 
@@ -45,7 +51,7 @@ class Transform(_Frozen):
     """Monotone transform that the networks see: log1p(amount / scale_mm)."""
 
     name: Literal["log1p"] = "log1p"
-    scale_mm: float = 0.2
+    scale_mm: Positive = 0.2
 
 
 class StaticField(_Frozen):
@@ -54,14 +60,14 @@ class StaticField(_Frozen):
     name: str
     units: str
     offset: float
-    scale: float
+    scale: Positive
 
 
 class Teacher(_Frozen):
     """How a denoiser is served that another was distilled from: its spread and evaluations, see `Served`."""
 
-    spread: float
-    evaluations: int = EVALUATIONS
+    spread: Positive
+    evaluations: Evaluations = EVALUATIONS
 
 
 class Measured(_Frozen):
@@ -89,11 +95,16 @@ class Served(_Frozen):
     """
 
     configuration: FactorConfiguration
-    residual_scale: float
-    spread: float = 1.0
-    evaluations: int = EVALUATIONS
+    residual_scale: Positive
+    spread: Positive = 1.0
+    evaluations: Evaluations = EVALUATIONS
     teacher: Teacher | None = None
     measured: dict[int, Measured] = {}
+
+    @property
+    def factor(self) -> Factor:
+        """The factor that is served."""
+        return self.configuration.factor
 
     def told(self, spacing_km: int) -> Served:
         """The same on a fine grid of another spacing."""
@@ -129,8 +140,8 @@ class Card(_Frozen):
     transform: Transform
     statics: tuple[StaticField, ...] = ()
     served: tuple[Served, ...]
-    spacings_km: tuple[int, ...] = (1,)
-    fine_step_h: float = 1.0
+    spacings_km: Spacings = (1,)
+    fine_step_h: Positive = 1.0
     training: dict[str, int | float | str | list[str]]
     weights_sha256: str
 
@@ -146,9 +157,9 @@ class Card(_Frozen):
             CheckpointError: the checkpoint does not serve it.
         """
         for served in self.served:
-            if served.configuration.factor == factor:
+            if served.factor == factor:
                 return served.told(nearest_spacing(spacing_km, self.spacings_km))
-        have = ", ".join(str(s.configuration.factor) for s in self.served)
+        have = ", ".join(str(s.factor) for s in self.served)
         raise CheckpointError(f"Checkpoint {self.name} serves {have}, not {factor}. Choose one of these or train it.")
 
     def strange(self, spacing_km: float, step: timedelta) -> str:
@@ -205,7 +216,7 @@ class Checkpoint:
         """Read the weights.
 
         Raises:
-            CheckpointError: the bytes are not those of the card, or no safetensors file.
+            CheckpointError: the bytes are not those of the card, no safetensors file, or not all of them finite.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -218,9 +229,14 @@ class Checkpoint:
                 "the file is damaged or belongs to another card. Restore both from one release."
             )
         try:
-            return load(raw)
+            weights = load(raw)
         except SafetensorError as e:
             raise CheckpointError(f"{self.weights_path} is no safetensors file: {e}. Restore it.") from e
+        if broken := [name for name, values in weights.items() if not values.isfinite().all()]:
+            raise CheckpointError(
+                f"{self.weights_path} has weights that are not finite, in {broken[0]}. Restore it or train again."
+            )
+        return weights
 
 
 def write_checkpoint(folder: Path, card: Mapping[str, object], weights: Mapping[str, Tensor]) -> Checkpoint:
@@ -250,7 +266,7 @@ def with_measured(checkpoint: Checkpoint, factor: Factor, spacing_km: int, measu
     """Rewrite the card with what was measured for one factor on fine grids of one spacing."""
     served = tuple(
         s.model_copy(update={"measured": dict(sorted({**s.measured, spacing_km: measured}.items()))})
-        if s.configuration.factor == factor
+        if s.factor == factor
         else s
         for s in checkpoint.card.served
     )
@@ -291,7 +307,7 @@ class Library:
     @property
     def family(self) -> Family:
         """All factors that the checkpoints serve."""
-        return Family(tuple(s.configuration.factor for c in self.checkpoints for s in c.card.served))
+        return Family(tuple(s.factor for c in self.checkpoints for s in c.card.served))
 
     def serving(self, factor: Factor) -> Checkpoint:
         """Return the checkpoint that serves `factor`.

@@ -15,6 +15,7 @@ from stsr_core import operations
 from stsr_core.catalog.command import catalog_app
 from stsr_core.errors import ConfigurationError, StsrError
 from stsr_core.home import at_home
+from stsr_core.training.presets import PresetName, RecipeName
 
 if TYPE_CHECKING:
     from stsr_core.settings import DeviceName, Settings
@@ -37,21 +38,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class PresetName(StrEnum):
-    """Size of the networks."""
-
-    small = "small"
-    base = "base"
-    large = "large"
-
-
-class RecipeName(StrEnum):
-    """Whose beta and L a training takes."""
-
-    stsr = "stsr"
-    authors = "authors"
 
 
 DeclareOption = Annotated[
@@ -409,6 +395,7 @@ def train(
     from the last save.
     """
     from stsr_core.configuration import choose_catalog
+    from stsr_core.factors import Factor
     from stsr_core.settings import Settings
     from stsr_core.training.command import Data, train_checkpoint
 
@@ -427,18 +414,20 @@ def train(
             static or [],
             settings.source_options,
         ),
-        wanted,
+        [Factor.of(*pair) for pair in wanted],
         folder=folder,
         name=name,
-        preset=preset.value,
-        recipe_name=recipe.value,
-        mean_steps=mean_steps,
-        denoiser_steps=denoiser_steps,
-        distil_steps=distil_steps,
-        score_steps=score_steps,
-        learning_rate=learning_rate,
-        cells_per_step=cells_per_step,
-        calibration_patches=calibration_patches,
+        preset=preset,
+        recipe_name=recipe,
+        sizes={
+            "mean_steps": mean_steps,
+            "denoiser_steps": denoiser_steps,
+            "distil_steps": distil_steps,
+            "score_steps": score_steps,
+            "learning_rate": learning_rate,
+            "cells_per_step": cells_per_step,
+            "calibration_patches": calibration_patches,
+        },
         start=start,
         start_share=start_share,
         only_spacing=only_spacing,
@@ -555,6 +544,7 @@ def bench(
     variable: Annotated[str, typer.Option(help="Variable of --input.")] = "precipitation",
     declare: DeclareOption = None,
     training: Annotated[bool, typer.Option("--training", help="Also time training steps.")] = False,
+    preset: Annotated[PresetName, typer.Option(help="Size of the networks of --training.")] = PresetName.small,
     regrid: Annotated[
         float | None,
         typer.Option("--regrid", min=0, metavar="YEARS", help="Only read and regrid years of 6-hourly input."),
@@ -576,6 +566,8 @@ def bench(
     require_folder(json_file)
     if profile and (json_file or output or training):
         raise ConfigurationError("--profile prints text and nothing else. Leave out --json, --output and --training.")
+    if _is_given(context, "preset") and not training:
+        raise ConfigurationError("--preset is of the networks of --training. Give that too, or leave it out.")
     if regrid is not None:
         _require_only(context, "regrid", "cells", "json_file")
         _say_figures(bench_regridding(regrid, cells=cells, report=say), json_file)
@@ -594,7 +586,7 @@ def bench(
         return
     figures = benchmark.bench_engine(options, checkpoints=settings.checkpoints, report=say)
     if training:
-        figures |= benchmark.bench_training(options.factor, preset="small", device=options.device)
+        figures |= benchmark.bench_training(options.factor, preset=preset, device=options.device)
     _say_figures(figures, json_file)
 
 

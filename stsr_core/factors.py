@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stsr_core.errors import FactorError
 
+LONGEST_CONTEXT = 1440  # coarse frames: more than twelve hours of minutes, doubled
 ATTENTION_HORIZON_H = 12.0  # hours that a window's attention spans; reference settings span 10 to 18 h
 LARGEST = (25, 6)  # factor in space and in time
 SPACINGS_KM = (1, 2, 3, 4, 5)  # of fine grids, that networks can be told
@@ -29,8 +30,8 @@ class Factor(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    space: int = Field(ge=1, le=LARGEST[0])
-    time: int = Field(ge=1, le=LARGEST[1])
+    space: int = Field(ge=1, le=LARGEST[0], description="Fine cells along each axis of a coarse cell.")
+    time: int = Field(ge=1, le=LARGEST[1], description="Fine steps of a coarse step.")
 
     @classmethod
     def of(cls, space: int, time: int) -> Factor:
@@ -66,7 +67,7 @@ class ConservationFunction(BaseModel):
     `excess=None` is the exact f, any other the tapered f.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     threshold_mm: float = Field(ge=0.0)
     excess: float | None = Field(default=None, ge=0.0)
@@ -80,7 +81,7 @@ class NoiseCorrelation(BaseModel):
         before: weight of the step before; that of the one before it is its square.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     beside: float = Field(default=0.0, ge=0.0)
     before: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -104,12 +105,12 @@ class FactorConfiguration(BaseModel):
             decays slower where it is counted in larger cells.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     factor: Factor
-    beta: float = Field(gt=0.0)
+    beta: float = Field(gt=0.0, lt=1.0)
     noise: NoiseCorrelation = NoiseCorrelation()
-    context_length: int = Field(ge=1)
+    context_length: int = Field(ge=1, le=LONGEST_CONTEXT)
     conservation: ConservationFunction
     spacing_km: int = Field(default=1, ge=SPACINGS_KM[0], le=SPACINGS_KM[-1])
 

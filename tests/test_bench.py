@@ -121,6 +121,7 @@ def test_what_reading_and_regridding_would_ignore_is_refused(tmp_path):
 
 def test_training_steps_are_measured(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, "small", TINY)
+    monkeypatch.setattr(bench.Training, "validation_loss", None)  # only steps are timed
     with small_patches():
         found = bench.bench_training(Factor(space=8, time=3), preset="small", device="cpu", steps=1)
     assert set(found) == {
@@ -130,6 +131,11 @@ def test_training_steps_are_measured(monkeypatch):
         "scored_patches_per_s",
     }
     assert min(found.values()) > 0
+
+
+def test_a_size_of_networks_that_are_not_trained_is_refused():
+    with pytest.raises(ConfigurationError, match="--preset is of the networks of --training"):
+        CliRunner().invoke(app, ["bench", "--preset", "base"], catch_exceptions=False)
 
 
 def test_a_profile_writes_no_figures(tmp_path):

@@ -1,11 +1,13 @@
+import copy
 import json
+import math
 import shutil
 from datetime import timedelta
 
 import pytest
 import torch
 
-from stsr_core.checkpoint import Checkpoint, Library, Measured, Teacher, with_measured
+from stsr_core.checkpoint import Checkpoint, Library, Measured, Teacher, with_measured, write_checkpoint
 from stsr_core.downscaler import Downscaler
 from stsr_core.errors import CheckpointError
 from stsr_core.factors import Factor, recipe
@@ -54,6 +56,48 @@ def test_a_card_that_is_not_understood_is_refused(folder, change, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=f"no valid card: {message}"):
         Library.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("served.0.residual_scale", (-1, 0, math.nan, math.inf)),
+        ("served.0.spread", (-1, 0, math.nan)),
+        ("served.0.evaluations", (0, -3, 100_000)),
+        ("served.0.teacher", ({"spread": 0.0}, {"spread": 1.0, "evaluations": 0})),
+        ("served.0.configuration.beta", (0, 100, math.inf)),
+        ("served.0.configuration.context_length", (0, 100_000)),
+        ("served.0.configuration.conservation.threshold_mm", (-1, math.inf)),
+        ("served.0.configuration.noise.beside", (math.inf,)),
+        ("transform.scale_mm", (0, -1, math.nan)),
+        ("architecture.mean_channels", ([], [0])),
+        ("architecture.denoiser_channels", ([],)),
+        ("spacings_km", ([], [0], [6])),
+        ("fine_step_h", (0, -1, math.inf)),
+    ],
+)
+def test_a_card_of_impossible_numbers_is_refused_by_the_name_of_the_field(folder, where, values):
+    path = folder / "tiny.json"
+    whole = json.loads(path.read_text())
+    *parents, last = [int(key) if key.isdigit() else key for key in where.split(".")]
+    for value in values:
+        card = inner = copy.deepcopy(whole)
+        for key in parents:
+            inner = inner[key]
+        inner[last] = value
+        path.write_text(json.dumps(card))
+        with pytest.raises(CheckpointError, match=f"no valid card: {where}"):
+            Checkpoint.read(path)
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    checkpoint = Checkpoint.read(folder / "tiny.json")
+    weights = checkpoint.weights()
+    name = sorted(weights)[3]
+    weights[name].view(-1)[0] = math.nan
+    broken = write_checkpoint(folder, checkpoint.card.model_dump(exclude={"weights_sha256"}), weights)
+    with pytest.raises(CheckpointError, match=f"not finite, in {name}"):
+        broken.weights()
 
 
 def test_weights_of_other_shapes_than_the_card_are_refused(folder):

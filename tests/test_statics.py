@@ -44,9 +44,11 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("statics")
     rng = np.random.default_rng(0)
     rain = np.where(rng.random((30, 200, 200)) > 0.7, rng.gamma(1.0, 3.0, (30, 200, 200)), 0.0).astype(np.float32)
-    for name in ("rain", "other"):
+    for name, days in (("rain", 0), ("other", 2)):
         (folder / name).mkdir()
-        projected(rain, 1000.0, units="mm").to_dataset(name="precipitation").to_netcdf(folder / name / "a.nc")
+        fine = projected(rain, 1000.0, units="mm").to_dataset(name="precipitation")
+        fine["time"] = fine["time"] + np.timedelta64(days, "D")
+        fine.to_netcdf(folder / name / "a.nc")
     height = rng.random((100, 100)).repeat(4, 0).repeat(4, 1) * 900.0
     projected(height, 500.0, units="m").to_dataset(name="orography").to_netcdf(folder / "orography.nc")
     height[360:] += 1000.0
@@ -70,8 +72,9 @@ def checkpoints(folder) -> Path:
     with pytest.MonkeyPatch.context() as patch, small_patches():
         patch.setitem(PRESETS, "small", TINY)  # type: ignore[arg-type]
         command.train_checkpoint(
-            data, [(4, 1)], folder=folder / "run", name="o", preset="small", mean_steps=4, denoiser_steps=3,
-            distil_steps=1, score_steps=1, cells_per_step=4000, device="cpu", seed=0, report=lambda _: None,
+            data, [Factor(space=4, time=1)], folder=folder / "run", name="o", device="cpu", seed=0,
+            sizes={"mean_steps": 4, "denoiser_steps": 3, "distil_steps": 1, "score_steps": 1, "cells_per_step": 4000},
+            report=lambda _: None,
         )  # fmt: skip
     return folder / "run" / "checkpoint"
 
@@ -244,6 +247,6 @@ def test_a_start_with_other_fields_is_refused(folder, checkpoints):
     data = command.Data([str(folder / "rain")], [str(folder / "other")], declared=Declared(crs=CRS))
     with pytest.raises(ConfigurationError, match=r"trained with the static fields \['orography'\]; \[\] are named"):
         command.train_checkpoint(
-            data, [(4, 1)], folder=folder / "other", name="o", preset="small", mean_steps=1, denoiser_steps=1,
-            distil_steps=1, score_steps=1, device="cpu", seed=0, start=start, report=lambda _: None,
+            data, [Factor(space=4, time=1)], folder=folder / "other", name="o", device="cpu", seed=0, start=start,
+            report=lambda _: None,
         )  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -21,11 +21,15 @@ from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, named_sources
 from stsr_core.training.fit import fit
 from stsr_core.training.patches import Region, load_archive
-from stsr_core.training.presets import PRESETS
+from stsr_core.training.presets import PRESETS, Preset, PresetName, RecipeName
 from stsr_core.training.run import Run
-from stsr_core.training.training import Training
+from stsr_core.training.training import Progress, Training
 
-RecipeName = Literal["stsr", "authors"]
+NOTHING_GIVEN: Mapping[str, float | None] = {}
+NOT_APART = (
+    "is in the data to fit on and in those to validate on, whose loss then says nothing of other weather. Keep them "
+    "apart."
+)
 
 
 @dataclass(frozen=True)
@@ -85,56 +89,51 @@ class Data:
 
     def require_apart(self) -> None:
         """Refuse files that are in `train` and in `validation`; raises ConfigurationError."""
-        fitted, watched = (set(places_of(urls, self.base, self.options_of)) for urls in (self.train, self.validation))
-        both = sorted(fitted & watched)
+        both = sorted(self._files(self.train) & self._files(self.validation))
         if both:
-            raise ConfigurationError(
-                f"{both[0]} is in the data to fit on and in those to validate on, whose loss then says nothing of "
-                "other weather. Keep them apart."
-            )
+            raise ConfigurationError(f"{both[0]} {NOT_APART}")
+
+    def _files(self, urls: Sequence[str]) -> set[str]:
+        places = places_of(urls, self.base, self.options_of)
+        return {place if "://" in place else str(Path(place).resolve()) for place in places}
+
+
+def _require_other_weather(fitted: Sequence[Region], watched: Sequence[Region]) -> None:
+    """Refuse regions to validate on of the same content, or hours and place, as one to fit on, whatever its name."""
+    for one, other in itertools.product(fitted, watched):
+        if one.fingerprint == other.fingerprint:
+            raise ConfigurationError(f"What {one.name} and {other.name} hold {NOT_APART}")
+        if one.extent and other.extent and one.extent.meets(other.extent):
+            raise ConfigurationError(f"What {one.name} and {other.name} share, hours of one place, {NOT_APART}")
 
 
 def train_checkpoint(
     data: Data,
-    factors: Sequence[tuple[int, int]],
+    factors: Sequence[Factor],
     *,
     folder: Path,
     name: str,
-    preset: str,
-    recipe_name: RecipeName = "stsr",
-    mean_steps: int | None,
-    denoiser_steps: int | None,
-    distil_steps: int | None,
-    score_steps: int | None,
-    learning_rate: float | None = None,
-    cells_per_step: int | None = None,
-    calibration_patches: int | None = None,
+    preset: PresetName = PresetName.small,
+    recipe_name: RecipeName = RecipeName.stsr,
+    sizes: Mapping[str, float | None] = NOTHING_GIVEN,
     start: Path | None = None,
     start_share: float = 0.0,
     only_spacing: bool = False,
     device: str,
     seed: int,
     report: Callable[[str], None],
+    watch: Callable[[Progress], None] = lambda _: None,
 ) -> Checkpoint:
-    """Train, or go on training, one checkpoint for all `factors`.
+    """Train, or go on training, one checkpoint for all `factors`; `sizes` are what is given of the preset's fields.
 
     Raises:
         ConfigurationError: a name that no file can have; a share of weights to start from without any, or none of 0..1;
-            a file to fit on that is also one to validate on; a factor that is named twice.
+            data to fit on that are also to validate on; a factor that is named twice.
         FactorError: a factor that cannot be trained.
         SourceError: archives that cannot be read, or whose steps differ.
     """
-    if name in {"", ".."} or name != Path(name).name:
-        raise ConfigurationError(f"{name!r} cannot be the name of a file. Name the checkpoint by letters and digits.")
-    if not 0 <= start_share <= 1 or (start_share and start is None):
-        raise ConfigurationError(
-            f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "
-            "together with --start."
-        )
+    _require_sensible(factors, name, start, start_share)
     data.require_apart()
-    if twice := [f for i, f in enumerate(factors) if f in factors[:i]]:
-        raise ConfigurationError(f"Factor {'x'.join(map(str, twice[0]))} is named twice. Name each once.")
-    wanted = [Factor.of(space, time) for space, time in factors]
     joined = Run.join(choose_device(device))
     cache = folder / "archive"
     if joined.rank > 0:  # rank 0 reads the archive; the others map what it has kept
@@ -142,26 +141,15 @@ def train_checkpoint(
     fitted, watched = data.regions(data.train, cache), data.regions(data.validation, cache)
     if joined.world > 1 and joined.rank == 0:
         dist.barrier()
-    step_h = _step_of([*fitted, *watched])
-    configurations = [recipe(f, fine_step_h=step_h) if recipe_name == "stsr" else authors_recipe(f) for f in wanted]
-    chosen, begun = PRESETS[preset], None if start is None else Checkpoint.read(start)
-    if score_steps is None and distil_steps == 0 and not (begun and begun.card.distilled):
-        score_steps = 0  # by default, for there is no distilled denoiser then
-    chosen = replace(
-        chosen,
-        mean_steps=chosen.mean_steps if mean_steps is None else mean_steps,
-        denoiser_steps=chosen.denoiser_steps if denoiser_steps is None else denoiser_steps,
-        distil_steps=chosen.distil_steps if distil_steps is None else distil_steps,
-        score_steps=chosen.score_steps if score_steps is None else score_steps,
-        learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
-        cells_per_step=cells_per_step or chosen.cells_per_step,
-        calibration_patches=calibration_patches or chosen.calibration_patches,
-    )
+    step_h, begun = _step_of([*fitted, *watched]), None if start is None else Checkpoint.read(start)
+    _require_other_weather(fitted, watched)
     training = Training(
         train=fitted,
         validation=watched,
-        configurations=configurations,
-        preset=chosen,
+        configurations=[
+            recipe(f, fine_step_h=step_h) if recipe_name == RecipeName.stsr else authors_recipe(f) for f in factors
+        ],
+        preset=_sized(preset, sizes, begun),
         folder=folder,
         run=joined,
         seed=seed,
@@ -170,18 +158,42 @@ def train_checkpoint(
         only_spacing=only_spacing,
         statics=_fields_over(data.statics, fitted) if begun is None else _those_of(begun, data.statics),
         report=report,
+        watch=watch,
     )
     provenance = {
         "archive": data.name,
         "train": [r.name for r in fitted],
+        "train_digests": [r.fingerprint for r in fitted],
         "validation": [r.name for r in watched],
-        "preset": preset,
-        "recipe": recipe_name,
+        "validation_digests": [r.fingerprint for r in watched],
+        "preset": preset.value,
+        "recipe": recipe_name.value,
     }
     checkpoint = fit(training, name, provenance)
     if joined.rank == 0:
         report(f"Checkpoint {checkpoint.weights_path.with_suffix('.json')}, digest {checkpoint.digest[:12]}.")
     return checkpoint
+
+
+def _require_sensible(factors: Sequence[Factor], name: str, start: Path | None, start_share: float) -> None:
+    """Refuse what needs no data to be known as wrong; raises ConfigurationError."""
+    if name in {"", ".."} or name != Path(name).name:
+        raise ConfigurationError(f"{name!r} cannot be the name of a file. Name the checkpoint by letters and digits.")
+    if not 0 <= start_share <= 1 or (start_share and start is None):
+        raise ConfigurationError(
+            f"A share of {start_share:g} of the weights of {start or 'nothing'} is asked for. Give one from 0 to 1 "
+            "together with --start."
+        )
+    if twice := [f for i, f in enumerate(factors) if f in factors[:i]]:
+        raise ConfigurationError(f"Factor {twice[0]} is named twice. Name each once.")
+
+
+def _sized(preset: PresetName, sizes: Mapping[str, float | None], start: Checkpoint | None) -> Preset:
+    """A preset with the sizes that are given."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if given.get("distil_steps") == 0 and not (start and start.card.distilled):
+        given.setdefault("score_steps", 0)  # there is no distilled denoiser then
+    return replace(PRESETS[preset], **given)  # type: ignore[arg-type]  # by the names of its fields
 
 
 def _step_of(regions: Sequence[Region]) -> float:

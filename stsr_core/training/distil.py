@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stsr_core.diffusion import add_noise, loss_weight, residual_of_step, sample, sampling_angles
+from stsr_core.factors import Factor
 from stsr_core.training.losses import Loss, Residuals, residual_loss
 
 DISTILLED_EVALUATIONS = 2  # CRPS is that of 8 of the teacher, within 0.3 %, on validation windows at (8,3) and (25,6)
@@ -22,7 +23,7 @@ TEACHER_STEPS = 4  # that the teacher takes for one of the student, as in its ow
 RATE_SHARE = 0.4  # of the learning rate of the denoiser, near which the student begins
 
 
-def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[str, float]) -> Loss:
+def distillation_loss(mean: nn.Module, teacher: nn.Module, scales: Mapping[Factor, float]) -> Loss:
     """Squared error of where one step leads, against where TEACHER_STEPS of the teacher lead.
 
     Weighted as the teacher's loss was. One step of the sampler for all patches of a batch, by the generator's seed.

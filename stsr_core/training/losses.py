@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stsr_core.diffusion import add_noise, drawn_noise, loss_weight, sampling_angle
-from stsr_core.factors import FactorConfiguration
+from stsr_core.factors import Factor, FactorConfiguration
 
 Loss = Callable[[nn.Module, Tensor, Tensor, FactorConfiguration, torch.Generator], Tensor]
 
@@ -48,7 +48,7 @@ class Residuals:
 
 
 def residual_loss(
-    mean: nn.Module, scales: Mapping[str, float], loss: Callable[[nn.Module, Residuals, torch.Generator], Tensor]
+    mean: nn.Module, scales: Mapping[Factor, float], loss: Callable[[nn.Module, Residuals, torch.Generator], Tensor]
 ) -> Loss:
     """Return the loss of a denoiser around a trained mean network, of one of the residuals' scales by factor."""
 
@@ -62,13 +62,13 @@ def residual_loss(
         factor = configuration.factor
         with torch.no_grad():
             expected = mean(conditions, factor, configuration.spacing_km).float()
-        values = (fine - expected) / scales[str(factor)]
+        values = (fine - expected) / scales[factor]
         return loss(network, Residuals(values, expected, conditions, configuration), generator)
 
     return whole
 
 
-def denoiser_loss(mean: nn.Module, scales: Mapping[str, float]) -> Loss:
+def denoiser_loss(mean: nn.Module, scales: Mapping[Factor, float]) -> Loss:
     """Return the denoising loss around a trained mean network.
 
     Noise levels are drawn as densely as the sampler visits them, up to the end of the schedule of beta.

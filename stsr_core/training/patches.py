@@ -24,6 +24,7 @@ from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.fine import FineRun, fine_runs, places_of
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.sources.open import fingerprint
+from stsr_core.sources.times import stamps_of
 from stsr_core.statics import StaticSource
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 
@@ -46,6 +47,52 @@ REVERSED_SHARE = 0.25  # of patches run backwards in time; a minority, for showe
 ATTEMPTS = 200
 
 
+# What patches are drawn and changed by, for cards.
+DRAWN_BY = {
+    "dry_share": DRY_SHARE,
+    "drift": DRIFT,
+    "contrast": CONTRAST,
+    "contrast_mm": CONTRAST_MM,
+    "amplitude": AMPLITUDE,
+    "reversed_share": REVERSED_SHARE,
+}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """When and where a region is.
+
+    Attributes:
+        crs_wkt: of its grid.
+        hours: first and last stamp, as ISO 8601, by which calendars can be compared.
+        y: least and largest centre of a cell.
+        x: likewise.
+    """
+
+    crs_wkt: str | None
+    hours: tuple[str, str]
+    y: tuple[float, float]
+    x: tuple[float, float]
+
+    @classmethod
+    def of(cls, run: FineRun) -> Extent:
+        """That of a run."""
+        grid = run.grid
+        y, x = ((float(axis.centres.min()), float(axis.centres.max())) for axis in (grid.y, grid.x))
+        first, last = (stamp.isoformat() for stamp in stamps_of(run.dataset["time"][[0, -1]]))
+        return cls(grid.crs_wkt, (first, last), y, x)
+
+    def meets(self, other: Extent) -> bool:
+        """Whether both have hours and cells in common, as far as one CRS that is known tells."""
+        return (
+            self.crs_wkt is not None
+            and self.crs_wkt == other.crs_wkt
+            and self.hours[0] <= other.hours[1]
+            and other.hours[0] <= self.hours[1]
+            and all(a[0] <= b[1] and b[0] <= a[1] for a, b in ((self.y, other.y), (self.x, other.x)))
+        )
+
+
 @dataclass(frozen=True)
 class Region:
     """One gap-free piece of an archive.
@@ -57,6 +104,8 @@ class Region:
         statics: static fields (S, Y, X), in their units; without any, S is 0.
         spacing_km: of its grid.
         step_h: of its steps [h].
+        extent: when and where it is, if that is known.
+        fingerprint: of the file, see `sources.open.fingerprint`.
     """
 
     name: str
@@ -65,6 +114,8 @@ class Region:
     statics: NDArray[np.float32]
     spacing_km: float = 1.0
     step_h: float = 1.0
+    extent: Extent | None = None
+    fingerprint: str = ""
 
     @property
     def digest(self) -> str:
@@ -115,36 +166,49 @@ def load_archive(
     regions = []
     for place in places_of(urls, base, options_of):
         options = options_of(place)
-        identity = f"{fingerprint(place, storage_options=options)} {variable} {declared}"
+        found = fingerprint(place, storage_options=options)
+        identity = f"{found} {variable} {declared}"
         key = hashlib.sha256(identity.encode()).hexdigest()[:12]
         for number, run in enumerate(fine_runs(place, variable, declared, storage_options=options)):
             kept = None if cache is None else cache / f"{run.name}-{number}-{key}.npy"
-            regions.append(_region(run, _quanta(run, kept), statics))
+            regions.append(_region(run, _quanta(run, kept), statics, found))
     return regions
 
 
-def _region(run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSource]) -> Region:
+def _region(
+    run: FineRun, quanta: NDArray[np.uint16], statics: Sequence[StaticSource], fingerprint_of_file: str
+) -> Region:
     fields = [source.read(run.grid) for source in statics]
     held = np.stack(fields) if fields else np.empty((0, *quanta.shape[1:]), np.float32)
-    return Region(run.name, quanta, _weights(quanta), held, run.grid.spacing_km, run.step_h)
+    return Region(
+        run.name, quanta, _weights(quanta), held, run.grid.spacing_km, run.step_h, Extent.of(run), fingerprint_of_file
+    )
 
 
 def _quanta(run: FineRun, kept: Path | None) -> NDArray[np.uint16]:
-    """Read a run in blocks of time, into a file where one is named."""
-    if kept is not None and kept.is_file():
-        mapped: NDArray[np.uint16] = np.load(kept, mmap_mode="r")
-        return mapped
+    """Read a run in blocks of time, into a file where one is named; one that is damaged is made anew."""
     shape = (run.steps, *run.grid.shape)
     if kept is None:
         quanta = np.empty(shape, np.uint16)
         _fill(quanta, run)
         return quanta
+    mapped = _mapped(kept)
+    if mapped is not None and mapped.shape == shape and mapped.dtype == np.uint16:
+        return mapped
     kept.parent.mkdir(parents=True, exist_ok=True)
     with whole(kept) as part:
         quanta = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint16, shape=shape)
         _fill(quanta, run)
         quanta.flush()
-    return _quanta(run, kept)
+    return np.load(kept, mmap_mode="r")
+
+
+def _mapped(path: Path) -> NDArray[np.uint16] | None:
+    """An array on disk; None where there is no file, or a damaged one."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
 
 
 def _fill(quanta: NDArray[np.uint16], run: FineRun) -> None:

@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from stsr_core.checkpoint import Architecture
+
+
+class PresetName(StrEnum):
+    """Size of the networks."""
+
+    small = "small"
+    base = "base"
+    large = "large"
+
+
+class RecipeName(StrEnum):
+    """Whose beta and L a training takes."""
+
+    stsr = "stsr"
+    authors = "authors"
 
 
 @dataclass(frozen=True)
@@ -23,12 +39,12 @@ class Preset:
     calibration_patches: int = 16  # per factor, that the spread of members is chosen on
 
 
-PRESETS: Mapping[str, Preset] = {
-    "small": Preset(
+PRESETS: Mapping[PresetName, Preset] = {
+    PresetName.small: Preset(
         Architecture(mean_channels=(32, 64, 96, 96), denoiser_channels=(32, 64, 96, 128)),
         1600, 4000, 2500, 1500, 300_000,
     ),
-    "base": Preset(
+    PresetName.base: Preset(
         Architecture(mean_channels=(64, 128, 192, 256), denoiser_channels=(96, 192, 256, 384)),
         40_000,
         100_000,
@@ -36,7 +52,7 @@ PRESETS: Mapping[str, Preset] = {
         20_000,
         4_000_000,
     ),
-    "large": Preset(
+    PresetName.large: Preset(
         Architecture(mean_channels=(96, 192, 256, 384), denoiser_channels=(160, 320, 384, 512)),
         60_000, 200_000, 50_000, 30_000, 8_000_000,
     ),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor
 from stsr_core.downscaler import native_bfloat16
 
 PATIENCE = timedelta(hours=12)  # with a rank that others wait for, as with rank 0, which alone reads an archive
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class Run:
     def mixed(self) -> torch.autocast:
         """Mixed precision; weights and their updates stay single."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+
+    def of_first(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes, on all ranks; the others wait for it."""
+        made = [make() if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(made, src=0, device=self.device)
+        return cast("Made", made[0])
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over all ranks, in place, in one message."""

@@ -17,6 +17,7 @@ arXiv 2506.10868. Every part is a proper score, and so is their sum (Gneiting an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -48,7 +49,7 @@ CHANGE_WEIGHT = 0.25  # of changes from step to step
 RAIN_MM, RAIN_POWER = 0.3, 0.7  # scores of amounts count by 1 / (RAIN_MM + mean of the patch) ** RAIN_POWER
 
 
-def score_loss(mean: nn.Module, served: Mapping[str, Served], scale_mm: float) -> Loss:
+def score_loss(mean: nn.Module, served: Mapping[Factor, Served], scale_mm: float) -> Loss:
     """Return the loss of a distilled denoiser around a trained mean network: scores of two members of every patch.
 
     Args:
@@ -62,14 +63,20 @@ def score_loss(mean: nn.Module, served: Mapping[str, Served], scale_mm: float) -
 
 
 def _scored(
-    served: Mapping[str, Served], scale_mm: float, network: nn.Module, residuals: Residuals, generator: torch.Generator
+    served: Mapping[Factor, Served],
+    scale_mm: float,
+    network: nn.Module,
+    residuals: Residuals,
+    generator: torch.Generator,
 ) -> Tensor:
     configuration, expected = residuals.configuration, residuals.expected
-    factor, how = configuration.factor, served[str(configuration.factor)]
+    factor, how = configuration.factor, served[configuration.factor]
     truth = to_amount((expected + how.residual_scale * residuals.values)[:, :, 0], scale_mm)
     coarse = block_sums(truth, factor) / factor.space**2
     made = [_residual(network, residuals, how.evaluations, generator) for _ in range(2)]
     transformed = [(expected + how.width * r)[:, :, 0] for r in made]
+    if not all(x.isfinite().all() for x in transformed):
+        return torch.stack(transformed).sum() * math.nan  # amounts that are not finite cannot be conserved
     first, second = (conserved(_amounts(x, scale_mm), coarse, configuration) for x in transformed)
     below = (LEAST_TRANSFORMED - torch.stack(transformed)).clamp(min=0.0).square().mean()
     return scores(first, second, truth) + BELOW_WEIGHT * below

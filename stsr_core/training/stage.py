@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stsr_core.errors import ConfigurationError
+from stsr_core.downscaler import Network
+from stsr_core.errors import CheckpointError, ConfigurationError
 from stsr_core.files import whole
 from stsr_core.training.run import Run
 
@@ -24,7 +27,7 @@ WARMUP_STEPS = 100
 
 
 @dataclass
-class Stage:
+class Stage(Generic[Network]):
     """A network in training: its weights, their moving average, its optimiser, and the steps done.
 
     `start_share` is the share that the weights it began with have in those that count, see `weights`; `least` is the
@@ -34,7 +37,7 @@ class Stage:
 
     name: str
     number: int
-    network: nn.Module
+    network: Network
     steps: int
     learning_rate: float
     start_share: float = 0.0
@@ -102,33 +105,38 @@ class Stage:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+        tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
         meta = {name: json.dumps(getattr(self, name)) for name in ("step", "least", "kept", "builds_on")}
         meta["losses"] = json.dumps(self.losses[-2000:])
         path = self.path(folder)
-        if path.is_file() and not self._goes_on(path):
+        if path.is_file() and not self._goes_on(_read(path)[0]):
             path.replace(self.path(folder, BEFORE))
         with whole(path) as part:
-            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, part, metadata=meta)
+            save_file(tensors, part, metadata={**meta, "sha256": _digest(meta, tensors)})
 
     def path(self, folder: Path, suffix: str = "") -> Path:
         """File of its state."""
         return folder / f"{self.name}{suffix}.safetensors"
 
-    def _goes_on(self, path: Path) -> bool:
+    def _goes_on(self, meta: Mapping[str, str]) -> bool:
         """Whether a saved state builds on the same weights of earlier stages."""
-        with safe_open(path, "pt") as opened:
-            return bool(json.loads(opened.metadata().get("builds_on", "null")) == self.builds_on)
+        return bool(json.loads(meta["builds_on"]) == self.builds_on)
 
     def resume(self, folder: Path) -> bool:
-        """Go on from the saved state, if there is one; False if it builds on other weights and is of no use."""
+        """Go on from the saved state, if there is one; False if it builds on other weights and is of no use.
+
+        Raises:
+            CheckpointError: the state is damaged.
+            ConfigurationError: it is one of other networks.
+        """
         path = self.path(folder)
         if not path.is_file():
             return True
-        if not self._goes_on(path):
+        meta, tensors = _read(path)
+        if not self._goes_on(meta):
             return False
-        with safe_open(path, "pt") as opened:
-            meta = opened.metadata()
-        tensors = load_file(path, device=str(next(self.network.parameters()).device))
+        device = next(self.network.parameters()).device
+        tensors = {k: v.to(device) for k, v in tensors.items()}
         try:
             self.network.load_state_dict(_part(tensors, "network."))
         except RuntimeError as e:
@@ -145,6 +153,29 @@ class Stage:
             json.loads(meta[name]) for name in ("step", "least", "kept", "losses")
         )
         return True
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What is said of a saved state, and its tensors on the CPU; raises CheckpointError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as opened:
+            meta, tensors = opened.metadata() or {}, {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+        found = "" if meta.pop("sha256", "") == _digest(meta, tensors) else "its content is not what was saved"
+    except SafetensorError as e:
+        found = str(e)
+    if found:
+        raise CheckpointError(
+            f"{path} is damaged ({found}). Delete it, and the stage begins anew; or restore it, and training goes on."
+        )
+    return meta, tensors
+
+
+def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, values in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(values.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from stsr_core.checkpoint import Checkpoint, Served, StaticField, Transform
-from stsr_core.downscaler import Downscaler
-from stsr_core.errors import ConfigurationError, OperatorError, SourceError
-from stsr_core.factors import FactorConfiguration, nearest_spacing
+from stsr_core.downscaler import Downscaler, Network
+from stsr_core.errors import CheckpointError, ConfigurationError, OperatorError, SourceError
+from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
 from stsr_core.files import whole
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
@@ -46,6 +46,33 @@ VALIDATION_SPACINGS = (1, 1, 2, 4)  # of the patches per factor of the validatio
 
 class TrainingError(OperatorError):
     """Training that cannot go on; the last good state is kept."""
+
+
+class Progress(NamedTuple):
+    """How far a stage is."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    validation: float
+    least: float
+    kept: int
+    seconds_per_step: float
+
+    @classmethod
+    def of(cls, stage: Stage[Any], validation: float, seconds: float) -> Progress:
+        """That of a stage with a validation loss, whose steps take so many seconds."""
+        loss = float(np.mean(stage.losses[-100:]))
+        return cls(stage.name, stage.step, stage.steps, loss, validation, stage.least, stage.kept, seconds)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} step {self.step}/{self.steps}  loss {self.loss:.4f}  "
+            f"validation {self.validation:.4f} (least {self.least:.4f} at {self.kept})  "
+            f"{self.seconds_per_step:.2f} s/step  "
+            f"left {self.seconds_per_step * (self.steps - self.step) / 60:.0f} min"
+        )
 
 
 class Draw(NamedTuple):
@@ -98,6 +125,7 @@ class Training:
     statics: tuple[StaticField, ...] = ()
     transform: Transform = field(default_factory=Transform)
     report: Callable[[str], None] = print
+    watch: Callable[[Progress], None] = lambda _: None
 
     @property
     def distilled(self) -> bool:
@@ -113,11 +141,11 @@ class Training:
         }))  # fmt: skip
 
     @property
-    def unchanged(self) -> dict[str, Served]:
+    def unchanged(self) -> dict[Factor, Served]:
         """What the checkpoint that it starts from serves, by factor, if mean network and denoiser stay as they are."""
         if self.start is None or self.preset.mean_steps or self.preset.denoiser_steps:
             return {}
-        return {str(s.configuration.factor): s for s in self.start.card.served}
+        return {s.factor: s for s in self.start.card.served}
 
     def draw(self, stage: int, step: int) -> Draw:
         """Draw what one step on this rank sees."""
@@ -181,7 +209,7 @@ class Training:
         )
         return (statics - offsets) / widths
 
-    def validation_loss(self, stage: Stage, loss: Loss) -> float:
+    def validation_loss(self, stage: Stage[Any], loss: Loss) -> float:
         """Loss of a stage's candidate on fixed validation patches, averaged over the factors; the same on all ranks."""
         network = _with_weights(stage.network, stage.candidate())
         values: dict[int, list[Tensor]] = {}
@@ -212,11 +240,17 @@ class Training:
         """Take its folder, or go on with what is there.
 
         Raises:
+            CheckpointError: what says which training is there is damaged.
             ConfigurationError: another training, or an earlier version of this code, left something there.
         """
         path, identity = self.folder / "training.json", json.loads(json.dumps(self.identity))
         if path.is_file():
-            known = json.loads(path.read_text())
+            known = _read_json(path)
+            if known is None:
+                raise CheckpointError(
+                    f"{path}, which says what is trained here, is damaged. Restore it, or delete {self.folder} to "
+                    "begin anew."
+                )
             other = [name for name, value in identity.items() if known.get(name) != value]
             if other:
                 raise ConfigurationError(
@@ -260,7 +294,14 @@ class Training:
                 draws.append(Draw.of([patch], number, self.seed + i))
         return draws
 
-    def advance(self, stage: Stage, loss: Loss, saved: Callable[[], None] = lambda: None) -> nn.Module:
+    def learn(self, stage: Stage[Any], loss: Loss, drawn: Draw) -> Tensor:
+        """Take one step of a stage, and return its loss."""
+        with self.run.mixed():
+            value = loss(stage.network, *self.batch(drawn))
+        stage.update(value, self.run)
+        return value.detach()
+
+    def advance(self, stage: Stage[Network], loss: Loss, saved: Callable[[], None] = lambda: None) -> Network:
         """Train a stage to its end and return the network with the weights that count; `saved` is called at each save.
 
         Those are the ones of the least validation loss of all saves.
@@ -273,10 +314,7 @@ class Training:
         started, first = time.monotonic(), stage.step
         unseen: list[Tensor] = []
         for drawn in self.draws(stage.number, first, stage.steps):
-            with self.run.mixed():
-                value = loss(stage.network, *self.batch(drawn))
-            stage.update(value, self.run)
-            unseen.append(value.detach())
+            unseen.append(self.learn(stage, loss, drawn))
             saving = stage.step % self.preset.save_every == 0 or stage.step == stage.steps
             if saving or len(unseen) == CHECKED_EVERY:
                 stage.losses += self._finite(torch.stack(unseen).tolist(), stage)
@@ -287,10 +325,12 @@ class Training:
                 if self.run.rank == 0:
                     stage.save(self.folder)
                     saved()
-                    self.report(_state(stage, validation, (time.monotonic() - started) / (stage.step - first)))
+                    progress = Progress.of(stage, validation, (time.monotonic() - started) / (stage.step - first))
+                    self.report(str(progress))
+                    self.watch(progress)
         return _with_weights(stage.network, stage.weights())
 
-    def _resume(self, stage: Stage) -> None:
+    def _resume(self, stage: Stage[Any]) -> None:
         """Go on from where a stage was, or begin anew where an earlier stage has other weights since."""
         if not stage.resume(self.folder) and self.run.rank == 0:
             self.report(
@@ -298,7 +338,7 @@ class Training:
                 f"{stage.path(self.folder, BEFORE).name}"
             )
 
-    def _finite(self, losses: list[float], stage: Stage) -> list[float]:
+    def _finite(self, losses: list[float], stage: Stage[Any]) -> list[float]:
         """The losses up to a stage's step, which are finite, or TrainingError."""
         for ago, value in zip(range(len(losses), 0, -1), losses, strict=True):
             if not math.isfinite(value):
@@ -308,18 +348,14 @@ class Training:
                 )
         return losses
 
-    def residual_scales(self, mean: nn.Module) -> dict[str, float]:
+    def residual_scales(self, mean: nn.Module) -> dict[Factor, float]:
         """Scale of the transformed residual per factor: its standard deviation on patches that all ranks share.
 
         A denoiser that is trained on keeps the scales that it knows.
         """
-        scales = (
-            {}
-            if self.start is None
-            else {str(s.configuration.factor): s.residual_scale for s in self.start.card.served}
-        )
+        scales = {} if self.start is None else {s.factor: s.residual_scale for s in self.start.card.served}
         for configuration in self.configurations:
-            if str(configuration.factor) in scales:
+            if configuration.factor in scales:
                 continue
             rng = np.random.default_rng([self.seed, 77])
             squares = []
@@ -329,32 +365,36 @@ class Training:
                 with torch.no_grad():
                     expected = mean(conditions, configuration.factor, patch.spacing_km)
                     squares.append(float((fine - expected).square().mean()))
-            scales[str(configuration.factor)] = float(np.sqrt(np.mean(squares)))
+            scales[configuration.factor] = float(np.sqrt(np.mean(squares)))
         return scales
 
     def spreads(
-        self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser, known: Mapping[str, float]
+        self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser, known: Mapping[Factor, float]
     ) -> list[Served]:
-        """What is served, with factors on the residual scales that are calibrated on validation patches.
+        """What is served, with factors on the residual scales: those of `known`, the others calibrated by rank 0."""
+        unknown = [s for s in served if s.factor not in known]
+        found = {**known, **self.run.of_first(lambda: self._spreads(unknown, mean, denoiser))}
+        return [s.model_copy(update={"spread": found[s.factor]}) for s in served]
 
-        Those of `known`, by factor, and what the training's folder has of these networks need no calibration.
-        """
+    def _spreads(self, served: Sequence[Served], mean: MeanNetwork, denoiser: Denoiser) -> dict[Factor, float]:
+        """Spreads that are calibrated on validation patches, or that the training's folder has of these networks."""
         patches = self.preset.calibration_patches
         networks, path = f"{_digest(mean, denoiser)} on {patches}", self.folder / "spreads.json"
-        kept = json.loads(path.read_text()) if path.is_file() else {}
-        have = {**kept.get(networks, {}), **known}
+        kept = _read_json(path) if path.is_file() else {}
+        if kept is None:
+            self.report(f"{path} is damaged; spreads are chosen anew")
+            kept = {}
+        have = kept.setdefault(networks, {})
         for one in served:
-            factor = str(one.configuration.factor)
+            factor = str(one.factor)
             if factor in have:
                 continue
-            if self.run.rank == 0:
-                self.report(f"{factor}: choosing how far members spread; patches: {patches}")
+            self.report(f"{factor}: choosing how far members spread; patches: {patches}")
             have[factor] = self._spread(one, mean, denoiser)
-            if self.run.rank == 0:
-                self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")
-                with whole(path) as part:
-                    part.write_text(json.dumps({**kept, networks: have}, indent=1))
-        return [s.model_copy(update={"spread": have[str(s.configuration.factor)]}) for s in served]
+            self.report(f"{factor}: residuals of members are widened {have[factor]:g} times")
+            with whole(path) as part:
+                part.write_text(json.dumps(kept, indent=1))
+        return {s.factor: have[str(s.factor)] for s in served}
 
     def _spread(self, served: Served, mean: MeanNetwork, denoiser: Denoiser) -> float:
         configuration = served.configuration
@@ -386,13 +426,13 @@ class _Steps(Dataset[Draw]):
         return self.training.draw(self.stage, step)
 
 
-def _state(stage: Stage, validation: float, seconds: float) -> str:
-    """How far a stage is, whose steps take so many seconds."""
-    return (
-        f"{stage.name} step {stage.step}/{stage.steps}  loss {np.mean(stage.losses[-100:]):.4f}  "
-        f"validation {validation:.4f} (least {stage.least:.4f} at {stage.kept})  {seconds:.2f} s/step  "
-        f"left {seconds * (stage.steps - stage.step) / 60:.0f} min"
-    )
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """An object of JSON; None where a file is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _digest(*networks: nn.Module) -> str:
@@ -405,7 +445,7 @@ def _digest(*networks: nn.Module) -> str:
     return found.hexdigest()[:12]
 
 
-def _with_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+def _with_weights(network: Network, weights: Mapping[str, Tensor]) -> Network:
     other = copy.deepcopy(network)
     other.load_state_dict(dict(weights))
     return other.eval()

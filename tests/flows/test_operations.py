@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from prefect.states import Pending
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
+from flows import artifacts, redeploy, stages, tasks
 from flows import backfill as backfills
 from flows import nightly as night
-from flows import redeploy, stages, tasks
 from flows.artifacts import key_of
 from flows.backfill import Piece, _show_pieces, backfill, cut_pieces
 from flows.declared import Declared, InfrastructureName, shipped_declaration
@@ -130,6 +131,18 @@ def test_a_leading_tilde_in_a_parameter_is_the_home_folder(flow, monkeypatch):
         train.validate_parameters({**given, "seed": 2**63})
 
 
+def test_the_form_asks_for_factors_within_the_bounds_of_the_family():
+    given = {"factors": [{"space": 4, "time": 1}], "folder": "t"}
+    assert train.validate_parameters(given)["factors"] == [Factor(space=4, time=1)]
+    asked = train.parameters.definitions["Factor"]["properties"]
+    assert {name: (field["minimum"], field["maximum"]) for name, field in asked.items()} == {
+        "space": (1, 25), "time": (1, 6)
+    }  # fmt: skip
+    assert all(field["description"] for field in asked.values())
+    with pytest.raises(ParameterTypeError, match=r"factors.0.space"):
+        train.validate_parameters({**given, "factors": [{"space": 26, "time": 1}]})
+
+
 def test_only_what_may_pass_is_tried_again():
     class State:
         def __init__(self, data):
@@ -212,12 +225,24 @@ def test_keys_of_artifacts_are_what_prefect_accepts():
     assert key_of("plan", "ARPEGE_Provence 1km!") == "plan-arpege-provence-1km"
 
 
+def test_a_live_table_has_one_row_of_every_name(monkeypatch):
+    made, updates = uuid4(), []
+    monkeypatch.setattr(artifacts, "create_table_artifact", lambda **given: updates.append(given["table"]) or made)
+    monkeypatch.setattr(artifacts, "_update", lambda artifact, data: updates.append((artifact, json.loads(data))))
+    show = artifacts.live_table("losses-x", "Losses")
+    for stage, step in (("mean", 2), ("mean", 4), ("denoiser", 2)):
+        show(stage, {"stage": stage, "step": step})
+    mean, denoiser = {"stage": "mean", "step": 4}, {"stage": "denoiser", "step": 2}
+    assert updates == [[{"stage": "mean", "step": 2}], (made, [mean]), (made, [mean, denoiser])]
+
+
 WITHOUT_SERVER = """
 from flows import artifacts
 artifacts.facts("plan-x", {"shards": 3}, "Plan")
 artifacts.picture("quicklook-x", b"png", "Picture")
 with artifacts.live_progress("progress-x", 10, "Progress") as advance:
     advance(5, 1.0)
+artifacts.live_table("losses-x", "Losses")("mean", {"step": 1})
 print("went on")
 """
 
@@ -234,7 +259,7 @@ def test_without_a_server_artifacts_are_warnings(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("went on")
-    assert (done.stdout + done.stderr).count("was not written") == 3
+    assert (done.stdout + done.stderr).count("was not written") == 4
 
 
 def test_the_declaration_is_valid_and_complete():

@@ -232,8 +232,8 @@ def test_the_other_forms_train_and_score(site: Site) -> None:
     hours = np.datetime64("2018-01-01T01", "ns") + np.arange(24) * np.timedelta64(1, "h")
     fine = xr.Dataset({"precipitation": (("time", "y", "x"), rain, {"units": "mm"})}, {"time": hours, **axes})
     path, other, folder = str(site.folder / "fine.nc"), str(site.folder / "other.nc"), site.folder / "training"
-    for place in (path, other):
-        fine.to_netcdf(place)
+    fine.to_netcdf(path)
+    fine.assign_coords(time=hours + np.timedelta64(2, "D")).to_netcdf(other)
     factor = {"space": 4, "time": 1}
 
     def steps(*numbers: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Student(nn.Module):
 
 
 def loss_of(network: nn.Module, seed: int) -> float:
-    loss = distillation_loss(Mean(), Teacher(), {str(CONFIGURATION.factor): 1.0})
+    loss = distillation_loss(Mean(), Teacher(), {CONFIGURATION.factor: 1.0})
     return float(loss(network, FINE, CONDITIONS, CONFIGURATION, torch.Generator().manual_seed(seed)))
 
 

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,19 +13,21 @@ import pytest
 import torch
 import xarray as xr
 
-from stsr_core.checkpoint import Architecture
+from stsr_core.checkpoint import Architecture, Checkpoint
 from stsr_core.downscaler import Downscaler
-from stsr_core.errors import ConfigurationError, SourceError
+from stsr_core.errors import CheckpointError, ConfigurationError, SourceError
 from stsr_core.factors import Factor, recipe
 from stsr_core.grids import coarsen
+from stsr_core.sources.declared import Declared
 from stsr_core.store.layout import MISSING
 from stsr_core.training.command import Data, train_checkpoint
 from stsr_core.training.fit import fit
 from stsr_core.training.losses import mean_loss
 from stsr_core.training.patches import Region, draw_patch, fitting_spacings, load_archive, patch_cells, region_of
 from stsr_core.training.run import Run
-from stsr_core.training.stage import Stage
+from stsr_core.training.stage import Stage, _read
 from stsr_core.training.training import Training, TrainingError
+from stsr_core.version import code_version
 from tests.tiny import TINY, small_patches
 
 ROOT = Path(__file__).parents[2]
@@ -259,10 +263,15 @@ def first_stage(steps):
 
 def test_training_lowers_the_loss(regions, tmp_path):
     torch.manual_seed(0)
-    run = training(regions, tmp_path, replace(TINY, save_every=1000))
+    seen = []
+    run = replace(training(regions, tmp_path, replace(TINY, save_every=1000)), watch=seen.append)
     stage = first_stage(steps=60)
     run.advance(stage, mean_loss)
     assert np.mean(stage.losses[-10:]) < 0.9 * np.mean(stage.losses[:10])
+    (progress,) = seen
+    assert progress[:3] == ("mean", 60, 60)
+    assert progress.loss == pytest.approx(np.mean(stage.losses))
+    assert (progress.least, progress.kept) == (stage.least, 60)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(regions, tmp_path):
@@ -278,6 +287,91 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(regio
     again = first_stage(steps=6)
     again.resume(tmp_path)
     assert again.step == 2
+
+
+@pytest.mark.parametrize("name", ["mean", "denoiser", "student", "scored"])
+def test_networks_that_turn_nan_in_any_stage_stop_training_and_keep_the_last_state(
+    regions, tmp_path, monkeypatch, name
+):
+    update = Stage.update
+
+    def breaking(stage, loss, run):
+        update(stage, loss, run)
+        if stage.name == name and stage.step == 3:
+            for parameter in stage.network.parameters():
+                parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(Stage, "update", breaking)
+    monkeypatch.setattr("stsr_core.training.training.calibrated_spread", lambda *_: 1.0)
+    run = training(regions, tmp_path, replace(TINY, denoiser_steps=6, distil_steps=6, score_steps=6))
+    with pytest.raises(TrainingError, match=f"{name} loss is nan at step 3.*kept"):
+        fit(run, "x", {})
+    meta, tensors = _read(tmp_path / f"{name}.safetensors")
+    assert meta["step"] == "2"
+    assert all(values.isfinite().all() for values in tensors.values())
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garble(path: Path) -> None:
+    """Change 64 bytes in the middle."""
+    raw = bytearray(path.read_bytes())
+    middle = slice(len(raw) // 2, len(raw) // 2 + 64)
+    raw[middle] = bytes(b ^ 0x55 for b in raw[middle])
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def left(regions, tmp_path_factory):
+    """The folder of a training that was not distilled."""
+    folder = tmp_path_factory.mktemp("left")
+    return folder, fit(training(regions, folder, PLAIN), "x", {})
+
+
+@pytest.mark.parametrize("damage", [halve, empty, garble])
+def test_a_damaged_state_is_named_and_training_goes_on_without_it(regions, left, tmp_path, damage):
+    folder, before = left
+    path = shutil.copytree(folder, tmp_path / "left") / "mean.safetensors"
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged .* Delete it, and the stage begins anew"):
+        fit(training(regions, path.parent, PLAIN), "x", {})
+    path.unlink()
+    assert fit(training(regions, path.parent, PLAIN), "x", {}).card.weights_sha256 == before.card.weights_sha256
+
+
+@pytest.mark.parametrize("damage", [halve, empty])
+def test_what_says_which_training_is_there_is_named_where_it_is_damaged(regions, left, tmp_path, damage):
+    path = shutil.copytree(left[0], tmp_path / "left") / "training.json"
+    damage(path)
+    with pytest.raises(CheckpointError, match=f"{path}, which says what is trained here, is damaged. Restore it"):
+        training(regions, path.parent, PLAIN).claim()
+
+
+def test_damaged_spreads_are_chosen_anew(regions, left, tmp_path):
+    path, said = shutil.copytree(left[0], tmp_path / "left") / "spreads.json", []
+    kept = json.loads(path.read_text())
+    halve(path)
+    found = fit(replace(training(regions, path.parent, PLAIN), report=said.append), "x", {})
+    assert said[0] == f"{path} is damaged; spreads are chosen anew"
+    assert json.loads(path.read_text()) == kept
+    assert found.digest == left[1].digest
+
+
+@pytest.mark.parametrize("damage", [halve, empty])
+def test_damaged_copies_of_an_archive_are_read_anew(archive, tmp_path, damage):
+    before = load_archive(archive, cache=tmp_path)
+    for path in tmp_path.glob("*.npy"):
+        path.rename(tmp_path / "aside")  # what is mapped must not change
+        shutil.copy(tmp_path / "aside", path)
+        damage(path)
+    for found, expected in zip(load_archive(archive, cache=tmp_path), before, strict=True):
+        np.testing.assert_array_equal(found.quanta, expected.quanta)
 
 
 def test_the_weights_of_the_least_validation_loss_count(regions, tmp_path, monkeypatch):
@@ -366,18 +460,18 @@ def test_networks_are_told_how_long_the_steps_of_the_archive_are(archive, tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stsr_core.training.command.PRESETS", {"small": PLAIN})
 
-        def trained_on(*files, factors=((8, 1),)):
+        def trained_on(*files, factors=(CONFIGURATION.factor,)):
             return train_checkpoint(
-                Data(list(files), [f"{tmp_path}/half"]), factors, folder=tmp_path / "run", name="x", preset="small",
-                mean_steps=1, denoiser_steps=1, distil_steps=0, score_steps=0, device="cpu", seed=0, report=print,
+                Data(list(files), [f"{tmp_path}/half"]), factors, folder=tmp_path / "run", name="x", device="cpu",
+                seed=0, sizes={"mean_steps": 1, "denoiser_steps": 1, "distil_steps": 0}, report=print,
             ).card  # fmt: skip
 
         (tmp_path / "other").mkdir()
-        rain.assign_coords(time=half).to_netcdf(tmp_path / "other" / "d.nc")
+        rain.assign_coords(time=half + np.timedelta64(2, "D")).to_netcdf(tmp_path / "other" / "d.nc")
         with pytest.raises(SourceError, match=r"steps of an archive differ: 1 h in b, 0.5 h in c"):
             trained_on(archive[0])
-        with pytest.raises(ConfigurationError, match="Factor 8x1 is named twice"):
-            trained_on(f"{tmp_path}/other", factors=((8, 1), (8, 1)))
+        with pytest.raises(ConfigurationError, match=r"Factor \(8,1\) is named twice"):
+            trained_on(f"{tmp_path}/other", factors=[CONFIGURATION.factor] * 2)
         card = trained_on(f"{tmp_path}/other")
     assert card.fine_step_h == 0.5
     assert card.served[0].configuration.context_length == 2 * CONFIGURATION.context_length
@@ -531,18 +625,15 @@ def test_a_share_of_no_start_is_refused():
     for share, start in ((0.5, None), (1.5, "a.json"), (-0.1, "a.json")):
         with pytest.raises(ConfigurationError, match="Give one from 0 to 1 together with --start"):
             train_checkpoint(
-                Data([], []), [(8, 1)], folder="", name="x", preset="small", mean_steps=1, denoiser_steps=1,
-                distil_steps=1, score_steps=1, start=start, start_share=share, device="cpu", seed=0, report=print,
+                Data([], []), [CONFIGURATION.factor], folder="", name="x", start=start, start_share=share,
+                device="cpu", seed=0, report=print,
             )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["", "..", "rain/small", "/small"])
 def test_a_name_that_no_file_can_have_is_refused_before_the_work(name):
     with pytest.raises(ConfigurationError, match="cannot be the name of a file"):
-        train_checkpoint(
-            Data([], []), [(8, 1)], folder="", name=name, preset="small", mean_steps=1, denoiser_steps=1,
-            distil_steps=1, score_steps=1, device="cpu", seed=0, report=print,
-        )  # fmt: skip
+        train_checkpoint(Data([], []), [CONFIGURATION.factor], folder="", name=name, device="cpu", seed=0, report=print)
 
 
 def test_what_is_fitted_on_is_not_validated_on(archive):
@@ -551,6 +642,50 @@ def test_what_is_fitted_on_is_not_validated_on(archive):
         with pytest.raises(ConfigurationError, match=r"\.nc is in the data to fit on and in those to validate on"):
             Data([folder], [validation]).require_apart()
     Data([f"{folder}/a.nc"], [f"{folder}/b.nc"]).require_apart()
+
+
+def test_a_file_to_fit_on_is_known_under_other_names(archive, tmp_path):
+    path = Path(archive[0]) / "a.nc"
+    (tmp_path / "link.nc").symlink_to(path)
+    for other in (tmp_path / "link.nc", path.parent / ".." / path.parent.name / "a.nc"):
+        with pytest.raises(ConfigurationError, match=rf"{path} is in the data to fit on and in those to validate on"):
+            Data([str(path)], [str(other)]).require_apart()
+
+
+ON_EARTH = Declared(crs="EPSG:2154")
+
+
+def train_on(data: Data, folder: Path) -> None:
+    train_checkpoint(data, [CONFIGURATION.factor], folder=folder, name="x", device="cpu", seed=0, report=print)
+
+
+def test_a_copy_of_a_file_to_fit_on_is_not_validated_on(archive, tmp_path):
+    shutil.copy(f"{archive[0]}/a.nc", tmp_path / "copy.nc")
+    with pytest.raises(ConfigurationError, match="What a and copy hold is in the data to fit on"):
+        train_on(Data([f"{archive[0]}/a.nc"], [str(tmp_path / "copy.nc")]), tmp_path)
+
+
+@pytest.mark.parametrize("part", [{"time": slice(3, 20)}, {"time": slice(20, 24), "y": slice(50, 100)}])
+def test_hours_of_a_place_to_fit_on_are_not_validated_on_in_another_file(archive, tmp_path, part):
+    with xr.open_dataset(f"{archive[0]}/a.nc") as opened:
+        opened.isel(part).to_netcdf(tmp_path / "part.nc")
+    data = Data([f"{archive[0]}/a.nc"], [str(tmp_path / "part.nc")], declared=ON_EARTH)
+    with pytest.raises(ConfigurationError, match="What a and part share, hours of one place, is in the data to fit on"):
+        train_on(data, tmp_path)
+
+
+def test_other_hours_of_a_place_and_other_places_of_an_hour_may_be_validated_on(archive, tmp_path):
+    with xr.open_dataset(f"{archive[0]}/a.nc") as opened:
+        for name, part in (("first", slice(0, 20)), ("then", slice(20, 24))):
+            opened.isel(time=part).to_netcdf(tmp_path / f"{name}.nc")
+        opened.assign_coords(x=opened["x"] + 120_000.0).to_netcdf(tmp_path / "beside.nc")
+    paths = [str(tmp_path / f"{name}.nc") for name in ("first", "then", "beside")]
+    first, then, beside = (region.extent for region in load_archive(paths, declared=ON_EARTH))
+    assert first.meets(first)
+    assert not first.meets(then)
+    assert not first.meets(beside)
+    unknown = load_archive(paths[:1])[0].extent  # files of several radars may all begin at 0 m
+    assert not unknown.meets(unknown)
 
 
 def test_a_checkpoint_of_another_size_is_no_start(regions, trained, tmp_path):
@@ -568,42 +703,62 @@ def test_mixed_precision_gives_the_loss_of_single_precision(regions):
     torch.testing.assert_close(mixed, mean_loss(network, fine, conditions, configuration, generator), rtol=0.01, atol=0)
 
 
+def test_the_card_says_what_it_takes_to_repeat_a_training(trained):
+    found = trained.card.training
+    assert {name: found[name] for name in ("processes", "device", "precision", "save_every", "ema_decay", "drift")} == {
+        "processes": 1, "device": "cpu", "precision": "float32", "save_every": 2, "ema_decay": 0.998, "drift": 2.0
+    }  # fmt: skip
+    assert found["torch"] == torch.__version__
+    assert found["stsr"] == code_version()
+    assert all(0 < found[f"{stage}_least"] < 10 for stage in ("mean", "denoiser", "student", "scored"))
+
+
 RANK = """
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from stsr_core.training.training import _digest
-from stsr_core.training.losses import mean_loss
-from stsr_core.training.patches import load_archive
-from stsr_core.training.run import Run
+from stsr_core.factors import Factor
+from stsr_core.training import calibrate
+from stsr_core.training.command import Data, train_checkpoint
+from stsr_core.training.presets import PRESETS
 from tests.tiny import TINY, small_patches
-from tests.training.test_fit import CPU, first_stage, training
 
-run = Run.join(CPU)
-torch.manual_seed(0)
-stage = first_stage(steps=6)
-regions = load_archive([sys.argv[1]])
-folder = Path(sys.argv[2])
+folder, train, validation = sys.argv[1:]
+PRESETS["small"] = replace(TINY, mean_steps=2, denoiser_steps=2, distil_steps=1, score_steps=1)
+calibrate.MEMBERS, calibrate.SPREADS = 2, (1.0,)
 with small_patches():
-    kept = replace(training(regions, folder, TINY), run=run).advance(stage, mean_loss)
-found = {"weights": _digest(kept), "kept": stage.kept, "least": stage.least, "losses": stage.losses}
-(folder / f"{run.rank}.json").write_text(json.dumps(found))
+    found = train_checkpoint(
+        Data([train], [validation]), [Factor(space=8, time=1)], folder=Path(folder), name="x", device="cpu", seed=0,
+        report=lambda said: print(said, flush=True),
+    )
+    print("digest", found.digest)
 """
 
 
-def test_two_processes_keep_the_same_weights(archive, tmp_path):
+def test_two_processes_make_one_checkpoint(archive, tmp_path):
+    with xr.open_dataset(f"{archive[0]}/a.nc") as opened:
+        opened.assign_coords(x=opened["x"] + 120_000.0).to_netcdf(tmp_path / "beside.nc")
     script = tmp_path / "ranks.py"
     script.write_text(RANK)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(script), archive[0], str(tmp_path)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=120,
+        [*launcher, str(script), str(tmp_path / "run"), f"{archive[0]}/a.nc", str(tmp_path / "beside.nc")], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["losses"] != second["losses"]  # each drew patches of its own
-    assert {**first, "losses": 0} == {**second, "losses": 0}
+    lines = done.stdout.splitlines()
+    checkpoint = Checkpoint.read(tmp_path / "run" / "checkpoint" / "x.json")
+    assert [line for line in lines if line.startswith("digest")] == [f"digest {checkpoint.digest}"] * 2
+    assert len([line for line in lines if "are widened" in line]) == 3  # teacher, student, scored: on one rank only
+    found = checkpoint.card.training
+    assert (found["processes"], found["cells_per_step"]) == (2, 2)
+    assert [found[f"{stage}_steps"] for stage in ("mean", "denoiser", "student", "scored")] == [2, 2, 1, 1]
+    assert found["train_digests"] == [hashlib.sha256(Path(f"{archive[0]}/a.nc").read_bytes()).hexdigest()]
+    assert found["archive"] == ""
+
+
+def test_two_processes_learn_from_patches_of_their_own(regions, tmp_path):
+    first, second = (replace(training(regions, tmp_path), run=Run(rank, 2, CPU)).draw(1, 0) for rank in (0, 1))
+    assert (first.fine != second.fine).any()
+    assert first.seed != second.seed

@@ -116,7 +116,7 @@ def score_of(student: Student, seed: int, configuration: FactorConfiguration = U
     served = Served(configuration=configuration, residual_scale=WIDTH, evaluations=2)
     generator = torch.Generator().manual_seed(seed)
     fine = 1 + WIDTH * torch.randn((4, 6, 1, 16, 16), generator=generator)
-    loss = score_loss(Mean(), {str(configuration.factor): served}, SCALE_MM)
+    loss = score_loss(Mean(), {configuration.factor: served}, SCALE_MM)
     return loss(student, fine, torch.zeros(4, 6, 5, 16, 16), configuration, generator)
 
 
@@ -157,7 +157,7 @@ def test_members_that_are_far_drier_than_dry_come_back(rain):
     network = Level(-20.0)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.3)
     served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, evaluations=2)
-    loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
+    loss = score_loss(Mean(), {CONFIGURATION.factor: served}, SCALE_MM)
     dry = rain * (showers(0, (1, 6, 1, 8, 8)) > 0)
     for step in range(100):
         optimiser.zero_grad()
@@ -182,7 +182,7 @@ def test_members_in_training_are_those_of_the_sampler(monkeypatch, spacing):
     monkeypatch.setattr(score, "scores", lambda first, second, truth: seen.append((first, second)) or first.mean())
     served = Served(configuration=CONFIGURATION, residual_scale=WIDTH, spread=1.2, evaluations=2)
     student, fine = Student(1.3), 1 + showers(5, (2, 6, 1, 8, 8))
-    loss = score_loss(Mean(), {str(CONFIGURATION.factor): served}, SCALE_MM)
+    loss = score_loss(Mean(), {CONFIGURATION.factor: served}, SCALE_MM)
     conditions, told = torch.zeros(2, 6, 5, 8, 8), CONFIGURATION.told(spacing)
     with torch.no_grad():
         loss(student, fine, conditions, told, torch.Generator().manual_seed(1))
