@@ -88,10 +88,10 @@ def backfill(
     named = _named(job, publish_as, period)
     _require_apart(named.name, period, Configuration.load(choose_catalog(catalog_file or settings.catalog_file)))
     with about(product=named.name):
-        begun = prepare(named, settings, force=True, days=(period.first, period.last), once=True)
+        begun, made = prepare(named, settings, force=True, days=(period.first, period.last), once=True), None
         if begun is not None:
             _make_all(begun, pieces, settings)
-        made = conclude(begun) if begun is not None else None
+            made = conclude(begun)
     summarise("backfill", [named.name], [made] if made is not None else [], {})
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect.events import emit_event
@@ -13,7 +14,7 @@ from flows.log import event
 from stsr_core.catalog.documents import DamagedError
 from stsr_core.ensemble.generate import ShardError
 from stsr_core.ensemble.product import Cost
-from stsr_core.errors import OperatorError, ProgrammingError, PublicationError, SourceError, StoreError, StsrError
+from stsr_core.errors import PublicationError, SourceError, StoreError, StsrError
 from stsr_core.settings import Settings
 from stsr_core.store.group import read_object
 
@@ -48,7 +49,7 @@ PASSING = (SourceError, StoreError, PublicationError, ShardError)  # may be gone
 def may_pass(task: Any, run: Any, state: Any) -> bool:
     """Whether a failure may be gone at the next try: networks and disks, but no mistakes of people or code."""
     error = getattr(state.data, "exception", state.data)
-    if isinstance(error, OperatorError | ProgrammingError | StsrError):
+    if isinstance(error, StsrError):
         return isinstance(error, PASSING) and not isinstance(error, DamagedError)
     return True
 
@@ -120,6 +121,4 @@ def browsable(url: str, job: Job) -> str:
         return f"{settings.public_url.rstrip('/')}/{inside}"
     if url.startswith("s3://"):
         return f"{str(endpoint).rstrip('/')}/{url.removeprefix('s3://')}" if endpoint else url
-    from pathlib import Path
-
     return Path(url).resolve().as_uri()

@@ -48,7 +48,7 @@ from stsr_core.sources.remote import shown
 from stsr_core.statics import StaticSource
 from stsr_core.store.coarse import write_coarse
 from stsr_core.store.group import finish, is_whole, open_array, remove_store, reopen
-from stsr_core.store.layout import MISSING, QUANTUM_MM, create_ensemble, shard_path
+from stsr_core.store.layout import amounts_of, create_ensemble, shard_path
 from stsr_core.store.overview import write_overview
 from stsr_core.store.pictures import cog, summary, thumbnail
 from stsr_core.store.quicklook import quicklook, wettest_step
@@ -252,10 +252,7 @@ def make_shards(plan: Plan, shards: Sequence[Shard], library: Library, attempt: 
             advance(steps, seconds)
             show(steps, seconds)
 
-        generate(
-            plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
-            progress=progress,
-        )  # fmt: skip
+        generate(plan, shards, downscaler, target, client, cluster, progress=progress)
 
 
 def complete(plan: Plan, attempt: Attempt) -> None:
@@ -434,8 +431,7 @@ def _picture(job: Job, plan: Plan, attempt: Attempt) -> bytes:
     step = wettest_step(coarse)
     fine = step * plan.time
     array = open_array(attempt.group_url("ensemble"), ARRAY, attempt.documents.options, mode="r")
-    quanta = np.asarray(array[:, fine])
-    ensemble = np.where(quanta == MISSING, np.nan, quanta * np.float32(QUANTUM_MM))
+    ensemble = amounts_of(np.asarray(array[:, fine]))
     stamp = np.datetime_as_string(plan.fine_times.labels[fine], "m") if plan.fine_times.labels.dtype != object else ""
     return quicklook(
         coarse[step] / plan.time,

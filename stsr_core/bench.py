@@ -32,7 +32,7 @@ from stsr_core.ensemble.shard import make_shard
 from stsr_core.evaluation.baselines import rainfarm, without_rainfarm
 from stsr_core.factors import recipe
 from stsr_core.sources.cube import as_cube
-from stsr_core.sources.declared import Declared
+from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.harmonise import read_cube
 from stsr_core.sources.open import open_dataset
 from stsr_core.store.group import filesystem, finish, remove_store
@@ -62,7 +62,7 @@ class Source:
 
     url: str = SAMPLE
     variable: str = "precipitation"
-    declared: Declared = Declared()  # noqa: RUF009  it is frozen
+    declared: Declared = NOTHING
     storage_options: Mapping[str, object] | None = None
 
 
@@ -129,7 +129,10 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         root = options.output or folder
         for workers in options.workers:
             url = f"{root}/bench-{uuid.uuid4().hex[:8]}"
-            runs.append(_run(plan, downscaler, workers, url, options, reading))
+            try:
+                runs.append(_run(plan, downscaler, workers, url, options, reading))
+            finally:
+                remove_store(url, options.storage_options)
             report(_line(runs[-1]))
     first, last = runs[0], runs[-1]
     return {
@@ -147,7 +150,7 @@ def bench_engine(options: Options, *, checkpoints: str | None = None, report: Re
         "runs": runs,
         "speedup": first["seconds"] / last["seconds"],
         "speedup_of_networks": _rate(last) / _rate(first),
-        "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options),
+        "rainfarm_seconds_per_member": _rainfarm_seconds(plan, options, report),
         **_flops(
             plan,
             downscaler,
@@ -165,7 +168,7 @@ def _rate(run: Mapping[str, float]) -> float:
 def _run(
     plan: Plan, downscaler: Downscaler, asked: int, url: str, options: Options, reading: float
 ) -> dict[str, float]:
-    """Make one ensemble on a cluster of its own and remove it again; the share outside the networks counts reading."""
+    """Make one ensemble on a cluster of its own; the share outside the networks counts reading."""
     seconds_in_networks, evaluations = 0.0, 0
 
     def progress(done: int, seconds: float) -> None:
@@ -174,7 +177,7 @@ def _run(
         evaluations += done
 
     store_options = options.storage_options or {}
-    cluster = Cluster(device=options.device, workers=asked)  # type: ignore[arg-type]
+    cluster = Cluster(device=options.device, workers=asked, precision=options.precision)  # type: ignore[arg-type]
     target = Target(url, ARRAY, store_options)
     with cluster.client() as client:
         workers = _started(client)
@@ -183,15 +186,11 @@ def _run(
         if gpu:  # which a worker translates the networks for, once
             started = time.perf_counter()
             wettest = max(plan.shards, key=plan.evaluations)
-            generate(plan, [wettest], downscaler, target, client, device=options.device, precision=options.precision,
-                     progress=lambda *_: None)  # fmt: skip
+            generate(plan, [wettest], downscaler, target, client, cluster, progress=lambda *_: None)
             translating = time.perf_counter() - started
         with _busy(gpu) as busy:
             started = time.perf_counter()
-            generate(
-                plan, plan.shards, downscaler, target, client, device=options.device, precision=options.precision,
-                progress=progress,
-            )  # fmt: skip
+            generate(plan, plan.shards, downscaler, target, client, cluster, progress=progress)
             finish(url, {}, store_options)
             seconds = time.perf_counter() - started
         deadline = time.monotonic() + 5
@@ -200,7 +199,6 @@ def _run(
         memory = max(client.run(peak_memory).values())
     fs, path = filesystem(f"{url}/{ARRAY}/c", store_options)
     written = int(fs.du(path))
-    remove_store(url, store_options)
     if gpu:  # threads of one worker pass each other's time while they wait for it
         seconds_in_networks /= AT_ONCE
     cells = float(np.prod(plan.fine_shape))
@@ -261,8 +259,9 @@ def _plan(checkpoint: Checkpoint, options: Options, members: int) -> Plan:
     return replace(plan, statics=np.zeros((len(statics), *plan.fine_shape[-2:]), np.float32)) if statics else plan
 
 
-def _rainfarm_seconds(plan: Plan, options: Options) -> float | None:
-    if without_rainfarm(plan.cube.amount.shape):
+def _rainfarm_seconds(plan: Plan, options: Options, report: Report) -> float | None:
+    if why := without_rainfarm(plan.cube.amount.shape):
+        report(f"RainFARM is left out: {why}")
         return None
     started = time.perf_counter()
     rainfarm(plan.cube.amount, options.factor, members=1, seed=1)

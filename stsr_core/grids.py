@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TimeLabel = Literal["start", "middle", "end"]
 BEFORE: dict[TimeLabel, float] = {"start": 0.0, "middle": 0.5, "end": 1.0}  # share of an interval before its label
+HALO = 1  # coarse cells and steps on every side of a field that its interpolation to fine ones reads
 EPOCH_YEAR = 1850  # origin of the time lattice; any fixed year would do
 NANOSECONDS = np.datetime64("1678-01-01", "us"), np.datetime64("2262-01-01", "us")  # what datetime64[ns] holds
 

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import torch
 
-from stsr_core.checkpoint import Checkpoint, Library
+from stsr_core.checkpoint import Library
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble.cluster import Cluster
 from stsr_core.ensemble.generate import Target, generate, remaining, require_made
-from stsr_core.ensemble.plan import Plan, Recipe, Shard
+from stsr_core.ensemble.plan import Plan, Shard
+from stsr_core.ensemble.product import planned
 from stsr_core.ensemble.shard import make_shard
 from stsr_core.errors import ConfigurationError, FactorError, GridError, StoreError
 from stsr_core.factors import Factor
 from stsr_core.grids import TimeLabel
 from stsr_core.regrid import regrid_to_factor
-from stsr_core.statics import StaticSource, require_seen, static_fields
+from stsr_core.statics import StaticSource, require_seen
 from stsr_core.store.group import finish, is_whole, remove_store, reopen, require_own, shape_of
 from stsr_core.store.layout import (
-    MISSING,
     PRECIPITATION,
-    QUANTUM_MM,
     StoreLayout,
+    amounts_of,
     axis_attributes,
     coordinates,
     create_ensemble,
@@ -120,14 +120,11 @@ def prepared(
     _require_within_poles(cubes[0].grid)
     library = Library.open(checkpoints)
     cubes, factor = matched(cubes, space, time, library, nearest=nearest)
-    checkpoint: Checkpoint = library.serving(factor)
-    grid = cubes[0].grid.refine(factor.space)
-    served = checkpoint.card.serving(factor, grid.spacing_km)
-    recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
+    checkpoint = library.serving(factor)
     require_seen(checkpoint.card.statics, statics)
-    fields = static_fields(checkpoint.card.statics, statics, grid)
+    plan = planned(cubes, factor, library, seed=seed, members=members, conserve=conserve, statics=statics)
     downscaler = Downscaler.load(checkpoint, factor, choose_device(device))
-    return Plan(cubes, recipe, fields), downscaler.told(served.configuration.spacing_km)
+    return plan, downscaler.told(plan.recipe.served.configuration.spacing_km)
 
 
 def _require_within_poles(grid: Grid) -> None:
@@ -224,10 +221,9 @@ def downscale(
         statics=statics,
     )
     quanta = ensemble_quanta(plan, downscaler, workers=workers or os.cpu_count() or 1)
-    amount = np.where(quanta == MISSING, np.float32(np.nan), quanta * np.float32(QUANTUM_MM))
     layout = layout_of(plan)
     return xr.DataArray(
-        amount.astype(np.float32),
+        amounts_of(quanta),
         dims=("member", "time", "y", "x"),
         coords=coordinates(layout),
         name=ARRAY,
@@ -301,10 +297,7 @@ def downscale_to_store(
         elif whole:
             reopen(output, options)
         create_ensemble(output, layout, array=ARRAY, options=options, keep=len(shards) < len(plan.shards))
-        generate(
-            plan, shards, downscaler, target, client, device=cluster.device, precision=cluster.precision,
-            progress=progress,
-        )  # fmt: skip
+        generate(plan, shards, downscaler, target, client, cluster, progress=progress)
     require_made(plan, target)
     finish(output, layout.attributes, options)
 

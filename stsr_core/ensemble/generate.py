@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dask.typing import Key
     from distributed import Worker
 
+    from stsr_core.ensemble.cluster import Cluster
     from stsr_core.ensemble.plan import Plan, Shard, ShardTask
     from stsr_core.progress import Advance
 
@@ -233,7 +234,7 @@ def _written(task: ShardTask, result: ShardResult, target: Target, made_on: str)
     return receipt
 
 
-def done(plan: Plan, target: Target) -> tuple[set[str], list[str]]:
+def _sorted(plan: Plan, target: Target) -> tuple[set[str], list[str]]:
     """Sort the receipts of a store, after reading the bytes that they vouch for.
 
     Returns:
@@ -268,7 +269,7 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
     Raises:
         StoreError: shards are there that belong to other input, arguments or code.
     """
-    kept, foreign = done(plan, target)
+    kept, foreign = _sorted(plan, target)
     grows = extend and not _is_as_large(plan, target) and (kept or _holds_part(plan, target))
     if foreign and not grows:
         raise StoreError(
@@ -318,9 +319,8 @@ def generate(
     downscaler: Downscaler,
     target: Target,
     client: Client,
+    cluster: Cluster,
     *,
-    device: str = "auto",
-    precision: str = "auto",
     progress: Advance,
 ) -> None:
     """Make shards of a plan.
@@ -330,9 +330,8 @@ def generate(
         shards: which to make, see `remaining`.
         downscaler: the plan's networks, on the CPU; workers move their copy to their device.
         target: where shards and receipts go; its metadata is written already.
-        client: the cluster.
-        device: auto, cpu or cuda, on every worker.
-        precision: see `Downscaler.on`.
+        client: the cluster's.
+        cluster: says device and precision of every worker.
         progress: called with the number of network evaluations just done and the seconds they took, from another
             thread.
 
@@ -342,7 +341,7 @@ def generate(
         ConfigurationError: no worker of the cluster offers what shards ask for, or those that do have other code,
             no such device, or another precision than finished shards.
     """
-    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, device, precision)
+    plugin = Networks(plan.recipe.checkpoint_digest, downscaler, cluster.device, cluster.precision)
     client.register_plugin(plugin)
     run = _Run(uuid.uuid4().hex, plugin.name, target, _kept_on(plan, shards, target))
     flight = _Flight(client, (plan.task(shard) for shard in shards), run)

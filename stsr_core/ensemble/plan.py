@@ -14,6 +14,7 @@ import numpy as np
 
 from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import ConfigurationError
+from stsr_core.grids import HALO
 from stsr_core.version import code_version
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from stsr_core.grids import Grid, TimeAxis
     from stsr_core.sources.cube import Cube
 
-HALO = 1  # coarse cells and steps around the windows that their interpolation reads
 MEMBER_BLOCK = 4  # members of a shard; they share the mean
 SHARD_CELLS = 512  # fine cells along a tile, before rounding to whole coarse cells
 SHARD_STEPS = 48  # fine steps of a time block, before rounding to whole coarse steps; windows reach past its ends
@@ -214,9 +214,9 @@ class Plan:
     @property
     def block(self) -> tuple[int, int, int]:
         """Coarse steps, rows and columns of a shard; steps do not depend on the period, so that it can grow."""
-        tile = max(1, round(SHARD_CELLS / self.space))
+        tile = round(SHARD_CELLS / self.space)
         _, ny, nx = self.cube.amount.shape
-        return max(1, round(SHARD_STEPS / self.time)), min(ny, tile), min(nx, tile)
+        return round(SHARD_STEPS / self.time), min(ny, tile), min(nx, tile)
 
     def strange(self, card: Card) -> str:
         """What its fine grid has that the networks of a card were not trained on, see `Card.strange`."""

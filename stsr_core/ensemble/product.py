@@ -46,20 +46,31 @@ def to_lattice(reading: Reading, target: TargetGrid, factor: Factor) -> tuple[Cu
 def plan_product(
     cubes: tuple[Cube, ...], found: Match, library: Library, product: Product, statics: Mapping[str, StaticSource]
 ) -> Plan:
-    """Plan the ensemble of a product over the cubes of its driving members on the lattice of the matched factor.
+    """Plan the ensemble of a product over the cubes of its driving members on the lattice of the matched factor."""
+    return planned(
+        cubes, found.factor, library, seed=product.seed, members=product.members, conserve=product.conserve,
+        statics=statics,
+    )  # fmt: skip
+
+
+def planned(
+    cubes: tuple[Cube, ...],
+    factor: Factor,
+    library: Library,
+    *,
+    seed: int,
+    members: int,
+    conserve: bool,
+    statics: Mapping[str, StaticSource],
+) -> Plan:
+    """Plan an ensemble over the cubes of driving members, by the checkpoint that serves the factor.
 
     `statics` says where the static fields are that the checkpoint may need.
     """
-    checkpoint, grid = library.serving(found.factor), cubes[0].grid.refine(found.factor.space)
-    recipe = Recipe.of(
-        checkpoint,
-        checkpoint.card.serving(found.factor, grid.spacing_km),
-        seed=product.seed,
-        members=product.members,
-        conserve=product.conserve,
-    )
-    fields = static_fields(checkpoint.card.statics, statics, grid)
-    return Plan(cubes, recipe, fields)
+    checkpoint, grid = library.serving(factor), cubes[0].grid.refine(factor.space)
+    served = checkpoint.card.serving(factor, grid.spacing_km)
+    recipe = Recipe.of(checkpoint, served, seed=seed, members=members, conserve=conserve)
+    return Plan(cubes, recipe, static_fields(checkpoint.card.statics, statics, grid))
 
 
 def attempt_name(plan: Plan, fingerprint: str, after: str) -> str:

@@ -17,10 +17,11 @@ from torch import Tensor
 from stsr_core.conservation import CEILING_MM, block_sums, quantise, slabs, wanted_quanta
 from stsr_core.diffusion import correlated
 from stsr_core.ensemble.noise import lattice_noise, stream_of
-from stsr_core.ensemble.plan import HALO, ShardTask, grown, shifted
+from stsr_core.ensemble.plan import ShardTask, grown, shifted
 from stsr_core.ensemble.sums import counts, sums
 from stsr_core.ensemble.windows import Box, WindowLattice
 from stsr_core.errors import StoreError
+from stsr_core.grids import HALO
 from stsr_core.store.layout import MISSING, QUANTUM_MM
 
 if TYPE_CHECKING:

@@ -101,10 +101,10 @@ class WindowLattice:
     def of(cls, configuration: FactorConfiguration) -> WindowLattice:
         """Lattice of a configuration: L coarse steps, about WINDOW_CELLS fine cells, a tapered overlap."""
         length, s = configuration.context_length, configuration.factor.space
-        overlap, blend = max(1, length // 4) if length > 1 else 0, max(1, round(OVERLAP_CELLS / s))
+        overlap, blend = max(1, length // 4) if length > 1 else 0, round(OVERLAP_CELLS / s)
         return cls(
             AxisLattice(length, overlap, max(LEAST_FAR, length // 2)),
-            AxisLattice(max(6, round(WINDOW_CELLS / s)), blend, max(LEAST_FAR, round(FAR_CELLS / s))),
+            AxisLattice(round(WINDOW_CELLS / s), blend, max(LEAST_FAR, round(FAR_CELLS / s))),
         )
 
     @property

@@ -49,7 +49,7 @@ from stsr_core.sources.cube import as_cube
 from stsr_core.sources.declared import NOTHING, Declared
 from stsr_core.sources.location import OptionsOf, no_options
 from stsr_core.statics import StaticSource, require_seen, static_fields
-from stsr_core.store.layout import MISSING, QUANTUM_MM
+from stsr_core.store.layout import amounts_of
 from stsr_core.store.statistics import added, statistics
 from stsr_core.store.verify import closure_of
 from stsr_core.version import code_version
@@ -233,7 +233,7 @@ class _Runner:
         with self.watch(name, sum(plan.evaluations(shard) for plan in plans for shard in plan.shards)) as advance:
             made = [ensemble_quanta(plan, downscaler, workers=o.workers, progress=advance) for plan in plans]
         stored = np.stack(made, axis=1)
-        amount = np.where(stored == MISSING, np.float32(np.nan), stored * np.float32(QUANTUM_MM)).astype(np.float32)
+        amount = amounts_of(stored)
         # what is not conserved is stored with the blocks' own totals, to half a quantum in one of their cells
         before = max(downscaler.off_mm, default=0.0) if conserve else closure_mm(amount, coarse, factor)
         after = max(closure_of(stored[:, p], place, factor)[0] for p, place in enumerate(coarse))

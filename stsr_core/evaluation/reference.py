@@ -78,7 +78,7 @@ def reference_ensemble(
     factor = downscaler.factor
     setting = authors_recipe(factor)
     function = TILE_FUNCTIONS[factor.space, factor.time]
-    s, t, n = factor.space, factor.time, max(1, round(TILE_KM / factor.space))
+    s, t, n = factor.space, factor.time, round(TILE_KM / factor.space)
     first = setting.context_length - 1
     # Steps before the first are taken to be like it; one cell around every tile serves the interpolation.
     padded = np.pad(np.nan_to_num(coarse), ((first + 1, 1), (1, 1), (1, 1)), mode="edge")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stsr_core.conservation import LARGEST_PASS, refined
 from stsr_core.factors import Factor
+from stsr_core.grids import HALO
 
-HALO = 1  # coarse cells and steps on every side that `condition` needs for its interpolation
 GAIN_PASSES = 6  # coarse amounts of radar fields are then returned to 1 % in the mean
 SOFTENED_MM = 1e-3  # amount per coarse step below which the gain does not tell wet from dry
 

@@ -311,6 +311,11 @@ def _begun(url: str, array: str, options: Options | None) -> zarr.Array[Any] | N
     return open_array(url, array, options, mode="r+")
 
 
+def amounts_of(quanta: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Amounts [mm per fine step] of stored quanta, NaN where missing."""
+    return np.where(quanta == MISSING, np.float32(np.nan), quanta * np.float32(QUANTUM_MM))
+
+
 def blocks(shape: Sequence[int], block: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """Blocks of an array of any rank, slices along each axis, in order; those at its far edges end there."""
     axes = ([slice(a, min(n, a + b)) for a in range(0, n, b)] for n, b in zip(shape, block, strict=True))

@@ -28,9 +28,10 @@ from stsr_core.downscaler import Downscaler, Network
 from stsr_core.errors import CheckpointError, ConfigurationError, OperatorError, SourceError
 from stsr_core.factors import Factor, FactorConfiguration, nearest_spacing
 from stsr_core.files import whole
+from stsr_core.grids import HALO
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
-from stsr_core.networks.transform import HALO, condition, to_transformed
+from stsr_core.networks.transform import condition, to_transformed
 from stsr_core.training.calibrate import Example, calibrated_spread
 from stsr_core.training.losses import Loss
 from stsr_core.training.patches import SPACING_SHARES, SPACINGS, Patch, Region, draw_patch, fitting_spacings

@@ -12,7 +12,7 @@ from distributed import Client, LocalCluster, get_worker
 
 from stsr_core.downscaler import Downscaler, choose_device
 from stsr_core.ensemble import generate as engine
-from stsr_core.ensemble.cluster import MANY, ONE
+from stsr_core.ensemble.cluster import MANY, ONE, Cluster
 from stsr_core.ensemble.generate import ShardError, Target, generate
 from stsr_core.ensemble.plan import Plan, Recipe
 from stsr_core.ensemble.shard import ShardResult
@@ -65,9 +65,17 @@ def client():
         yield client
 
 
-def run(plan, library, client, progress=lambda *_: None, **options):
+def run(plan, library, client, progress=lambda *_: None, device="auto"):
     downscaler = Downscaler.load(library.serving(FACTOR), FACTOR, choose_device("cpu"))
-    generate(plan, plan.shards, downscaler, Target("memory://out", "rain", {}), client, progress=progress, **options)
+    generate(
+        plan,
+        plan.shards,
+        downscaler,
+        Target("memory://out", "rain", {}),
+        client,
+        Cluster(device=device),
+        progress=progress,
+    )
 
 
 def made(*_):

@@ -22,10 +22,8 @@ def test_what_was_made_of_a_lost_shard_is_made_again(rain, checkpoints, cluster:
     def run() -> int:
         with cluster.client() as client:
             todo = missing(plan, attempt)
-            generate(
-                plan, todo, downscaler, Target(attempt.group_url("ensemble"), ARRAY, {}), client, device="cpu",
-                progress=lambda *_: None,
-            )  # fmt: skip
+            target = Target(attempt.group_url("ensemble"), ARRAY, {})
+            generate(plan, todo, downscaler, target, client, cluster, progress=lambda *_: None)
         return len(todo)
 
     assert run() == 2

@@ -7,9 +7,9 @@ import torch
 from stsr_core.checkpoint import Served
 from stsr_core.downscaler import Downscaler
 from stsr_core.factors import Factor, recipe
+from stsr_core.grids import HALO
 from stsr_core.networks.denoiser import Denoiser
 from stsr_core.networks.mean import MeanNetwork
-from stsr_core.networks.transform import HALO
 from stsr_core.training import calibrate
 from stsr_core.training.calibrate import Example, _drawn, calibrated_spread
 
