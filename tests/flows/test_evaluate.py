@@ -3,7 +3,7 @@ from contextlib import contextmanager
 
 from flows import artifacts
 from flows import evaluate as flow
-from flows.parameters import FactorParameter
+from stsr_core.factors import Factor
 from tests.evaluation.test_evaluate import write
 
 
@@ -20,7 +20,7 @@ def test_the_flow_takes_a_checkpoint_and_a_seed_shows_bars_and_writes_numbers(tm
     monkeypatch.setattr(artifacts, "table", lambda key, rows, _: shown.update({key: rows}))
     monkeypatch.delenv("STSR_CHECKPOINTS", raising=False)
     table = flow.evaluate.fn(
-        FactorParameter(space=4, time=3), [write(tmp_path / "a.nc", hours=6, cells=16)], members=2, hours=6, cells=16,
+        Factor(space=4, time=3), [write(tmp_path / "a.nc", hours=6, cells=16)], members=2, hours=6, cells=16,
         declare=["units: mm"], seed=5, checkpoints=checkpoints, numbers=tmp_path / "s.json",
     )  # fmt: skip
     numbers = json.loads((tmp_path / "s.json").read_text())
