@@ -274,7 +274,8 @@ def remaining(plan: Plan, target: Target, *, extend: bool = False) -> list[Shard
     if foreign and not grows:
         raise StoreError(
             f"{target.url} holds {len(foreign)} shards (first {foreign[0]}) made from other input, arguments or code"
-            f"{' and none of this ensemble' if extend else ''}. Name another output, or start over with --overwrite."
+            f"{' and none of this ensemble' if extend and not kept else ''}. Name another output, or start over with "
+            "--overwrite."
         )
     return [shard for shard in plan.shards if shard.key not in kept]
 

@@ -169,7 +169,7 @@ def test_truth_that_cannot_be_scored_is_an_error(tmp_path):
         read_truth([path], FACTOR, hours=2, cells=40, variable="precipitation")
     with pytest.raises(ConfigurationError, match="--cells 3 is less than the 4 of a coarse cell .* Ask for --cells 4"):
         read_truth([path], FACTOR, hours=24, cells=3, variable="precipitation")
-    with pytest.raises(SourceError, match="no variable 'rain'; it has .'precipitation'"):
+    with pytest.raises(SourceError, match="No variable 'rain' in .*a.nc; it has precipitation"):
         read_truth([path], FACTOR, hours=24, cells=40, variable="rain")
     data = xr.load_dataset(path)
     data["precipitation"][:, ::4, ::4] = np.nan
