@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -286,8 +286,8 @@ def downscale_to_store(
     require_answer(output, options)
     require_own(output, options)
     target, layout = Target(output, ARRAY, options), layout_of(plan)
-    anew = overwrite and not _begun_before(plan, target)
-    shards = plan.shards if anew else remaining(plan, target, extend=extend)
+    shards = _left_of_begun(plan, target) if overwrite else remaining(plan, target, extend=extend)
+    anew = overwrite and len(shards) == len(plan.shards)
     whole = not anew and is_whole(output, options)
     if whole:
         _check_whole(output, shape_of(output, ARRAY, options), layout.shape, damage=bool(shards), extend=extend)
@@ -302,12 +302,12 @@ def downscale_to_store(
     finish(output, layout.attributes, options)
 
 
-def _begun_before(plan: Plan, target: Target) -> bool:
-    """Whether a store is this ensemble and not whole yet: of the same command, which is to go on with it."""
+def _left_of_begun(plan: Plan, target: Target) -> Sequence[Shard]:
+    """Shards that are left of an ensemble that the same command began and did not finish; else all of them."""
     try:
-        return not is_whole(target.url, target.options) and len(remaining(plan, target)) < len(plan.shards)
+        return plan.shards if is_whole(target.url, target.options) else remaining(plan, target)
     except StoreError:  # of another ensemble, or damaged
-        return False
+        return plan.shards
 
 
 def _absolute(output: str) -> str:

@@ -339,8 +339,8 @@ def write_shard(
 ) -> str:
     """Write one whole shard and return the sha256 of its bytes.
 
-    It is packed in memory: zarr would merge a shard at the edge into what is there, and store none without rain or
-    anything else than missing cells.
+    It is packed in memory: zarr would merge a shard at the edge into what is there, and store none that
+    holds nothing but missing cells.
 
     Raises:
         StoreError: the region is not exactly one shard, its values have another shape, or writing failed.
